@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes, rows, pages and strides of every cache: the only place where KV geometry is computed.
+
+A cache is a list of pages; a page holds `rows_per_page` rows; a row holds one entry (a token, a compressed entry, an
+index key or one token's compressor state). Quantised pages store all rows' values first, then all rows' scales, then
+padding, which is the byte layout of the engines' native V4. Source: spec section 5.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from dsv4.config import LayerKind, LayerSpec, V4Config
+
+KV_QUANT_GROUP = 64  # e4m3 values that share one ue8m0 scale
+INDEX_MXFP4_GROUP = 32  # e2m1 values that share one ue8m0 scale
+PAGE_TOKENS = 256  # tokens of a compressed or index page, and the step of prefix-cache hits
+WINDOW_PAGE_TOKENS = 64
+STATE_PAGE_TOKENS = {LayerKind.CSA: 4, LayerKind.HCA: 8}
+
+
+class KvFormat(str, Enum):
+    """How a window or compressed KV row is stored."""
+
+    PLAIN = "plain"  # head_dim elements of the model's dtype
+    FP8_DS_MLA = "fp8_ds_mla"  # 448 e4m3 + 64 bf16, then 7 ue8m0 scales + 1 pad byte: 584 bytes
+
+
+class IndexFormat(str, Enum):
+    """How an index key is stored."""
+
+    PLAIN = "plain"  # index_head_dim elements of the model's dtype
+    FP8 = "fp8"  # 128 e4m3, then one fp32 scale: 132 bytes
+    MXFP4 = "mxfp4"  # 64 bytes of e2m1 pairs, then 4 ue8m0 scales: 68 bytes
+
+
+class CacheRole(str, Enum):
+    """What a cache holds."""
+
+    WINDOW = "window"
+    COMPRESSED = "compressed"
+    STATE = "state"
+    INDEX_KEY = "index_key"
+    INDEX_STATE = "index_state"
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Bytes of one row: `value_bytes` in the page's first part, `scale_bytes` in its second."""
+
+    value_bytes: int
+    scale_bytes: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return self.value_bytes + self.scale_bytes
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One cache of one layer.
+
+    page_tokens: tokens one page covers; tokens_per_row: 1, or the compress ratio; sliding_window: tokens after which
+    a row is dead, None when rows live as long as the request; alignment: page_bytes is a multiple of it.
+    """
+
+    role: CacheRole
+    row: RowFormat
+    page_tokens: int
+    tokens_per_row: int
+    sliding_window: int | None
+    alignment: int
+
+    @property
+    def rows_per_page(self) -> int:
+        return self.page_tokens // self.tokens_per_row
+
+    @property
+    def scale_offset(self) -> int:
+        """Byte in the page where the scales start."""
+        return self.rows_per_page * self.row.value_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, padding included."""
+        return round_up(self.rows_per_page * self.row.row_bytes, self.alignment)
+
+
+@dataclass(frozen=True)
+class CacheFormats:
+    """The two storage choices of a deployment, and the bytes of one plain element (2 for bf16, 4 for fp32)."""
+
+    kv: KvFormat
+    index: IndexFormat
+    itemsize: int = 2
+
+    @property
+    def alignment(self) -> int:
+        """Page alignment the native kernels expect: 576 for fp8_ds_mla, else 512."""
+        return 576 if self.kv is KvFormat.FP8_DS_MLA else 512
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is at least `n`."""
+    return -(-n // multiple) * multiple
+
+
+def kv_row(config: V4Config, formats: CacheFormats) -> RowFormat:
+    """A window or compressed KV row."""
+    if formats.kv is KvFormat.PLAIN:
+        return RowFormat(config.head_dim * formats.itemsize)
+    groups = config.qk_nope_head_dim // KV_QUANT_GROUP
+    return RowFormat(config.qk_nope_head_dim + 2 * config.qk_rope_head_dim, groups + 1)  # 576 + 8 in V4
+
+
+def index_row(config: V4Config, formats: CacheFormats) -> RowFormat:
+    """An index key."""
+    dim = config.index_head_dim
+    if formats.index is IndexFormat.PLAIN:
+        return RowFormat(dim * formats.itemsize)
+    if formats.index is IndexFormat.FP8:
+        return RowFormat(dim, 4)
+    return RowFormat(dim // 2, dim // INDEX_MXFP4_GROUP)
+
+
+def state_row(layer: LayerSpec, head_dim: int) -> RowFormat:
+    """One token's raw compressor state: kv and score, fp32, each `overlap * head_dim` wide."""
+    return RowFormat(2 * layer.overlap * head_dim * 4)
+
+
+def state_window(layer: LayerSpec) -> int:
+    """Tokens whose raw state an entry needs: 8 for CSA (two windows of 4), 128 for HCA."""
+    return layer.overlap * layer.compress_ratio
+
+
+def layer_caches(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> tuple[CacheSpec, ...]:
+    """Every cache of `layer` in the mapping that native vLLM uses: paged compressor state.
+
+    One WINDOW cache; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE.
+    """
+    align = formats.alignment
+    row = kv_row(config, formats)
+    caches = [CacheSpec(CacheRole.WINDOW, row, WINDOW_PAGE_TOKENS, 1, config.sliding_window, align)]
+    if layer.kind is LayerKind.SWA:
+        return tuple(caches)
+    ratio = layer.compress_ratio
+    state_tokens, window = STATE_PAGE_TOKENS[layer.kind], state_window(layer)
+    caches.append(CacheSpec(CacheRole.COMPRESSED, row, PAGE_TOKENS, ratio, None, align))
+    caches.append(CacheSpec(CacheRole.STATE, state_row(layer, config.head_dim), state_tokens, 1, window, align))
+    if layer.kind is LayerKind.CSA:
+        caches.append(CacheSpec(CacheRole.INDEX_KEY, index_row(config, formats), PAGE_TOKENS, ratio, None, align))
+        caches.append(CacheSpec(CacheRole.INDEX_STATE, state_row(layer, config.index_head_dim), state_tokens, 1, window, align))
+    return tuple(caches)
