@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step's batch and block tables mean for the operators: slots, lengths and rotary tables.
+
+Everything is computed on the batch's device without a host synchronisation and copied into buffers that live as long
+as the engine, so that captured CUDA graphs read the values of the step being replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.pages import BatchView
+from dsv4.ops.rope import cos_sin
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """request_of_token: [T] int32; positions: [T] int64; valid: [T] bool, false for padding."""
+
+    request_of_token: Tensor
+    positions: Tensor
+    valid: Tensor
+
+
+def plan_tokens(batch: BatchView) -> TokenPlan:
+    """Which request each token belongs to. Padding tokens get the last request and are not valid."""
+    index = torch.arange(batch.num_tokens, device=batch.positions.device, dtype=torch.int32)
+    ends = batch.query_start_loc[1 : batch.num_reqs + 1]
+    request = torch.searchsorted(ends, index, right=True).clamp(max=max(batch.num_reqs - 1, 0)).int()
+    valid = index < ends[-1]
+    return TokenPlan(request, torch.where(valid, batch.positions, 0), valid)
+
+
+def token_slots(block_table: Tensor, tokens: TokenPlan, page_tokens: int) -> Tensor:
+    """Each token's own slot in a cache with one row per token: [T] int32, -1 for padding."""
+    page = block_table[tokens.request_of_token.long(), tokens.positions // page_tokens]
+    slot = page * page_tokens + (tokens.positions % page_tokens).int()
+    return torch.where(tokens.valid, slot, -1)
+
+
+def window_slots(block_table: Tensor, tokens: TokenPlan, page_tokens: int, window: int) -> tuple[Tensor, Tensor]:
+    """Slots of each token's window, oldest first, and how many: [T, window] int32 and [T] int32.
+
+    The window includes the token itself. Places beyond the length are -1.
+    """
+    lens = torch.where(tokens.valid, (tokens.positions + 1).clamp(max=window), 0).int()
+    first = tokens.positions + 1 - lens
+    at = first[:, None] + torch.arange(window, device=lens.device)
+    inside = torch.arange(window, device=lens.device) < lens[:, None]
+    at = torch.where(inside, at, 0)
+    page = block_table[tokens.request_of_token.long()[:, None], at // page_tokens]
+    return torch.where(inside, page * page_tokens + (at % page_tokens).int(), -1), lens
+
+
+def entry_store_slots(block_table: Tensor, tokens: TokenPlan, rows_per_page: int, ratio: int) -> Tensor:
+    """The slot of the entry that each token completes: [T] int32, -1 for tokens that complete none."""
+    entry = tokens.positions // ratio
+    page = block_table[tokens.request_of_token.long(), entry // rows_per_page]
+    completes = tokens.valid & ((tokens.positions + 1) % ratio == 0)
+    return torch.where(completes, page * rows_per_page + (entry % rows_per_page).int(), -1)
+
+
+def entry_lens(tokens: TokenPlan, ratio: int) -> Tensor:
+    """Visible entries of each token: [T] int32; entry j is visible to position t when j < (t + 1) // ratio."""
+    return torch.where(tokens.valid, (tokens.positions + 1) // ratio, 0).int()
+
+
+def request_entry_slots(block_table: Tensor, rows_per_page: int, max_entries: int) -> Tensor:
+    """Slots of every entry of every request: [R, max_entries] int32; only the first entry_lens places mean anything."""
+    entry = torch.arange(max_entries, device=block_table.device)
+    return block_table[:, entry // rows_per_page] * rows_per_page + (entry % rows_per_page).int()
+
+
+def selected_slots(selected: Tensor, block_table: Tensor, request_of_token: Tensor, rows_per_page: int) -> Tensor:
+    """Slots of selected entries: selected [T, K] int32 with -1 for none; [T, K] int32 with -1 kept."""
+    at = selected.clamp(min=0).long()
+    page = block_table[request_of_token.long()[:, None], at // rows_per_page]
+    return torch.where(selected >= 0, page * rows_per_page + (at % rows_per_page).int(), -1)
+
+
+def rope_tables(tokens: TokenPlan, freq: Tensor, ratios: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+    """cos/sin at each token's position, then, per ratio m, at the first position of its entry (j * m): [T, rope_dim] each."""
+    at = [tokens.positions] + [tokens.positions // m * m for m in ratios]
+    return tuple(cos_sin(p, freq) for p in at)
+
+
+class Persistent:
+    """Buffers that keep their address from step to step."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def keep(self, name: str, value: Tensor, capacity: int) -> Tensor:
+        """Copy `value` into the buffer `name`, made at first use with room for `capacity` rows; return its view."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[1:] != value.shape[1:] or buffer.shape[0] < value.shape[0]:
+            buffer = value.new_empty((max(capacity, value.shape[0]), *value.shape[1:]))
+            self._buffers[name] = buffer
+        view = buffer[: value.shape[0]]
+        view.copy_(value)
+        return view

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lightning indexer: which compressed entries a CSA query attends. Source: spec section 3.5."""
+
+import torch
+from torch import Tensor
+
+from dsv4.kv_layout import IndexFormat
+from dsv4.ops.indexer.query import IndexQuery
+from dsv4.ops.pages import Pages
+from dsv4.ops.registry import register, resolve
+
+register("indexer.prepare_query", "dsv4.ops.indexer.reference:prepare_query")
+register("indexer.logits", "dsv4.ops.indexer.reference:logits")
+register("indexer.topk", "dsv4.ops.indexer.reference:topk")
+
+# Tokens are scored in slices whose logits fit in this many bytes, so that the workspace does not grow with the context.
+LOGITS_WORKSPACE_BYTES = 256 << 20
+
+
+def prepare_query(q: Tensor, weights: Tensor, cos_sin: Tensor, index_format: IndexFormat) -> IndexQuery:
+    """Rotate and quantise the index queries. See `reference.prepare_query`."""
+    return resolve("indexer.prepare_query", q.device)(q, weights, cos_sin, index_format)
+
+
+def select(
+    query: IndexQuery,
+    keys: Pages,
+    block_table: Tensor,
+    request_of_token: Tensor,
+    entry_lens: Tensor,
+    max_entries: int,
+    topk: int,
+) -> Tensor:
+    """The `topk` visible entries of largest score per token: int32 [T, topk], -1 in the tail.
+
+    keys: the layer's index keys; block_table: [R, n] int32 of their pages; request_of_token: [T] int32; entry_lens: [T]
+    int32, visible entries; max_entries: host bound on entry_lens. An index is relative to the request: entry j pools
+    tokens from 4j on.
+    """
+    device = entry_lens.device
+    score, choose = resolve("indexer.logits", device), resolve("indexer.topk", device)
+    chosen = torch.empty(entry_lens.shape[0], topk, dtype=torch.int32, device=device)
+    step = max(1, LOGITS_WORKSPACE_BYTES // (4 * max(max_entries, 1)))
+    for start in range(0, entry_lens.shape[0], step):
+        part = slice(start, start + step)
+        logits = score(query[part], keys, block_table, request_of_token[part], entry_lens[part], max_entries)
+        chosen[part] = choose(logits, entry_lens[part], topk)
+    return chosen
+
+
+__all__ = ["IndexQuery", "prepare_query", "select"]

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Manifold-constrained hyper-connections: four residual streams, mixed at every sublayer. Source: spec section 3.1."""
+
+from torch import Tensor
+
+from dsv4.ops.registry import register, resolve
+
+register("mhc.pre", "dsv4.ops.mhc.reference:pre")
+register("mhc.post", "dsv4.ops.mhc.reference:post")
+register("mhc.head", "dsv4.ops.mhc.reference:head")
+
+
+def pre(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Collapse the streams into a sublayer's normalised input. See `reference.pre`."""
+    return resolve("mhc.pre", streams.device)(streams, fn, base, scale, norm_weight, rms_eps, hc_eps, iters)
+
+
+def post(streams: Tensor, y: Tensor, post_weight: Tensor, comb: Tensor) -> Tensor:
+    """Spread a sublayer's output over the streams and mix them. See `reference.post`."""
+    return resolve("mhc.post", streams.device)(streams, y, post_weight, comb)
+
+
+def head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
+    """Collapse the streams after the last layer, and normalise. See `reference.head`."""
+    return resolve("mhc.head", streams.device)(streams, fn, base, scale, norm_weight, rms_eps, hc_eps)

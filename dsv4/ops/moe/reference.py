@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain-PyTorch twin of the router and the experts. Source: spec section 3.8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def scores(logits: Tensor) -> Tensor:
+    """sqrt(softplus(logits)) in fp32; softplus as max(x, 0) + log1p(exp(-|x|))."""
+    x = logits.float()
+    return torch.sqrt(x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())))
+
+
+def _weigh(score: Tensor, ids: Tensor, scaling_factor: float) -> Tensor:
+    chosen = score.gather(1, ids.long())
+    return chosen / chosen.sum(-1, keepdim=True) * scaling_factor
+
+
+def route_topk(logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) -> tuple[Tensor, Tensor]:
+    """The `top_k` experts of largest score + bias; the bias steers the choice and never enters the weights.
+
+    logits: [T, E]; bias: [E] fp32. Returns weights [T, top_k] fp32 that sum to scaling_factor, and ids [T, top_k] int32.
+    """
+    score = scores(logits)
+    ids = torch.topk(score + bias, top_k, dim=-1).indices
+    return _weigh(score, ids, scaling_factor), ids.int()
+
+
+def route_hash(logits: Tensor, tid2eid: Tensor, input_ids: Tensor, scaling_factor: float) -> tuple[Tensor, Tensor]:
+    """The experts that the table gives each token id; their weights still depend on the token's scores.
+
+    logits: [T, E]; tid2eid: [V, top_k] int; input_ids: [T]. Returns as `route_topk`.
+    """
+    ids = tid2eid[input_ids]
+    return _weigh(scores(logits), ids, scaling_factor), ids.int()
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit), in fp32, rounded to the input's dtype; gate has no lower bound."""
+    return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
+
+
+def experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float) -> Tensor:
+    """sum_k weights[t, k] * expert_{ids[t, k]}(x[t]), summed in fp32.
+
+    x: [T, D]; w13: [E, 2I, D], gate rows first; w2: [E, D, I]; weights: [T, K] fp32; ids: [T, K] int, -1 for an expert
+    that lives elsewhere. Returns [T, D] in x's dtype.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in ids.unique().tolist():
+        if e < 0:
+            continue
+        token, k = (ids == e).nonzero(as_tuple=True)
+        gate, up = (x[token] @ w13[e].T).chunk(2, -1)
+        y = swiglu(gate, up, limit) @ w2[e].T
+        out.index_add_(0, token, y.float() * weights[token, k, None])
+    return out.to(x.dtype)
