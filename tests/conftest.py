@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by every test: the two tiny checkpoints, written once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsv4.tiny import write_tiny
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with Flash's layer mix: two sliding layers, then CSA and HCA in turn, and an MTP draft."""
+    return write_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny-flash", "flash")
+
+
+@pytest.fixture(scope="session")
+def tiny_pro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with Pro's layer mix: two HCA layers, then CSA and HCA in turn, and an MTP draft."""
+    return write_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny-pro", "pro")
