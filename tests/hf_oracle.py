@@ -133,3 +133,58 @@ def hf_logprobs(model: Any, ids: list[int] | Tensor) -> Tensor:
     ids = torch.as_tensor(ids, dtype=torch.long).reshape(1, -1)
     logits = model(input_ids=ids, use_cache=False).logits[0]  # [T, V]
     return logits.log_softmax(-1)
+
+
+@torch.inference_mode()
+def hf_margins(model: Any, ids: list[int] | Tensor) -> Tensor:
+    """How far each position is from choosing another expert or another compressed entry. ids: [T] int. Returns [T].
+
+    The gap between the last chosen and the first refused score, over the standard deviation of the choice's scores;
+    the smallest over the layers, inf where nothing is refused. fp32 implementations differ by ~1e-6 of it, so a
+    smaller gap makes two correct ones choose differently and disagree by O(1) from there on (spec section 7).
+    """
+    found: list[Tensor] = []
+
+    def router(module: Any, _: Any, output: tuple[Tensor, ...]) -> None:
+        if hasattr(module, "e_score_correction_bias"):
+            scores = module.score_fn(output[0]) + module.e_score_correction_bias  # [T, E]
+            found.append(_gap(scores, module.top_k))
+
+    def scorer(module: Any, _: Any, output: Tensor) -> None:
+        num_tokens, num_entries = output.shape[1:]
+        ready = (torch.arange(num_tokens)[:, None] + 1) // 4 > torch.arange(num_entries)
+        found.append(_gap(output[0].masked_fill(~ready, -torch.inf), model.config.index_topk))
+
+    hooks = [layer.mlp.gate.register_forward_hook(router) for layer in model.model.layers]
+    for layer in model.model.layers:
+        indexer = getattr(getattr(layer.self_attn, "compressor", None), "indexer", None)
+        if indexer is not None:
+            hooks.append(indexer.scorer.register_forward_hook(scorer))
+    try:
+        hf_logprobs(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).amin(0)
+
+
+def _gap(scores: Tensor, k: int) -> Tensor:
+    """scores: [T, N], -inf where not offered. Returns [T]."""
+    if scores.shape[1] <= k:
+        return torch.full(scores.shape[:1], torch.inf)
+    top = scores.topk(k + 1).values
+    spread = scores.masked_fill(scores == -torch.inf, torch.nan)
+    mean = spread.nanmean(-1, keepdim=True)
+    std = (spread - mean).square().nanmean(-1).sqrt()
+    gap = (top[:, k - 1] - top[:, k]) / std
+    return gap.masked_fill(~torch.isfinite(top[:, k]), torch.inf)
+
+
+def prompt_without_ties(model: Any, length: int, seed: int = 0, margin: float = 1e-5) -> list[int]:
+    """A random prompt of `length` ids on which every choice of the model is wider than `margin` (see hf_margins)."""
+    for attempt in range(1000):
+        rng = torch.Generator().manual_seed(1000 * seed + attempt)
+        ids = torch.randint(3, model.config.vocab_size, (length,), generator=rng)
+        if hf_margins(model, ids).min() > margin:
+            return ids.tolist()
+    raise AssertionError(f"no prompt of {length} ids has margins above {margin}; lower the margin")
