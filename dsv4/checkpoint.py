@@ -120,9 +120,7 @@ class CheckpointReport:
 # What config.json implies
 
 
-def tensor_specs(
-    config: V4Config, expert_scale_dtype: ExpertScaleDtype = "F8_E8M0", include_draft: bool = True
-) -> dict[str, TensorSpec]:
+def tensor_specs(config: V4Config, expert_scale_dtype: ExpertScaleDtype = "F8_E8M0", include_draft: bool = True) -> dict[str, TensorSpec]:
     """Every tensor of `config`'s checkpoint by name, backbone first, then the draft.
 
     expert_scale_dtype: dtype of FP8 experts' block scales (Base checkpoints exist with either; FP4 scales are always
@@ -235,9 +233,7 @@ def _ffn(c: V4Config, layer: LayerSpec, p: str, scale: ExpertScaleDtype) -> Iter
             yield from _routed(f"{p}experts.{expert}.{name}", rows, columns, c.expert_dtype, scale, axis)
 
 
-def _routed(
-    p: str, rows: int, columns: int, dtype: ExpertDtype, scale: ExpertScaleDtype, axis: int
-) -> tuple[TensorSpec, TensorSpec]:
+def _routed(p: str, rows: int, columns: int, dtype: ExpertDtype, scale: ExpertScaleDtype, axis: int) -> tuple[TensorSpec, TensorSpec]:
     component = Component.ROUTED_EXPERTS
     if dtype == "fp8":
         weight, block_scale = _fp8(p, rows, columns, component, axis)
@@ -348,7 +344,9 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
     config = config or V4Config.from_path(folder)
     has_draft = any(name.startswith(DRAFT_PREFIX) for name in headers)
     if require_draft and config.draft == "none":
-        raise CheckpointError(f"{folder}: config.json declares no draft (num_nextn_predict_layers, dspark_block_size); turn speculation off")
+        raise CheckpointError(
+            f"{folder}: config.json declares no draft (num_nextn_predict_layers, dspark_block_size); turn speculation off"
+        )
     specs = tensor_specs(config, include_draft=has_draft or require_draft)
     ignored = tuple(n for n in headers if n.startswith(DRAFT_PREFIX)) if config.draft == "none" else ()
     _compare(folder, config, specs, {n: h for n, h in headers.items() if n not in set(ignored)})

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make env` makes what is missing, and every other target asks for it first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+ENV := .env
+VENV := $(ENV)/one
+PYTHON := $(VENV)/bin/python
+# The lock file is for this Python; PYTHON_BASE=/path/to/python3.11 overrides the search.
+PYTHON_BASE ?= $(shell command -v python3.11 || command -v python3)
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+# The newest supported vLLM is tested from its unpacked wheel: PYTHONPATH=$(VLLM_NEXT) shadows the installed one.
+VLLM_NEXT_VERSION := 0.33.0
+VLLM_NEXT := $(ENV)/vllm-$(VLLM_NEXT_VERSION)
+
+.PHONY: help
+help: ## Show the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
+
+.PHONY: env
+env: $(VENV)/.installed $(VLLM_NEXT)/.unpacked ## Create or complete the development environment
+
+# torch first: pip takes the CPU build where one is on offer. Where only CUDA builds are, add
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to the environment.
+$(VENV)/.locked: requirements/lock.txt
+	@echo "env: installing $(VENV) from $<"
+	$(PYTHON_BASE) -m venv --clear $(VENV)
+	$(PIP) install -q --no-deps "$$(grep '^torch==' $<)" 2> >(grep -v ' is ignored: ' >&2)
+	$(PIP) install -q --no-deps -r $< 2> >(grep -v ' is ignored: ' >&2)
+	@$(PYTHON) -c 'import torch' || { echo "env: this torch does not load; install its CPU build, see the comment above" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.stubbed: $(VENV)/.locked $(wildcard requirements/torchvision_stub/*.toml requirements/torchvision_stub/*/*.py)
+	$(PIP) install -q --no-deps --no-build-isolation --force-reinstall ./requirements/torchvision_stub 2> >(grep -v ' is ignored: ' >&2)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.stubbed pyproject.toml
+	$(PIP) install -q --no-deps --no-build-isolation -e . 2> >(grep -v ' is ignored: ' >&2)
+	@touch $@
+
+# Compiled libraries are left out: nothing loads them without a GPU, and they are nine tenths of the wheel.
+$(VLLM_NEXT)/.unpacked: $(VENV)/.locked
+	@if [ ! -e $@ ]; then set -e; echo "env: unpacking vllm $(VLLM_NEXT_VERSION)"; \
+	  rm -rf $(VLLM_NEXT) $(VLLM_NEXT).part; \
+	  $(PIP) download -q --no-deps --only-binary :all: -d $(VLLM_NEXT).part vllm==$(VLLM_NEXT_VERSION) 2> >(grep -v ' is ignored: ' >&2); \
+	  $(PYTHON) requirements/unpack_wheel.py $(VLLM_NEXT).part/*.whl $(VLLM_NEXT); \
+	  rm -rf $(VLLM_NEXT).part; fi
+	@touch $@
+
+.PHONY: python-vllm python-sglang
+python-vllm: $(VENV)/.installed ## Print the interpreter that has vLLM and dsv4
+	@echo "$(CURDIR)/$(PYTHON)"
+python-sglang: $(VENV)/.installed ## Print the interpreter that has SGLang and dsv4
+	@echo "$(CURDIR)/$(PYTHON)"
+
+.PHONY: lint format types imports test demo clean
+lint: $(VENV)/.installed ## ruff: rules and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+format: $(VENV)/.installed ## ruff: repair what it can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+types: $(VENV)/.installed ## mypy
+	$(PYTHON) -m mypy
+imports: $(VENV)/.installed ## import rules
+	$(VENV)/bin/lint-imports
+test: env ## All tests
+	$(PYTHON) -m pytest -q
+demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat question, proof of who answered
+	$(PYTHON) examples/demo_vllm.py
+clean: ## Remove the environment and every cache
+	rm -rf $(ENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
