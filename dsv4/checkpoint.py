@@ -396,9 +396,9 @@ def _hint(
     embed = headers.get("embed.weight")
     if embed is not None and len(embed.shape) == 2 and embed.shape[1] != config.hidden_size:
         got, want = embed.shape[1], config.hidden_size
-        names = _FAMILY_OF_HIDDEN_SIZE.get(got, "another"), _FAMILY_OF_HIDDEN_SIZE.get(want, "another")
-        kinds = names if names[0] != names[1] else ("Flash", "Pro")
-        return f"its hidden size is {got}, config.json says {want}: is this a {kinds[0]} checkpoint with a {kinds[1]} config?"
+        families = _FAMILY_OF_HIDDEN_SIZE.get(got), _FAMILY_OF_HIDDEN_SIZE.get(want)
+        guess = f"is this a {families[0]} checkpoint with a {families[1]} config?" if all(families) else "do the two belong together?"
+        return f"its hidden size is {got}, config.json says {want}: {guess}"
     if any(name.startswith("model.") for name in extra):
         return "these are HF transformers' names; use the released checkpoint"
     if any(name.endswith(("weight_scale_2", "input_scale", "weight_packed")) for name in extra):
@@ -427,22 +427,34 @@ def _group(problems: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _names(pattern: str, indices: Sequence[tuple[int, ...]]) -> list[str]:
-    columns = [sorted(set(column)) for column in zip(*indices, strict=True)]
-    if len(indices) <= _LITERAL or math.prod(map(len, columns)) != len(indices):
-        if len(columns) > 1 and len(columns[0]) > 1 and len(indices) > _LITERAL:
-            return [n for first in columns[0] for n in _names(pattern, [i for i in indices if i[0] == first])]
+    if len(indices) <= _LITERAL:
         return [pattern.format(*index) for index in indices]
-    return [pattern.format(*(f"{{{_ranges(column)}}}" if len(column) > 1 else column[0] for column in columns))]
+    return [pattern.format(*box) for box in _boxes(frozenset(indices))]
+
+
+def _boxes(indices: frozenset[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """Cover `indices` exactly by products of ranges, one string per axis."""
+    if not all(indices):
+        return [()]
+    rests: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for first, *rest in indices:
+        rests[first].add(tuple(rest))
+    alike: dict[frozenset[tuple[int, ...]], list[int]] = defaultdict(list)
+    for first in sorted(rests):
+        alike[frozenset(rests[first])].append(first)
+    return [(_ranges(firsts), *box) for rest, firsts in alike.items() for box in _boxes(rest)]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
+    """`3`, or `{0-5,8}`. numbers: sorted."""
     parts: list[list[int]] = []
     for n in numbers:
         if parts and parts[-1][1] == n - 1:
             parts[-1][1] = n
         else:
             parts.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def _list(title: str, items: Sequence[str]) -> str:

@@ -210,7 +210,7 @@ def _read(raw: Mapping[str, Any], where: str) -> V4Config:
     kinds, draft_slots = _layer_kinds(raw, num_layers, where)
     routings = _routings(raw, num_layers, where)
     draft, num_draft_layers = _draft(raw, draft_slots)
-    ints = {
+    ints: dict[str, Any] = {
         key: int(_number(raw, key, where))
         for key in (
             "hidden_size", "num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank",
@@ -219,7 +219,9 @@ def _read(raw: Mapping[str, Any], where: str) -> V4Config:
             "vocab_size", "max_position_embeddings",
         )
     }  # fmt: skip
-    floats = {key: float(_number(raw, key, where)) for key in ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")}
+    floats: dict[str, Any] = {
+        key: float(_number(raw, key, where)) for key in ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
+    }
     config = V4Config(
         **ints,
         **floats,
@@ -249,7 +251,9 @@ def _layer_kinds(raw: Mapping[str, Any], num_layers: int, where: str) -> tuple[l
                 raise ConfigError(f"{where}: compress_rates[{name!r}] is {rates[name]}, dsv4 knows {ratio}")
         unknown = [t for t in types if t not in _KIND_OF_HF_TYPE]
         if unknown or len(types) < num_layers:
-            raise ConfigError(f"{where}: layer_types has {len(types)} entries, unknown ones {unknown}; need {num_layers} of {sorted(_KIND_OF_HF_TYPE)}")
+            raise ConfigError(
+                f"{where}: layer_types has {len(types)} entries, unknown ones {unknown}; need {num_layers} of {sorted(_KIND_OF_HF_TYPE)}"
+            )
         return [_KIND_OF_HF_TYPE[t] for t in types[:num_layers]], 0
     if len(ratios) < num_layers:
         raise ConfigError(f"{where}: compress_ratios has {len(ratios)} entries for num_hidden_layers={num_layers}")
@@ -266,7 +270,9 @@ def _routings(raw: Mapping[str, Any], num_layers: int, where: str) -> list[Routi
         return [Routing.HASH if i < num_hash else Routing.TOPK for i in range(num_layers)]
     unknown = [t for t in types if t not in _ROUTING_OF_HF_TYPE]
     if unknown or len(types) < num_layers:
-        raise ConfigError(f"{where}: mlp_layer_types has {len(types)} entries, unknown ones {unknown}; need {num_layers} of {sorted(_ROUTING_OF_HF_TYPE)}")
+        raise ConfigError(
+            f"{where}: mlp_layer_types has {len(types)} entries, unknown ones {unknown}; need {num_layers} of {sorted(_ROUTING_OF_HF_TYPE)}"
+        )
     return [_ROUTING_OF_HF_TYPE[t] for t in types[:num_layers]]
 
 
@@ -302,9 +308,11 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
 
 def _expert_dtype(raw: Mapping[str, Any], where: str) -> ExpertDtype:
     dtype = raw.get("expert_dtype") or "fp4"  # one early Pro copy lacks the key (spec section 1.1)
-    if dtype not in ("fp4", "fp8"):
-        raise ConfigError(f"{where}: expert_dtype is {dtype!r}; dsv4 knows fp4 and fp8")
-    return dtype  # type: ignore[no-any-return]
+    if dtype == "fp4":
+        return "fp4"
+    if dtype == "fp8":
+        return "fp8"
+    raise ConfigError(f"{where}: expert_dtype is {dtype!r}; dsv4 knows fp4 and fp8")
 
 
 def _check(raw: Mapping[str, Any], c: V4Config, where: str) -> None:
@@ -317,7 +325,9 @@ def _check(raw: Mapping[str, Any], c: V4Config, where: str) -> None:
         if raw.get(key, want) != want:
             raise ConfigError(f"{where}: {key} is {raw[key]!r}, DeepSeek-V4 has {want!r}")
     quant = raw.get("quantization_config") or {}
-    if quant and (quant.get("quant_method") not in ("fp8", "deepseek_v4_fp8") or list(quant.get("weight_block_size") or []) != [FP8_BLOCK] * 2):
+    if quant and (
+        quant.get("quant_method") not in ("fp8", "deepseek_v4_fp8") or list(quant.get("weight_block_size") or []) != [FP8_BLOCK] * 2
+    ):
         raise UnsupportedCheckpointError(
             f"{where}: quantization_config is {quant.get('quant_method')!r} with weight_block_size {quant.get('weight_block_size')};"
             f" dsv4 reads fp8 with [{FP8_BLOCK}, {FP8_BLOCK}]"
