@@ -43,17 +43,12 @@ def view_pages(memory: Tensor, spec: CacheSpec, row_format: RowsFormat) -> Pages
 class BatchView:
     """One engine step, as the core sees it. Padding tokens come last and belong to no request.
 
-    query_start_loc: [R+1] int32; seq_lens: [R] int32, context including this step; positions: [T] int64, 0-based.
-    num_reqs, max_query_len, max_seq_len: host integers (upper bounds are enough).
+    query_start_loc: [R+1] int32; seq_lens: [R] int32, context including this step's tokens.
+    num_tokens, num_reqs, max_seq_len: host integers; num_tokens counts padding, max_seq_len may be an upper bound.
     """
 
     query_start_loc: Tensor
     seq_lens: Tensor
-    positions: Tensor
+    num_tokens: int
     num_reqs: int
-    max_query_len: int
     max_seq_len: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.positions.shape[0]

@@ -97,3 +97,12 @@ def report() -> dict[str, dict[str, str]]:
 def forget_choices() -> None:
     """Choose anew at the next call (for tests that change DSV4_OPS)."""
     _choices.clear()
+
+
+def all_kernels(device: torch.device) -> bool:
+    """True when no operator is served by its twin on `device`; twins read device values on the host."""
+    for op in _implementations:
+        resolve(op, device)
+        if _choices[op, device.type].impl == "reference":
+            return False
+    return True

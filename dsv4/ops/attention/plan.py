@@ -26,12 +26,13 @@ class TokenPlan:
 
 
 def plan_tokens(batch: BatchView) -> TokenPlan:
-    """Which request each token belongs to. Padding tokens get the last request and are not valid."""
-    index = torch.arange(batch.num_tokens, device=batch.positions.device, dtype=torch.int32)
+    """Which request each token belongs to, and its position. Padding tokens get the last request and are not valid."""
+    index = torch.arange(batch.num_tokens, device=batch.seq_lens.device, dtype=torch.int32)
     ends = batch.query_start_loc[1 : batch.num_reqs + 1]
-    request = torch.searchsorted(ends, index, right=True).clamp(max=max(batch.num_reqs - 1, 0)).int()
+    request = torch.searchsorted(ends, index, right=True).clamp_(max=batch.num_reqs - 1)
     valid = index < ends[-1]
-    return TokenPlan(request, torch.where(valid, batch.positions, 0), valid)
+    positions = batch.seq_lens[request] - ends[request] + index
+    return TokenPlan(request.int(), torch.where(valid, positions, 0).long(), valid)
 
 
 def token_slots(block_table: Tensor, tokens: TokenPlan, page_tokens: int) -> Tensor:
@@ -88,17 +89,20 @@ def rope_tables(tokens: TokenPlan, freq: Tensor, ratios: tuple[int, ...] = ()) -
 
 
 class Persistent:
-    """Buffers that keep their address from step to step."""
+    """Buffers that keep their address and shape from step to step, as a captured CUDA graph needs."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def keep(self, name: str, value: Tensor, capacity: int) -> Tensor:
-        """Copy `value` into the buffer `name`, made at first use with room for `capacity` rows; return its view."""
+    def keep(self, name: str, value: Tensor, capacity: tuple[int, ...]) -> Tensor:
+        """Copy `value` into the buffer `name` of shape `capacity`; return the buffer's first value.shape[0] rows.
+
+        Columns beyond the value's keep what earlier steps left there. Raises ValueError when the value does not fit.
+        """
+        if any(have > room for have, room in zip(value.shape, capacity, strict=True)):
+            raise ValueError(f"{name}: {tuple(value.shape)} does not fit the buffer {capacity} planned for this deployment")
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape[1:] != value.shape[1:] or buffer.shape[0] < value.shape[0]:
-            buffer = value.new_empty((max(capacity, value.shape[0]), *value.shape[1:]))
-            self._buffers[name] = buffer
-        view = buffer[: value.shape[0]]
-        view.copy_(value)
-        return view
+        if buffer is None:
+            buffer = self._buffers[name] = value.new_zeros(capacity)
+        buffer[tuple(slice(n) for n in value.shape)] = value
+        return buffer[: value.shape[0]]

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V4 wired from vLLM's parallel layers and dsv4's operators. Source: spec section 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
+from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
+from dsv4.ops import attention, compressor, indexer, mhc, moe
+from dsv4.ops.attention.plan import selected_slots
+from dsv4.ops.linear import linear_fp32
+from dsv4.ops.rope import cos_sin, inv_freq
+from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_prefix
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+
+from dsv4_vllm.attention import EntryMetadata, StateMetadata, V4Cache, WindowMetadata, cache_formats
+from dsv4_vllm.quant import V4Router
+from dsv4_vllm.support import check_deployment
+from dsv4_vllm.weights import load_weights
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """cos/sin rows of a step, [T, rope_dim] fp32 each: at the token's position with the frequencies of window-only and
+    of compressed layers, and at the first position of the entry that the token belongs to, per ratio."""
+
+    window: Tensor
+    compressed: Tensor
+    entry: dict[int, Tensor]
+
+
+class V4Mlp(nn.Module):
+    """The shared expert."""
+
+    def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        size = config.moe_intermediate_size * config.n_shared_experts
+        quant = vllm_config.quant_config
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, [size] * 2, bias=False, quant_config=quant, prefix=f"{prefix}.gate_up_proj"
+        )
+        # FusedMoE adds this output to the routed experts' and reduces once.
+        self.down_proj = RowParallelLinear(
+            size, config.hidden_size, bias=False, quant_config=quant, reduce_results=False, prefix=f"{prefix}.down_proj"
+        )
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x)[0].chunk(2, -1)
+        return self.down_proj(moe.swiglu(gate, up, self.limit))[0]
+
+
+class V4Moe(nn.Module):
+    """Routed experts and the shared one, through vLLM's FusedMoE."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.gate = GateLinear(config.hidden_size, config.n_routed_experts, out_dtype=torch.float32, prefix=f"{prefix}.gate")
+        self.gate.tid2eid = self.gate.e_score_correction_bias = None
+        if layer.routing is Routing.HASH:
+            # Not torch.empty: with --load-format dummy garbage ids would address experts that do not exist.
+            table = torch.randint(0, config.n_routed_experts, (config.vocab_size, config.num_experts_per_tok), dtype=torch.int32)
+            self.gate.tid2eid = nn.Parameter(table, requires_grad=False)
+        else:
+            self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False)
+        self.shared_experts = V4Mlp(config, vllm_config, f"{prefix}.shared_experts")
+        router = V4Router(config, self.gate.e_score_correction_bias, self.gate.tid2eid) if current_platform.is_cpu() else None
+        self.experts = FusedMoEFactory(
+            num_experts=config.n_routed_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=True,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.experts",
+            ckpt_names=("w1", "w2", "w3"),
+            scoring_func="sqrtsoftplus",
+            routed_scaling_factor=config.routed_scaling_factor,
+            e_score_correction_bias=self.gate.e_score_correction_bias,
+            hash_indices_table=self.gate.tid2eid,
+            swiglu_limit=config.swiglu_limit,
+            router_logits_dtype=torch.float32,
+            router=router,
+            gate=self.gate,
+            shared_experts=self.shared_experts,
+        )
+
+    def forward(self, x: Tensor, input_ids: Tensor | None) -> Tensor:
+        return self.experts(hidden_states=x, router_logits=x, input_ids=input_ids)
+
+
+class V4Compressor(nn.Module):
+    """Pools tokens into entries of one cache: attention's own, or the index keys."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str, state: V4Cache, entries: V4Cache) -> None:
+        super().__init__()
+        self.layer, self.dim, self.eps = layer, dim, config.rms_norm_eps
+        width = layer.overlap * dim
+        self.fused_wkv_wgate = MergedColumnParallelLinear(
+            config.hidden_size, [width, width], bias=False, quant_config=None, disable_tp=True, prefix=f"{prefix}.fused_wkv_wgate"
+        )
+        self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
+        self.norm = RMSNorm(dim, config.rms_norm_eps)
+        self.state_cache, self.entries = state, entries
+
+    def project(self, x: Tensor) -> Tensor:
+        """kv and gate side by side: [T, 2 * overlap * dim] fp32."""
+        return linear_fp32(x, self.fused_wkv_wgate.weight)
+
+    def forward(self, kv_gate: Tensor, tokens: WindowMetadata, metadata: dict[str, EntryMetadata | StateMetadata], rope: RopeTables) -> None:
+        state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
+        kv, gate = kv_gate.chunk(2, -1)
+        plan, ratio = tokens.tokens, self.layer.compress_ratio
+        compressor.save_state(kv, gate, self.ape, plan.positions, self.state_cache.pages, state.store_slots)
+        compressor.compress_store(
+            self.state_cache.pages,
+            state.block_table,
+            plan.request_of_token,
+            plan.positions,
+            entry.store_slots,
+            ratio,
+            self.layer.overlap,
+            self.norm.weight,
+            self.eps,
+            rope.entry[ratio],
+            self.entries.pages,
+        )
+
+
+class V4Indexer(nn.Module):
+    """Chooses the entries a CSA query attends. Replicated on every tensor-parallel rank."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str, keys: V4Cache, state: V4Cache) -> None:
+        super().__init__()
+        self.topk, self.num_heads, self.dim = config.index_topk, config.index_n_heads, config.index_head_dim
+        self.wq_b = ReplicatedLinear(
+            config.q_lora_rank, self.num_heads * self.dim, bias=False, quant_config=vllm_config.quant_config, prefix=f"{prefix}.wq_b"
+        )
+        self.weights_proj = ReplicatedLinear(config.hidden_size, self.num_heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj")
+        self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor", state, keys)
+        self.keys = keys
+
+    def forward(self, q: Tensor, weights: Tensor, tokens: WindowMetadata, entry: EntryMetadata, rope: RopeTables) -> Tensor:
+        query = indexer.prepare_query(q, weights, rope.compressed, self.keys.pages.format)
+        return indexer.select(query, self.keys.pages, entry.block_table, tokens.tokens.request_of_token, entry.lens, entry.max_entries, self.topk)
+
+
+class V4Attention(nn.Module):
+    """Window, compressed entries and sink; heads are sharded over tensor-parallel ranks, caches are replicated."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        tp = get_tensor_model_parallel_world_size()
+        self.config, self.layer = config, layer
+        self.num_heads, self.num_groups = config.num_attention_heads // tp, config.o_groups // tp
+        quant, eps = vllm_config.quant_config, config.rms_norm_eps
+        self.fused_wqa_wkv = MergedColumnParallelLinear(
+            config.hidden_size, [config.q_lora_rank, config.head_dim], bias=False, quant_config=quant, disable_tp=True, prefix=f"{prefix}.fused_wqa_wkv"
+        )
+        self.q_norm = RMSNorm(config.q_lora_rank, eps)
+        self.kv_norm = RMSNorm(config.head_dim, eps)
+        self.wq_b = ColumnParallelLinear(
+            config.q_lora_rank, config.num_attention_heads * config.head_dim, bias=False, quant_config=quant, prefix=f"{prefix}.wq_b"
+        )
+        self.attn_sink = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False)
+        self.wo_a = ColumnParallelLinear(
+            config.heads_per_group * config.head_dim, config.o_groups * config.o_lora_rank, bias=False, quant_config=quant, prefix=f"{prefix}.wo_a"
+        )
+        self.wo_b = RowParallelLinear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.wo_b")
+        caches = self._caches(vllm_config, prefix)
+        self.window = caches[CacheRole.WINDOW]
+        self.compressor = self.indexer = self.entries = None
+        if layer.kind is not LayerKind.SWA:
+            self.entries = caches[CacheRole.COMPRESSED]
+            self.compressor = V4Compressor(config, layer, config.head_dim, f"{prefix}.compressor", caches[CacheRole.STATE], self.entries)
+        if layer.kind is LayerKind.CSA:
+            self.indexer = V4Indexer(config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY], caches[CacheRole.INDEX_STATE])
+
+    def _caches(self, vllm_config: VllmConfig, prefix: str) -> dict[CacheRole, V4Cache]:
+        formats, dtype = cache_formats(vllm_config), vllm_config.model_config.dtype
+
+        def make(spec: CacheSpec) -> V4Cache:
+            return V4Cache(f"{prefix}.{spec.role.value}_cache", spec, formats, dtype)
+
+        return {spec.role: make(spec) for spec in layer_caches(self.config, self.layer, formats)}
+
+    def forward(self, x: Tensor, rope: RopeTables) -> Tensor:
+        c = self.config
+        qr, kv = self.fused_wqa_wkv(x)[0].split([c.q_lora_rank, c.head_dim], -1)
+        qr = self.q_norm(qr.contiguous())
+        q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, c.head_dim))
+        kv_gate = self.compressor.project(x) if self.compressor else None
+        index = None
+        if self.indexer is not None:
+            index_q = self.indexer.wq_b(qr)[0].unflatten(-1, (c.index_n_heads, c.index_head_dim))
+            index = (index_q, self.indexer.weights_proj(x)[0], self.indexer.compressor.project(x))
+        o = torch.empty_like(q)
+        self.attend(q, kv.contiguous(), kv_gate, index, rope, o)
+        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
+        wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
+        return self.wo_b(attention.output_a(o, table, wo_a))[0]
+
+    @eager_break_during_capture
+    def attend(
+        self, q: Tensor, kv: Tensor, kv_gate: Tensor | None, index: tuple[Tensor, Tensor, Tensor] | None, rope: RopeTables, out: Tensor
+    ) -> None:
+        """Write the caches, select entries and attend; the result goes to `out` [T, H, 512].
+
+        Mixed batches run it eagerly between captured graph segments, so that it reads the step's own metadata.
+        """
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # a profile or warm-up run has no caches yet
+            out.zero_()
+            return
+        step: WindowMetadata = metadata[self.window.prefix]
+        n = step.store_slots.shape[0]
+        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
+        q = attention.norm_rope_store(q[:n], kv[:n], self.kv_norm.weight, self.kv_norm.variance_epsilon, table[:n], self.window.pages, step.store_slots)
+        pages = slots = rows = lens = None
+        if self.compressor is not None and kv_gate is not None and self.entries is not None:
+            rope = RopeTables(rope.window[:n], rope.compressed[:n], {m: t[:n] for m, t in rope.entry.items()})
+            self.compressor(kv_gate[:n], step, metadata, rope)
+            entry: EntryMetadata = metadata[self.entries.prefix]
+            pages, lens = self.entries.pages, entry.lens
+            if self.indexer is None or index is None:
+                slots, rows = entry.request_slots, step.tokens.request_of_token
+            else:
+                self.indexer.compressor(index[2][:n], step, metadata, rope)
+                keys: EntryMetadata = metadata[self.indexer.keys.prefix]
+                chosen = self.indexer(index[0][:n], index[1][:n], step, keys, rope)
+                slots = selected_slots(chosen, entry.block_table, step.tokens.request_of_token, pages.rows)
+                rows, lens = torch.arange(n, device=q.device), lens.clamp(max=self.config.index_topk)
+        out[:n], _ = attention.sparse_attention(
+            q, self.window.pages, step.slots, step.lens, pages, slots, rows, lens, self.attn_sink, self.config.qk_rope_head_dim
+        )
+        out[n:].zero_()
+
+
+class HyperConnection(nn.Module):
+    """The mixing parameters of one site."""
+
+    def __init__(self, config: V4Config, rows: int, scales: int) -> None:
+        super().__init__()
+        self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
+        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
+
+
+class V4DecoderLayer(nn.Module):
+    def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        layer = config.layers[int(prefix.rsplit(".", 1)[1])]
+        self.config = config
+        self.attn = V4Attention(config, layer, vllm_config, f"{prefix}.attn")
+        self.ffn = V4Moe(config, layer, vllm_config, f"{prefix}.ffn")
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        mixes = config.hc_mult * (2 + config.hc_mult)
+        self.hc_attn = HyperConnection(config, mixes, 3)
+        self.hc_ffn = HyperConnection(config, mixes, 3)
+
+    def forward(self, streams: Tensor, rope: RopeTables, input_ids: Tensor | None) -> Tensor:
+        y, post, comb = self._collapse(streams, self.hc_attn, self.attn_norm)
+        streams = mhc.post(streams, self.attn(y, rope), post, comb)
+        y, post, comb = self._collapse(streams, self.hc_ffn, self.ffn_norm)
+        return mhc.post(streams, self.ffn(y, input_ids), post, comb)
+
+    def _collapse(self, streams: Tensor, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        return mhc.pre(streams, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+
+
+class V4Model(nn.Module):
+    def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.config = config
+        first, last = get_pp_group().is_first_rank, get_pp_group().is_last_rank
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size) if first else PPMissingLayer()
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers, lambda prefix: V4DecoderLayer(config, vllm_config, prefix), prefix=f"{prefix}.layers"
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else PPMissingLayer()
+        self.hc_head = HyperConnection(config, config.hc_mult, 1) if last else PPMissingLayer()
+        device = vllm_config.device_config.device
+        self.register_buffer("window_freq", inv_freq(config, compressed=False, device=device), persistent=False)
+        self.register_buffer("compressed_freq", inv_freq(config, compressed=True, device=device), persistent=False)
+
+    def rope_tables(self, positions: Tensor) -> RopeTables:
+        entry = {m: cos_sin(positions // m * m, self.compressed_freq) for m in (CSA_RATIO, HCA_RATIO)}
+        return RopeTables(cos_sin(positions, self.window_freq), cos_sin(positions, self.compressed_freq), entry)
+
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, intermediate: IntermediateTensors | None, inputs_embeds: Tensor | None
+    ) -> Tensor | IntermediateTensors:
+        c = self.config
+        if get_pp_group().is_first_rank:
+            x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            streams = x[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
+        else:
+            assert intermediate is not None
+            streams = intermediate["hidden_states"].unflatten(-1, (c.hc_mult, c.hidden_size))
+        rope = self.rope_tables(positions)
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            streams = layer(streams, rope, input_ids)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": streams.flatten(1)})
+        return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
+
+
+class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
+    """DeepSeek-V4-Flash and -Pro in vLLM."""
+
+    packed_modules_mapping = {"gate_up_proj": ["w1", "w3"], "fused_wqa_wkv": ["wq_a", "wkv"], "fused_wkv_wgate": ["wkv", "wgate"]}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.v4_config = check_deployment(vllm_config)
+        self.model_path = vllm_config.model_config.model
+        self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
+        last = get_pp_group().is_last_rank
+        self.lm_head = ParallelLMHead(self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")) if last else PPMissingLayer()
+        self.logits_processor = LogitsProcessor(self.v4_config.vocab_size)
+
+    def make_empty_intermediate_tensors(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
+        width = self.v4_config.hc_mult * self.v4_config.hidden_size
+        return IntermediateTensors({"hidden_states": torch.zeros(batch_size, width, dtype=dtype, device=device)})
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return load_weights(self, weights, get_tensor_model_parallel_rank())

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guard, decide, register."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from dsv4 import compat, decide, env
+from dsv4.config import ARCHITECTURE
+
+logger = logging.getLogger(__name__)
+
+MODEL = "dsv4_vllm.model:DeepseekV4ForCausalLM"
+
+
+def register_model() -> None:
+    """Put our model in place of vLLM's own where it should serve. Raises what makes that impossible."""
+    env.check_environ()
+    decision = decide.decide(env.get("DSV4_MODE"), decide.weakest(decide.detect_devices()))
+    if not decision.serve:
+        logger.info("dsv4: %s", decision.reason)
+        return
+    found = compat.installed_version("vllm") or "(not installed)"
+    compat.check_version("vllm", found, allow_untested=env.flag("DSV4_ALLOW_UNTESTED"))
+    compat.check_structure("vllm", found)
+    _register()
+    logger.info("dsv4: %s", decision.reason)
+
+
+def _register() -> None:
+    import dsv4_vllm.model  # an error in it must refuse V4 here, not when vLLM inspects the class in another process
+    import dsv4_vllm.quant  # noqa: F401  registers itself
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import config as model_configs
+
+    from dsv4_vllm import patches
+
+    ModelRegistry.register_model(ARCHITECTURE, MODEL)
+    model_configs.MODELS_CONFIG_MAP[ARCHITECTURE] = _checked(model_configs.DeepseekV4ForCausalLMConfig)
+    patches.add_status()
+
+
+def _checked(base: Any) -> Any:
+    """vLLM's own V4 config hook, followed by our refusals, in the first process and before anything is started."""
+
+    class V4ConfigCheck(base):  # type: ignore[misc]
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            base.verify_and_update_config(vllm_config)
+            from dsv4.checkpoint import validate
+
+            from dsv4_vllm.support import check_deployment
+
+            config = check_deployment(vllm_config)
+            folder = Path(vllm_config.model_config.model)
+            if folder.is_dir() and vllm_config.load_config.load_format != "dummy":
+                validate(folder, config)
+
+    return V4ConfigCheck

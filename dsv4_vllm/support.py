@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a vLLM deployment dsv4 can serve exactly; everything else is refused before a weight is read."""
+
+from __future__ import annotations
+
+from dsv4.config import V4Config
+from dsv4.errors import Dsv4Error
+from vllm.config import VllmConfig
+
+from dsv4_vllm.attention import cache_formats
+
+
+class DeploymentError(Dsv4Error):
+    """A vLLM option that dsv4 cannot serve."""
+
+
+def check_deployment(vllm_config: VllmConfig) -> V4Config:
+    """The model's config, after refusing what cannot be served. Raises Dsv4Error with the flag and the way out."""
+    config = V4Config.from_dict(vllm_config.model_config.hf_config.to_dict(), f"{vllm_config.model_config.model}/config.json")
+    parallel = vllm_config.parallel_config
+    tp = parallel.tensor_parallel_size
+    for what, count in (("num_attention_heads", config.num_attention_heads), ("o_groups", config.o_groups)):
+        if count % tp:
+            fits = [n for n in range(1, count + 1) if config.o_groups % n == 0 and config.num_attention_heads % n == 0]
+            raise DeploymentError(f"--tensor-parallel-size {tp}: {what} {count} is not divisible by it; use one of {fits}")
+    refusals = (
+        (vllm_config.speculative_config is not None, "--speculative-config", "dsv4 0.1 has no draft model; leave it out"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "the caches are replicated; use 1"),
+        (parallel.enable_eplb, "--enable-eplb", "expert load balancing is not wired; leave it out"),
+        (vllm_config.lora_config is not None, "--enable-lora", "LoRA is not wired; leave it out"),
+        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "KV transfer has not been tested with dsv4's caches; leave it out"),
+    )
+    for refused, flag, advice in refusals:
+        if refused:
+            raise DeploymentError(f"{flag}: {advice}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4")
+    cache_formats(vllm_config)
+    return config
