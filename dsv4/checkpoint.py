@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ SINGLE_FILE = "model.safetensors"
 DRAFT_PREFIX = "mtp."
 ITEMSIZE = {"F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 
-ExpertScaleDtype = Literal["F8_E8M0", "F32"]
+ScaleDtype = Literal["F8_E8M0", "F32"]
 
 
 class Component(str, Enum):
@@ -104,7 +104,7 @@ class CheckpointReport:
     config: V4Config
     headers: Mapping[str, TensorHeader]
     draft: DraftKind
-    expert_scale_dtype: str
+    expert_scale_dtype: str  # of layer 0's experts, as found
     ignored: tuple[str, ...]
 
     @property
@@ -120,15 +120,17 @@ class CheckpointReport:
 # What config.json implies
 
 
-def tensor_specs(config: V4Config, expert_scale_dtype: ExpertScaleDtype = "F8_E8M0", include_draft: bool = True) -> dict[str, TensorSpec]:
+def tensor_specs(config: V4Config, fp8_scale_dtype: ScaleDtype = "F8_E8M0", include_draft: bool = True) -> dict[str, TensorSpec]:
     """Every tensor of `config`'s checkpoint by name, backbone first, then the draft.
 
-    expert_scale_dtype: dtype of FP8 experts' block scales (Base checkpoints exist with either; FP4 scales are always
-    F8_E8M0). Source: spec section 2.1.
+    fp8_scale_dtype: dtype of the block scales when experts are FP8 (Base checkpoints exist with either; the released
+    FP4 checkpoints have F8_E8M0 throughout). Source: spec sections 1.3 and 2.1.
     """
-    specs = {spec.name: spec for spec in _backbone(config, expert_scale_dtype)}
+    specs = {spec.name: spec for spec in _backbone(config)}
     if include_draft:
-        specs |= {spec.name: spec for spec in _draft(config, expert_scale_dtype)}
+        specs |= {spec.name: spec for spec in _draft(config)}
+    if config.expert_dtype == "fp8":
+        return {name: _either_scale(spec, fp8_scale_dtype) for name, spec in specs.items()}
     return specs
 
 
@@ -140,22 +142,28 @@ def bytes_by_component(config: V4Config) -> dict[Component, int]:
     return dict(total)
 
 
-def _backbone(c: V4Config, scale: ExpertScaleDtype) -> Iterator[TensorSpec]:
+def _either_scale(spec: TensorSpec, dtype: ScaleDtype) -> TensorSpec:
+    if not spec.name.endswith(".scale"):
+        return spec
+    return replace(spec, dtype=dtype, alternates=("F32" if dtype == "F8_E8M0" else "F8_E8M0",))
+
+
+def _backbone(c: V4Config) -> Iterator[TensorSpec]:
     yield TensorSpec("embed.weight", (c.vocab_size, c.hidden_size), "BF16", Component.EMBED, 0)
     yield TensorSpec("head.weight", (c.vocab_size, c.hidden_size), "BF16", Component.HEAD, 0)
     yield TensorSpec("norm.weight", (c.hidden_size,), "BF16", Component.NORM)
     yield from _hc_head(c, "")
     for layer in c.layers:
-        yield from _block(c, layer, f"layers.{layer.index}.", scale)
+        yield from _block(c, layer, f"layers.{layer.index}.")
 
 
-def _draft(c: V4Config, scale: ExpertScaleDtype) -> Iterator[TensorSpec]:
+def _draft(c: V4Config) -> Iterator[TensorSpec]:
     for stage in range(c.num_draft_layers):
         layer = LayerSpec(c.num_hidden_layers + stage, LayerKind.SWA, Routing.TOPK)
         prefix = f"{DRAFT_PREFIX}{stage}."
         extras = _mtp_extras(c, prefix) if c.draft == "mtp" else _dspark_extras(c, stage, prefix)
-        for spec in (*_block(c, layer, prefix, scale), *extras):
-            yield TensorSpec(spec.name, spec.shape, spec.dtype, Component.MTP, spec.shard_axis, spec.alternates)
+        for spec in (*_block(c, layer, prefix), *extras):
+            yield replace(spec, component=Component.MTP)
 
 
 def _mtp_extras(c: V4Config, p: str) -> Iterator[TensorSpec]:
@@ -180,9 +188,9 @@ def _dspark_extras(c: V4Config, stage: int, p: str) -> Iterator[TensorSpec]:
         yield TensorSpec(p + "confidence_head.proj.weight", (1, d + rank), "BF16", Component.MTP)
 
 
-def _block(c: V4Config, layer: LayerSpec, p: str, scale: ExpertScaleDtype) -> Iterator[TensorSpec]:
+def _block(c: V4Config, layer: LayerSpec, p: str) -> Iterator[TensorSpec]:
     yield from _attention(c, layer, p + "attn.")
-    yield from _ffn(c, layer, p + "ffn.", scale)
+    yield from _ffn(c, layer, p + "ffn.")
     for norm in ("attn_norm", "ffn_norm"):
         yield TensorSpec(f"{p}{norm}.weight", (c.hidden_size,), "BF16", Component.NORM)
     mixes = (2 + c.hc_mult) * c.hc_mult  # pre, post, comb: 24 in V4
@@ -218,7 +226,7 @@ def _compressor(c: V4Config, layer: LayerSpec, p: str, head_dim: int, component:
     yield TensorSpec(p + "norm.weight", (head_dim,), "BF16", Component.NORM)
 
 
-def _ffn(c: V4Config, layer: LayerSpec, p: str, scale: ExpertScaleDtype) -> Iterator[TensorSpec]:
+def _ffn(c: V4Config, layer: LayerSpec, p: str) -> Iterator[TensorSpec]:
     d, i = c.hidden_size, c.moe_intermediate_size
     yield TensorSpec(p + "gate.weight", (c.n_routed_experts, d), "BF16", Component.ROUTER)
     if layer.routing is Routing.HASH:
@@ -230,15 +238,13 @@ def _ffn(c: V4Config, layer: LayerSpec, p: str, scale: ExpertScaleDtype) -> Iter
         shared_rows, shared_columns = (shared, d) if axis == 0 else (d, shared)
         yield from _fp8(f"{p}shared_experts.{name}", shared_rows, shared_columns, Component.SHARED_EXPERTS, axis)
         for expert in range(c.n_routed_experts):
-            yield from _routed(f"{p}experts.{expert}.{name}", rows, columns, c.expert_dtype, scale, axis)
+            yield from _routed(f"{p}experts.{expert}.{name}", rows, columns, c.expert_dtype, axis)
 
 
-def _routed(p: str, rows: int, columns: int, dtype: ExpertDtype, scale: ExpertScaleDtype, axis: int) -> tuple[TensorSpec, TensorSpec]:
+def _routed(p: str, rows: int, columns: int, dtype: ExpertDtype, axis: int) -> tuple[TensorSpec, TensorSpec]:
     component = Component.ROUTED_EXPERTS
     if dtype == "fp8":
-        weight, block_scale = _fp8(p, rows, columns, component, axis)
-        other: ExpertScaleDtype = "F32" if scale == "F8_E8M0" else "F8_E8M0"
-        return weight, TensorSpec(block_scale.name, block_scale.shape, scale, component, axis, (other,))
+        return _fp8(p, rows, columns, component, axis)
     return (
         TensorSpec(p + ".weight", (rows, columns // 2), "I8", component, axis),
         TensorSpec(p + ".scale", (rows, -(-columns // FP4_BLOCK)), "F8_E8M0", component, axis),

@@ -24,7 +24,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv4.checkpoint import INDEX_FILE, ExpertScaleDtype, TensorSpec, tensor_specs
+from dsv4.checkpoint import INDEX_FILE, ScaleDtype, TensorSpec, tensor_specs
 from dsv4.config import ARCHITECTURE, CSA_RATIO, DRAFT_STAGES_DSPARK, FP8_BLOCK, HCA_RATIO, MODEL_TYPE, DraftKind, ExpertDtype, V4Config
 from dsv4.errors import CheckpointError, ConfigError
 
@@ -137,16 +137,16 @@ def write_tiny(
     num_layers: int = 6,
     seed: int = 0,
     experts: ExpertDtype = "fp4",
-    expert_scale_dtype: ExpertScaleDtype = "F8_E8M0",
+    fp8_scale_dtype: ScaleDtype = "F8_E8M0",
     draft: DraftKind = "mtp",
     dims: TinyDims | None = None,
     progress: bool = False,
 ) -> Path:
     """Write a tiny checkpoint to the folder `out`, whole or not at all, and return its path.
 
-    variant: layer mix and routed_scaling_factor of Flash or Pro. seed: same seed, same bytes. expert_scale_dtype: of
-    FP8 experts only. progress: show a bar. Raises CheckpointError when `out` exists and is not empty, ConfigError for
-    an unknown choice.
+    variant: layer mix and routed_scaling_factor of Flash or Pro. seed: same seed, same bytes. fp8_scale_dtype: of the
+    block scales when experts are FP8. progress: show a bar. Raises CheckpointError when `out` exists and is not empty,
+    ConfigError for an unknown choice.
     """
     out = Path(out).absolute()
     raw = tiny_config(variant, num_layers, experts, draft, dims)
@@ -155,7 +155,7 @@ def write_tiny(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write_weights(part, V4Config.from_dict(raw, "tiny"), seed, expert_scale_dtype, progress)
+        _write_weights(part, V4Config.from_dict(raw, "tiny"), seed, fp8_scale_dtype, progress)
         _write_json(part / "config.json", raw)
         sampling = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
         _write_json(part / "generation_config.json", {"_from_model_config": True, **sampling})
@@ -186,8 +186,8 @@ def _write_json(file: Path, content: Any) -> None:
 # Weights
 
 
-def _write_weights(folder: Path, config: V4Config, seed: int, expert_scale_dtype: ExpertScaleDtype, progress: bool) -> None:
-    specs = tensor_specs(config, expert_scale_dtype)
+def _write_weights(folder: Path, config: V4Config, seed: int, fp8_scale_dtype: ScaleDtype, progress: bool) -> None:
+    specs = tensor_specs(config, fp8_scale_dtype)
     tensors = {
         spec.name: _random(spec, config, seed) for spec in track(specs.values(), "random weights", disable=not progress, transient=True)
     }
