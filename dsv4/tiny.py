@@ -200,7 +200,8 @@ def _write_weights(folder: Path, config: V4Config, seed: int, fp8_scale_dtype: S
 
 def _random(spec: TensorSpec, config: V4Config, seed: int) -> Tensor:
     """Random contents of one tensor. Seeded by its name, so that layers do not depend on how many there are."""
-    rng = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()) + (seed << 32))
+    # torch's CPU generator looks at the low 32 bits only, so both go through the checksum
+    rng = torch.Generator().manual_seed(zlib.crc32(spec.name.encode(), seed))
     leaf = spec.name.removesuffix(".weight").removesuffix(".scale").rsplit(".", 1)[-1]
     if spec.name.endswith(".scale"):
         # the scale carries the weight's size; it varies by block so that a misplaced scale shows
