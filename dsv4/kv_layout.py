@@ -152,3 +152,32 @@ def layer_caches(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> t
         caches.append(CacheSpec(CacheRole.INDEX_KEY, index_row(config, formats), PAGE_TOKENS, ratio, None, align))
         caches.append(CacheSpec(CacheRole.INDEX_STATE, state_row(layer, config.index_head_dim), state_tokens, 1, window, align))
     return tuple(caches)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The mapping that native SGLang uses: window pages, compressed pages, and compressor state in rings
+
+
+SGLANG_PAGE_TOKENS = 256  # tokens of a window page; a compressed page holds 256 / compress_ratio entries
+_STATE_RING_ROWS = {LayerKind.CSA: (8, 16), LayerKind.HCA: (128, 256)}  # without and with a draft
+
+
+def sglang_window_bytes_per_token(config: V4Config, formats: CacheFormats) -> float:
+    """Window KV bytes of one layer and token, page padding included (585 for fp8_ds_mla)."""
+    return _page_bytes(kv_row(config, formats), SGLANG_PAGE_TOKENS, formats) / SGLANG_PAGE_TOKENS
+
+
+def sglang_compressed_bytes_per_entry(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> float:
+    """Compressed KV bytes of one entry of `layer`, page padding included (585 for CSA, 864 for HCA in fp8_ds_mla)."""
+    rows = SGLANG_PAGE_TOKENS // layer.compress_ratio
+    return _page_bytes(kv_row(config, formats), rows, formats) / rows
+
+
+def sglang_state_ring_rows(layer: LayerSpec, speculative: bool) -> int:
+    """Rows of one compressor-state ring: per window page for CSA, per request for HCA."""
+    return _STATE_RING_ROWS[layer.kind][speculative]
+
+
+def _page_bytes(row: RowFormat, rows: int, formats: CacheFormats) -> int:
+    align = formats.alignment if formats.kv is KvFormat.FP8_DS_MLA else 1
+    return round_up(rows * row.row_bytes, align)
