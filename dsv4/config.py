@@ -43,6 +43,7 @@ class Routing(str, Enum):
     TOPK = "topk"  # by score plus bias
 
 
+_TOO_LARGE = 2**53  # above it a JSON number is no count, and floats skip integers
 _KIND_OF_RATIO = {0: LayerKind.SWA, 1: LayerKind.SWA, CSA_RATIO: LayerKind.CSA, HCA_RATIO: LayerKind.HCA}
 _RATIO_OF_KIND = {LayerKind.SWA: 0, LayerKind.CSA: CSA_RATIO, LayerKind.HCA: HCA_RATIO}
 _KIND_OF_HF_TYPE = {
@@ -162,14 +163,40 @@ class V4Config:
         """
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{where}: is a {type(raw).__name__}, not a JSON object; is this a model's config.json?")
+        _check_types(raw, where)
         _refuse_other_families(raw, where)
         return _read(raw, where)
+
+
+_LISTS: dict[str, type] = {
+    "architectures": str, "compress_ratios": int, "layer_types": str, "mlp_layer_types": str, "dspark_target_layer_ids": int,
+}  # fmt: skip
+_OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters", "compress_rates")
+_COUNTS = ("num_hash_layers", "num_nextn_predict_layers", "dspark_block_size", "dspark_markov_rank", "vision_n_layers")
+
+
+def _check_types(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse fields whose JSON type would make the reading below fail without saying where; None counts as absent."""
+    present = {key: value for key, value in raw.items() if value is not None}
+    for key, kind in _LISTS.items():
+        value = present.get(key, [])
+        if not isinstance(value, list | tuple) or any(not isinstance(v, kind) or isinstance(v, bool) for v in value):
+            raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a list of {'words' if kind is str else 'whole numbers'}")
+    for key in _OBJECTS:
+        if not isinstance(present.get(key, {}), Mapping):
+            raise ConfigError(f"{where}: field {key!r} is {present[key]!r}, expected an object")
+    for key in _COUNTS:
+        value = present.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _TOO_LARGE:
+            raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a whole number, 0 or more")
+    if not isinstance(present.get("model_type", MODEL_TYPE), str):
+        raise ConfigError(f"{where}: field 'model_type' is {present['model_type']!r}, expected a word")
 
 
 def _refuse_other_families(raw: Mapping[str, Any], where: str) -> None:
     archs = raw.get("architectures") or []
     arch = archs[0] if archs else ARCHITECTURE
-    model_type = raw.get("model_type", MODEL_TYPE)
+    model_type = raw.get("model_type") or MODEL_TYPE
     if "v41" in model_type.lower() or "v41" in arch.lower().replace("_", "").replace(".", ""):
         raise UnsupportedCheckpointError(
             f"{where}: {arch} is DeepSeek-V4.1, another architecture; dsv4 serves V4-Flash and V4-Pro, use the engine's own V4.1"
@@ -200,18 +227,25 @@ def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _number(raw: Mapping[str, Any], key: str, where: str) -> Any:
     value = _need(raw, key, where)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _TOO_LARGE:  # refuses nan and inf too
         raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a positive number")
     return value
 
 
+def _count(raw: Mapping[str, Any], key: str, where: str) -> int:
+    value = _number(raw, key, where)
+    if value != int(value):
+        raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a whole number")
+    return int(value)
+
+
 def _read(raw: Mapping[str, Any], where: str) -> V4Config:
-    num_layers = _number(raw, "num_hidden_layers", where)
+    num_layers = _count(raw, "num_hidden_layers", where)
     kinds, draft_slots = _layer_kinds(raw, num_layers, where)
     routings = _routings(raw, num_layers, where)
     draft, num_draft_layers = _draft(raw, draft_slots)
     ints: dict[str, Any] = {
-        key: int(_number(raw, key, where))
+        key: _count(raw, key, where)
         for key in (
             "hidden_size", "num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank",
             "sliding_window", "index_n_heads", "index_head_dim", "index_topk", "n_routed_experts",
@@ -286,13 +320,15 @@ def _draft(raw: Mapping[str, Any], draft_slots: int) -> tuple[DraftKind, int]:
 
 def _rope_dim(raw: Mapping[str, Any], head_dim: int, where: str) -> int:
     if raw.get("qk_rope_head_dim") is not None:
-        return int(_number(raw, "qk_rope_head_dim", where))
+        return _count(raw, "qk_rope_head_dim", where)
     return int(head_dim * _number(raw, "partial_rotary_factor", where))
 
 
 def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
     nested = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or nested.get("compress") or nested
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"{where}: rope_parameters['compress'] is {scaling!r}, expected an object")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return None
@@ -302,7 +338,7 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
         factor=float(_number(scaling, "factor", f"{where}: rope_scaling")),
         beta_fast=float(_number(scaling, "beta_fast", f"{where}: rope_scaling")),
         beta_slow=float(_number(scaling, "beta_slow", f"{where}: rope_scaling")),
-        original_max_position_embeddings=int(_number(scaling, "original_max_position_embeddings", f"{where}: rope_scaling")),
+        original_max_position_embeddings=_count(scaling, "original_max_position_embeddings", f"{where}: rope_scaling"),
     )
 
 
@@ -326,7 +362,8 @@ def _check(raw: Mapping[str, Any], c: V4Config, where: str) -> None:
             raise ConfigError(f"{where}: {key} is {raw[key]!r}, DeepSeek-V4 has {want!r}")
     quant = raw.get("quantization_config") or {}
     if quant and (
-        quant.get("quant_method") not in ("fp8", "deepseek_v4_fp8") or list(quant.get("weight_block_size") or []) != [FP8_BLOCK] * 2
+        quant.get("quant_method") not in ("fp8", "deepseek_v4_fp8")
+        or quant.get("weight_block_size") not in ([FP8_BLOCK] * 2, (FP8_BLOCK,) * 2)
     ):
         raise UnsupportedCheckpointError(
             f"{where}: quantization_config is {quant.get('quant_method')!r} with weight_block_size {quant.get('weight_block_size')};"
