@@ -6,8 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4.tiny import write_tiny
+
+# Tensors here are small: a second thread gains nothing, and triples the time as soon as something else runs.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 
