@@ -6,6 +6,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+import vllm
 from dsv4.ops import registry
 
 STATUS_PATH = "/dsv4/status"
@@ -20,6 +21,7 @@ def worker_status(worker: Any) -> dict[str, Any]:
     ours = type(model).__module__.startswith("dsv4_vllm")
     return {
         "rank": worker.rank,
+        "vllm_version": vllm.__version__,
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "served_by_dsv4": ours,
         "attention_backends": sorted({cache.get_attn_backend().get_name() for cache in caches}),

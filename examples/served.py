@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server in a process of its own, on loopback: started, waited for, asked, and stopped. For demos, tests, benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HOST = "127.0.0.1"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# A machine without a GPU: eager mode, and a KV pool of a size instead of a share of all memory.
+VLLM_CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(192 << 20), "--max-model-len", "1200", "--max-num-seqs", "16")
+VLLM_CHAT_ARGS = (
+    "--tokenizer-mode", "deepseek_v4", "--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice", "--reasoning-parser", "deepseek_v4",
+)  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind((HOST, 0))
+        return int(s.getsockname()[1])
+
+
+def vllm_serve(folder: str | Path, *args: str, dtype: str = "float32") -> list[str]:
+    """The `vllm serve` command line for a tiny checkpoint, with the executable of this environment."""
+    return [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--dtype", dtype, *VLLM_CPU_ARGS, *VLLM_CHAT_ARGS, *args]
+
+
+class Server:
+    """`with Server(command) as server:`; the command gets --host and --port. Its log is kept in a temporary file."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str] | None = None, ready_timeout_s: float = 240, health: str = "/health") -> None:
+        self.port = free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.command = [*command, "--host", HOST, "--port", str(self.port)]
+        self.env = os.environ | OFFLINE | (env or {})
+        self.ready_timeout_s, self.health = ready_timeout_s, health
+        self.ready_s = 0.0
+
+    def __enter__(self) -> Server:
+        self.start()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+        self._log.close()
+
+    def start(self) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        self.started = time.monotonic()
+        # Its own process group, so that nothing it starts outlives a failed test.
+        self.process = subprocess.Popen(self.command, stdout=self._log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True)
+
+    def wait_ready(self) -> None:
+        """Return once `health` answers. Raises RuntimeError with the log's end when the server ends or stays silent."""
+        while time.monotonic() - self.started < self.ready_timeout_s:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with exit code {self.process.returncode}:\n{self.log()[-6000:]}")
+            try:
+                with urllib.request.urlopen(self.url + self.health, timeout=2):
+                    self.ready_s = time.monotonic() - self.started
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        self.kill()
+        raise RuntimeError(f"the server was not ready after {self.ready_timeout_s:.0f} s:\n{self.log()[-6000:]}")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            body = response.read()
+        return json.loads(body) if body else None
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        with self.open(path, body) as response:
+            return json.load(response)
+
+    def open(self, path: str, body: dict[str, Any]) -> Any:
+        """The response itself, for streams."""
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=300)
+
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def stop(self, timeout_s: float = 60) -> int:
+        """SIGTERM to the server alone, as an orchestrator would; returns its exit code. Kills the group after `timeout_s`."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        if self.group_is_alive():
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def group_is_alive(self) -> bool:
+        """Whether any process the server started is still there."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real vLLM engine against HF transformers in fp32, on every path that reads or writes a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from vllm_engine import ENV_DIR, RUNNER_V2, Oracle, assert_equal, compare, engine_args, request, run
+
+# Around every boundary: entries (4, 128), windows (128), state pages (4, 8), pages (64, 256), prefix blocks (256).
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 31, 63, 64, 65, 127, 128, 129, 131, 255, 256, 257, 383, 511, 512, 513, 641, 767, 769, 1023, 1025, 1100)
+WHOLE = 2048
+
+
+def _prompts(text: list[int]) -> list[dict]:
+    return [request(text[:n]) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("budget", [WHOLE, 200, 48, 16])
+def test_flash_prompts_of_every_boundary_length_in_any_chunking(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], budget: int) -> None:
+    """Whole and chunked prefill, eight ragged requests at a time."""
+    result = run(engine_args(tiny_flash, max_num_batched_tokens=budget), [_prompts(flash_text)])
+    assert_equal(result, flash_oracle, least=0.95)
+
+
+@pytest.mark.parametrize("budget", [WHOLE, 200, 48, 16])
+def test_pro_prompts_of_every_boundary_length_in_any_chunking(tiny_pro: Path, pro_oracle: Oracle, pro_text: list[int], budget: int) -> None:
+    result = run(engine_args(tiny_pro, max_num_batched_tokens=budget), [_prompts(pro_text)])
+    assert_equal(result, pro_oracle, least=0.95)
+
+
+def test_decoding_from_one_token_passes_every_length(tiny_flash: Path, flash_oracle: Oracle) -> None:
+    """Eight requests start from one token each and decode to length 1100: each length is compared in at least one."""
+    result = run(engine_args(tiny_flash), [[request([first], 1099, prompt_logprobs=False) for first in range(40, 48)]])
+    c = assert_equal(result, flash_oracle, least=0.3)
+    assert c.lengths >= set(range(1, 1100))
+
+
+def test_prefix_cache_hits_equal_cold_runs(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    """Hits of 256, 512, 768 and 1024 tokens, each continued differently; unowned pages are NaN."""
+    first = [request(flash_text[:1030], 8, prompt_logprobs=False)]
+    again = [request(flash_text[:n] + flash_text[30 : 30 + k], 12, prompt_logprobs=False) for n, k in ((300, 5), (513, 40), (800, 1), (1024, 3))]
+    result = run(engine_args(tiny_flash), [first, again], poison=True)
+    assert [o["cached"] for o in result["phases"][0]] == [0]
+    assert [o["cached"] for o in result["phases"][1]] == [256, 512, 768, 1024]
+    assert_equal(result, flash_oracle)
+
+
+def test_preempted_requests_resume_exactly(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    """A pool too small for eight growing requests: some are preempted and recomputed; unowned pages are NaN."""
+    prompts = [request(flash_text[40 * i : 40 * i + 20 + 10 * i], 250, prompt_logprobs=False) for i in range(8)]
+    engine = engine_args(tiny_flash, max_model_len=512, max_num_batched_tokens=32, kv_cache_memory_bytes=24 << 20)
+    result = run(engine, [prompts], poison=True)
+    assert result["preemptions"] > 0
+    assert result["poisoned_pages"] > 0
+    assert_equal(result, flash_oracle, least=0.5)
+
+
+def test_nan_in_unowned_pages_changes_nothing(tiny_pro: Path, pro_oracle: Oracle, pro_text: list[int]) -> None:
+    """Without prefix caching every free page is poisoned before every step, so each page starts its life as NaN."""
+    prompts = [request(pro_text[:n], 30) for n in (1, 3, 70, 129, 260, 400, 515, 700)]
+    result = run(engine_args(tiny_pro, max_num_batched_tokens=48, enable_prefix_caching=False), [prompts, prompts[:3]], poison=True)
+    assert result["poisoned_pages"] > 0
+    assert_equal(result, pro_oracle)
+
+
+def test_two_tensor_parallel_ranks_equal_one(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    engine = engine_args(tiny_flash, tensor_parallel_size=2)
+    prompts = [request(flash_text[:n], 8) for n in (1, 65, 130, 400, 700)]
+    result = run(engine, [prompts], env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    assert [w["rank"] for w in result["workers"]] == [0, 1]
+    assert_equal(result, flash_oracle)
+
+
+def test_model_runner_v2_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    """The runner GPU users get, here through the Triton interpreter."""
+    prompts = [request(flash_text[:n], 6) for n in (1, 64, 129, 300, 520)]
+    result = run(engine_args(tiny_flash), [prompts], env=RUNNER_V2)
+    assert result["workers"][0]["model_runner"].startswith("vllm.v1.worker.gpu.") or "V2" in result["workers"][0]["model_runner"]
+    assert_equal(result, flash_oracle)
+
+
+def test_vllm_0_33_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    """The newest supported version, from its unpacked wheel in front of the installed one."""
+    folder = ENV_DIR / "vllm-0.33.0"
+    if not (folder / ".unpacked").exists():
+        pytest.skip(f"{folder} is missing; `make env` unpacks it")
+    prompts = [request(flash_text[:n], 6) for n in (1, 64, 129, 257, 700)]
+    again = [request(flash_text[:600] + [5, 6, 7], 6, prompt_logprobs=False)]
+    result = run(engine_args(tiny_flash), [prompts, again], env={"PYTHONPATH": str(folder)})
+    assert result["workers"][0]["vllm_version"].startswith("0.33.")
+    assert result["phases"][1][0]["cached"] == 512
+    assert_equal(result, flash_oracle)
+
+
+def test_the_comparison_sees_a_wrong_logprob(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    """The harness itself: a result that is off by one part in a thousand is caught."""
+    want, _ = flash_oracle(flash_text[:40])
+    output = {"prompt": flash_text[:30], "tokens": flash_text[30:40], "prompt_logprobs": want[:29].tolist(), "logprobs": want[29:].tolist()}
+    assert compare({"phases": [[output]]}, flash_oracle).worst < 1e-5
+    output["logprobs"][3] += 1e-3
+    assert compare({"phases": [[output]]}, flash_oracle).worst > 9e-4

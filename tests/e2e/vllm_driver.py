@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one vLLM engine in this process and prints what it generated: `python vllm_driver.py < plan.json > result.json`.
+
+The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record": file or None}; a request
+is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases one
+after another. `record` saves every row that was quantised, for replay through the reference model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def poison_unowned_pages(llm: Any) -> dict[str, int]:
+    """Before every step, fill each page that no request and no cached prefix owns with NaN, in every cache.
+
+    0xFF in every byte is NaN as fp32, bf16, e4m3 and ue8m0. Pages are poisoned while free, so a page that a request gets
+    later starts as NaN too. Returns a counter of poisoned pages.
+    """
+    from dsv4_vllm.attention import V4Cache
+
+    core = llm.llm_engine.engine_core.engine_core
+    pool = core.scheduler.kv_cache_manager.block_pool
+    runner = core.model_executor.driver_worker.worker.model_runner
+    caches = [m.kv_cache for m in runner.get_model().modules() if isinstance(m, V4Cache)]
+    execute, count = runner.execute_model, {"pages": 0}
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        unowned = [b.block_id for b in pool.blocks if b.is_null or (b.ref_cnt == 0 and b.block_hash is None)]
+        for cache in caches:
+            cache.view(torch.uint8)[torch.tensor(unowned)] = 0xFF
+        count["pages"] += len(unowned)
+        return execute(*args, **kwargs)
+
+    runner.execute_model = poisoned
+    return count
+
+
+def record_quantised(llm: Any) -> dict[str, list[Any]]:
+    """Collect what the engine stores in each cache, dequantised, and every index query: {cache prefix or "query": [tensor]}.
+
+    Only meaningful while one request runs at a time, so that rows of a cache arrive in token order.
+    """
+    from dsv4.ops import registry
+    from dsv4.ops.attention import reference as attention
+    from dsv4.ops.compressor import reference as compressor
+    from dsv4.ops.indexer import reference as indexer
+    from dsv4.ops.quant.reference import decode_row, encode_row
+    from dsv4_vllm.attention import V4Cache
+
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    prefixes = {m.pages.data.data_ptr(): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)}
+    rows_of: dict[str, list[Any]] = {"query": []}
+    store, prepare = attention.store_rows, indexer.prepare_query
+
+    def recorded_store(pages: Any, slots: Any, rows: Any, rope_dim: int) -> None:
+        store(pages, slots, rows, rope_dim)
+        if pages.packed:
+            kept = rows[slots >= 0]
+            values = decode_row(*encode_row(kept, pages.format, rope_dim), pages.format, rope_dim)
+            rows_of.setdefault(prefixes[pages.data.data_ptr()], []).append(values.clone())
+
+    def recorded_prepare(*args: Any) -> Any:
+        query = prepare(*args)
+        rows_of["query"].append((query.values.clone(), query.weights.clone()))
+        return query
+
+    attention.store_rows = compressor.store_rows = recorded_store
+    indexer.prepare_query = recorded_prepare
+    registry.forget_choices()
+    return rows_of
+
+
+def describe(output: Any) -> dict[str, Any]:
+    """A request's tokens and the log-probability of each prompt token (but the first) and each generated one."""
+    completion = output.outputs[0]
+    generated = [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+    prompt = None
+    if output.prompt_logprobs is not None:
+        prompt = [entry[token].logprob for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+    return {
+        "prompt": list(output.prompt_token_ids),
+        "tokens": list(completion.token_ids),
+        "prompt_logprobs": prompt,
+        "logprobs": generated,
+        "cached": output.num_cached_tokens,
+    }
+
+
+def main() -> None:
+    plan = json.load(sys.stdin)
+    out, sys.stdout = sys.stdout, sys.stderr
+    from vllm import LLM, SamplingParams
+
+    start = time.monotonic()
+    llm = LLM(enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, **plan["engine"])
+    ready = time.monotonic() - start
+    poisoned = poison_unowned_pages(llm) if plan.get("poison") else {"pages": 0}
+    recorded = record_quantised(llm) if plan.get("record") else None
+    phases = []
+    for phase in plan["phases"]:
+        params = [
+            SamplingParams(
+                max_tokens=r["max_tokens"], temperature=0, detokenize=False, ignore_eos=True, logprobs=0,
+                prompt_logprobs=0 if r.get("prompt_logprobs") else None,
+            )
+            for r in phase
+        ]  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": r["prompt"]} for r in phase], params, use_tqdm=False)
+        phases.append([describe(o) for o in outputs])
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    result = {
+        "ready_s": ready,
+        "phases": phases,
+        "preemptions": metrics.get("vllm:num_preemptions", 0),
+        "poisoned_pages": poisoned["pages"],
+        "workers": llm.collective_rpc("dsv4_status"),
+    }
+    if recorded is not None:
+        import torch
+
+        torch.save(recorded, plan["record"])
+    json.dump(result, out)
+
+
+if __name__ == "__main__":
+    main()
