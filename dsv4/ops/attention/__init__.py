@@ -3,12 +3,16 @@
 
 from torch import Tensor
 
+from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.pages import Pages
 from dsv4.ops.registry import register, resolve
 
 register("attention.norm_rope_store", "dsv4.ops.attention.reference:norm_rope_store")
 register("attention.sparse", "dsv4.ops.attention.reference:sparse_attention")
 register("attention.output_a", "dsv4.ops.attention.reference:output_a")
+register("attention.norm_rope_store", "dsv4.ops.attention.triton:norm_rope_store", "triton", refuse_triton)
+register("attention.sparse", "dsv4.ops.attention.triton:sparse_attention", "triton", refuse_triton)
+register("attention.output_a", "dsv4.ops.attention.triton:output_a", "triton", refuse_triton)
 
 
 def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: Pages, slots: Tensor) -> Tensor:

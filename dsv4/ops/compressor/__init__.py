@@ -3,11 +3,14 @@
 
 from torch import Tensor
 
+from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.pages import Pages
 from dsv4.ops.registry import register, resolve
 
 register("compressor.save_state", "dsv4.ops.compressor.reference:save_state")
 register("compressor.compress_store", "dsv4.ops.compressor.reference:compress_store")
+register("compressor.save_state", "dsv4.ops.compressor.triton:save_state", "triton", refuse_triton)
+register("compressor.compress_store", "dsv4.ops.compressor.triton:compress_store", "triton", refuse_triton)
 
 
 def save_state(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, state: Pages, slots: Tensor) -> None:

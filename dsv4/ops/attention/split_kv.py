@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse attention over window, compressed entries and sink: split-KV decode, and prefill as one split.
+
+A program holds a block of one token's heads and walks a part of the token's keys, gathered by slot. K and V are the same
+row, cut in four pieces (256 + 128 + 64 quantised channels, 64 rotated ones): a whole row of 512 would cost 128 registers
+a lane. Each part leaves its own normalised output and log-sum-exp; `combine_kernel` joins them and adds the sink.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.ops import check
+from dsv4.ops.kernels import packed_decode, processors
+from dsv4.ops.pages import Pages
+from dsv4.ops.quant.triton import dequantize_e4m3, format_code, ue8m0_value
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+MAX_SPLITS = 64
+KEYS_PER_SPLIT = 64  # fewer keys than this do not pay for another part
+
+
+@dataclass(frozen=True)
+class Tile:
+    """heads and keys of one program's tile."""
+
+    heads: int
+    keys: int
+    num_warps: int
+
+
+def tile_for(num_heads: int) -> Tile:
+    """32 heads gather and decode half as often as 16; 64 spill kilobytes of registers below sm90."""
+    return Tile(16, 32, 4) if num_heads <= 16 else Tile(32, 32, 8)
+
+
+def splits_for(num_tokens: int, head_blocks: int, max_keys: int, device: torch.device) -> int:
+    """Parts per token that fill the device twice, from host integers alone, so that a captured graph keeps its shape."""
+    wanted = triton.cdiv(2 * processors(device), num_tokens * head_blocks)
+    return max(1, min(wanted, max_keys // KEYS_PER_SPLIT, MAX_SPLITS))
+
+
+@triton.jit
+def _keys(
+    pages, rows_at, scales_at, ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr, OUT: tl.constexpr, PTX: tl.constexpr
+):
+    """Channels FIRST .. FIRST + WIDTH of the rows, [BN, WIDTH] OUT; rows that are not ok are never read, and are 0."""
+    d = tl.arange(0, WIDTH)
+    if FORMAT == 0:
+        return tl.load(pages + (rows_at[:, None] + (FIRST + d)[None, :]), mask=ok[:, None], other=0.0).to(OUT)
+    GROUPS: tl.constexpr = WIDTH // 64
+    codes = tl.load(pages + (rows_at[:, None] + (FIRST + d)[None, :]), mask=ok[:, None], other=0)
+    scale_bytes = tl.load(pages + (scales_at[:, None] + (FIRST // 64 + tl.arange(0, GROUPS))[None, :]), mask=ok[:, None], other=127)
+    codes = tl.reshape(codes, [codes.shape[0], GROUPS, 64])
+    values = dequantize_e4m3(codes, ue8m0_value(scale_bytes)[:, :, None], OUT, PTX)
+    return tl.reshape(values, [codes.shape[0], WIDTH])
+
+
+@triton.jit
+def _rotated_keys(pages, rows_at, ok, FORMAT: tl.constexpr, OUT: tl.constexpr):
+    """The last 64 channels, [BN, 64] OUT."""
+    d = tl.arange(0, 64)
+    if FORMAT == 0:
+        at = pages + (rows_at[:, None] + (448 + d)[None, :])
+    else:  # bf16 behind 448 bytes
+        at = pages.to(tl.pointer_type(tl.bfloat16)) + ((rows_at // 2)[:, None] + (224 + d)[None, :])
+    return tl.load(at, mask=ok[:, None], other=0.0).to(OUT)
+
+
+@triton.jit
+def _attend(
+    q0, q1, q2, q3, m, total, a0, a1, a2, a3,
+    pages, page_stride, num_slots, slots, first, last, scale_log2,
+    ROWS: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys at places first .. last of `slots` into the running maximum, sum and output."""
+    OUT: tl.constexpr = q0.dtype
+    for start in range(first, last, BN):
+        place = start + tl.arange(0, BN)
+        slot = tl.load(slots + place, mask=place < last, other=-1)
+        ok = (slot >= 0) & (slot < num_slots)
+        slot = tl.where(ok, slot, 0)
+        page_at = (slot // ROWS).to(tl.int64) * page_stride
+        row = slot % ROWS
+        if FORMAT == 0:
+            rows_at = page_at + row * 512
+            scales_at = rows_at
+        else:
+            rows_at = page_at + row * 576
+            scales_at = page_at + ROWS * 576 + row * 8
+        k0 = _keys(pages, rows_at, scales_at, ok, 0, 256, FORMAT, OUT, PTX)
+        k1 = _keys(pages, rows_at, scales_at, ok, 256, 128, FORMAT, OUT, PTX)
+        k2 = _keys(pages, rows_at, scales_at, ok, 384, 64, FORMAT, OUT, PTX)
+        k3 = _rotated_keys(pages, rows_at, ok, FORMAT, OUT)
+        s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
+        s = tl.dot(q3, tl.trans(k3), s, input_precision="ieee")
+        s = tl.where(ok[None, :], s * scale_log2, float("-inf"))  # [HB, BN]
+        m_next = tl.maximum(m, tl.max(s, 1))
+        # Without a valid key so far the maximum is -inf, and -inf - -inf is NaN.
+        m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)
+        p = tl.exp2(s - m_safe[:, None])
+        keep = tl.exp2(m - m_safe)
+        total = total * keep + tl.sum(p, 1)
+        p = p.to(OUT)
+        a0 = tl.dot(p, k0, a0 * keep[:, None], input_precision="ieee")
+        a1 = tl.dot(p, k1, a1 * keep[:, None], input_precision="ieee")
+        a2 = tl.dot(p, k2, a2 * keep[:, None], input_precision="ieee")
+        a3 = tl.dot(p, k3, a3 * keep[:, None], input_precision="ieee")
+        m = m_next
+    return m, total, a0, a1, a2, a3
+
+
+@triton.jit
+def attend_kernel(
+    q, q_token_stride, q_head_stride,
+    window, window_page_stride, window_num_slots, window_slots, window_slots_stride, window_lens, W,
+    entries, entries_page_stride, entries_num_slots, entry_slots, entry_slots_stride, entry_row, entry_lens, K,
+    sink, out, lse, part_out, part_lse, scale_log2, n_split,
+    H: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
+    WINDOW_ROWS: tl.constexpr, WINDOW_FORMAT: tl.constexpr, ENTRY_ROWS: tl.constexpr, ENTRY_FORMAT: tl.constexpr,
+    HAS_ENTRIES: tl.constexpr, ONE_SPLIT: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """grid (T, cdiv(H, HB), n_split). A token's keys are its window, then its entries; each split takes an equal share of
+    the keys that the token really has. part_out [T, n_split, H, 512] fp32, part_lse [T, n_split, H] fp32 in log2 units."""
+    t = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    h = tl.program_id(1) * HB + tl.arange(0, HB)
+    inside = h < H
+    q_at = q + t * q_token_stride + h[:, None] * q_head_stride
+    q0 = tl.load(q_at + tl.arange(0, 256)[None, :], mask=inside[:, None], other=0.0)
+    q1 = tl.load(q_at + 256 + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
+    q2 = tl.load(q_at + 384 + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+    q3 = tl.load(q_at + 448 + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+    m = tl.full([HB], float("-inf"), tl.float32)
+    total = tl.zeros([HB], tl.float32)
+    a0 = tl.zeros([HB, 256], tl.float32)
+    a1 = tl.zeros([HB, 128], tl.float32)
+    a2 = tl.zeros([HB, 64], tl.float32)
+    a3 = tl.zeros([HB, 64], tl.float32)
+
+    num_window = tl.minimum(tl.maximum(tl.load(window_lens + t), 0), W)
+    num_entries = 0
+    if HAS_ENTRIES:
+        num_entries = tl.minimum(tl.maximum(tl.load(entry_lens + t), 0), K)
+    num_keys = num_window + num_entries
+    share = tl.cdiv(tl.cdiv(num_keys, BN), n_split) * BN
+    first = split * share
+    last = tl.minimum(first + share, num_keys)
+    m, total, a0, a1, a2, a3 = _attend(
+        q0, q1, q2, q3, m, total, a0, a1, a2, a3,
+        window, window_page_stride, window_num_slots, window_slots + t * window_slots_stride,
+        first, tl.minimum(last, num_window), scale_log2, WINDOW_ROWS, WINDOW_FORMAT, BN, PTX,
+    )  # fmt: skip
+    if HAS_ENTRIES:
+        row = tl.load(entry_row + t).to(tl.int64)
+        m, total, a0, a1, a2, a3 = _attend(
+            q0, q1, q2, q3, m, total, a0, a1, a2, a3,
+            entries, entries_page_stride, entries_num_slots, entry_slots + row * entry_slots_stride,
+            tl.maximum(first - num_window, 0), last - num_window, scale_log2, ENTRY_ROWS, ENTRY_FORMAT, BN, PTX,
+        )  # fmt: skip
+
+    some = total > 0
+    log_total = m + tl.log2(tl.where(some, total, 1.0))
+    if ONE_SPLIT:
+        with_sink = total + tl.exp2(tl.load(sink + h, mask=inside, other=0.0) * 1.4426950408889634 - tl.where(some, m, 0.0))
+        scale = tl.where(some, 1.0 / with_sink, 0.0)[:, None]
+        o = out + (t * H + h[:, None]) * 512
+        tl.store(lse + t * H + h, tl.where(some, log_total * 0.6931471805599453, float("-inf")), mask=inside)
+    else:
+        scale = tl.where(some, 1.0 / total, 0.0)[:, None]
+        part = t * n_split + split
+        o = part_out + (part * H + h[:, None]) * 512
+        tl.store(part_lse + part * H + h, tl.where(some, log_total, float("-inf")), mask=inside)
+        inside = inside & some  # a part without keys is never read back
+    kind = o.dtype.element_ty
+    tl.store(o + tl.arange(0, 256)[None, :], (a0 * scale).to(kind), mask=inside[:, None])
+    tl.store(o + 256 + tl.arange(0, 128)[None, :], (a1 * scale).to(kind), mask=inside[:, None])
+    tl.store(o + 384 + tl.arange(0, 64)[None, :], (a2 * scale).to(kind), mask=inside[:, None])
+    tl.store(o + 448 + tl.arange(0, 64)[None, :], (a3 * scale).to(kind), mask=inside[:, None])
+
+
+@triton.jit
+def combine_kernel(part_out, part_lse, sink, out, lse, n_split, H: tl.constexpr, SPLITS: tl.constexpr):
+    """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a power of two >= n_split."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    d = tl.arange(0, 512)
+    split = tl.arange(0, SPLITS)
+    part = (t * n_split + split) * H + h
+    logs = tl.load(part_lse + part, mask=split < n_split, other=float("-inf"))
+    m = tl.max(logs, 0)
+    some = m > float("-inf")
+    m = tl.where(some, m, 0.0)
+    total = tl.sum(tl.exp2(logs - m), 0)
+    with_sink = total + tl.exp2(tl.load(sink + h) * 1.4426950408889634 - m)
+    o = tl.zeros([512], tl.float32)
+    for i in range(n_split):
+        at = (t * n_split + i) * H + h
+        log = tl.load(part_lse + at)
+        # An empty part wrote no output.
+        written = tl.where(log > float("-inf"), 512, 0)
+        row = tl.load(part_out + at * 512 + d, mask=d < written, other=0.0)
+        o += row * tl.exp2(log - m)
+    tl.store(out + (t * H + h) * 512 + d, tl.where(some, o / with_sink, 0.0).to(out.dtype.element_ty))
+    tl.store(lse + t * H + h, tl.where(some, (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf")))
+
+
+def sparse_attention(
+    q: Tensor,
+    window: Pages,
+    window_slots: Tensor,
+    window_lens: Tensor,
+    entries: Pages | None,
+    entry_slots: Tensor | None,
+    entry_row: Tensor | None,
+    entry_lens: Tensor | None,
+    sink: Tensor,
+    rope_dim: int,
+    n_split: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.sparse_attention`. n_split: parts per token; None chooses from shapes. Raises ValueError for rows
+    other than V4's 448 + 64 channels."""
+    num_tokens, num_heads, dim = q.shape
+    if (dim, rope_dim) != (512, 64):
+        raise ValueError(f"the kernel is written for rows of 448 + 64 channels, not {dim - rope_dim} + {rope_dim}")
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if num_tokens == 0:
+        return out, lse
+    check.slots("attention.sparse", window_slots, window, window_lens)
+    has_entries = False
+    if entries is None or entry_slots is None or entry_row is None or entry_lens is None:
+        entries, entry_slots, entry_row, entry_lens = window, window_slots[:, :0], window_lens, window_lens
+    elif entry_slots.shape[1]:
+        has_entries = True
+        if check.enabled():
+            check.slots("attention.sparse", entry_slots[entry_row.long()], entries, entry_lens, entry_row)
+    tile = tile_for(num_heads)
+    head_blocks = triton.cdiv(num_heads, tile.heads)
+    n_split = n_split or splits_for(num_tokens, head_blocks, window_slots.shape[1] + entry_slots.shape[1], q.device)
+    parts, part_lse = out, lse
+    if n_split > 1:
+        parts = torch.empty(num_tokens, n_split, num_heads, dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(num_tokens, n_split, num_heads, dtype=torch.float32, device=q.device)
+    attend_kernel[(num_tokens, head_blocks, n_split)](
+        q, q.stride(0), q.stride(1),
+        window.data, window.data.stride(0), window.data.shape[0] * window.rows,
+        window_slots, window_slots.stride(0), window_lens, window_slots.shape[1],
+        entries.data, entries.data.stride(0), entries.data.shape[0] * entries.rows,
+        entry_slots, entry_slots.stride(0), entry_row, entry_lens, entry_slots.shape[1],
+        sink, out, lse, parts, part_lse, dim**-0.5 * LOG2_E, n_split,
+        H=num_heads, HB=tile.heads, BN=tile.keys,
+        WINDOW_ROWS=window.rows, WINDOW_FORMAT=format_code(window.format),
+        ENTRY_ROWS=entries.rows, ENTRY_FORMAT=format_code(entries.format),
+        HAS_ENTRIES=has_entries, ONE_SPLIT=n_split == 1, PTX=packed_decode(q.device), num_warps=tile.num_warps,
+    )  # fmt: skip
+    if n_split > 1:
+        combine_kernel[(num_tokens, num_heads)](
+            parts, part_lse, sink, out, lse, n_split, H=num_heads, SPLITS=triton.next_power_of_2(n_split), num_warps=4
+        )
+    return out, lse

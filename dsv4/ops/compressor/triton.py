@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the compressor; every function here has its twin in `compressor/reference.py`."""
+
+from __future__ import annotations
+
+import torch  # noqa: F401  the GPU driver Triton launches through
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.ops import check
+from dsv4.ops.pages import Pages
+from dsv4.ops.quant.triton import format_code, hadamard_sign, rotate_pairs, store_row
+
+ROWS_AT_ONCE = 8  # all rows of a CSA entry; an HCA entry takes 16 rounds
+
+
+@triton.jit
+def save_state_kernel(
+    kv, kv_stride, gate, gate_stride, ape, positions, pages, page_stride, num_slots, slots,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """grid (T,): write one token's [kv | gate + ape[position % RATIO]]."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + t)
+    if (slot >= 0) & (slot < num_slots):
+        c = tl.arange(0, BLOCK)
+        inside = c < WIDTH
+        at = pages + (slot // ROWS).to(tl.int64) * page_stride + (slot % ROWS) * (2 * WIDTH)
+        bias = tl.load(ape + (tl.load(positions + t) % RATIO) * WIDTH + c, mask=inside)
+        tl.store(at + c, tl.load(kv + t * kv_stride + c, mask=inside), mask=inside)
+        tl.store(at + WIDTH + c, tl.load(gate + t * gate_stride + c, mask=inside) + bias, mask=inside)
+
+
+def save_state(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, state: Pages, slots: Tensor) -> None:
+    """See `reference.save_state`."""
+    num_tokens, width = kv.shape
+    if num_tokens == 0:
+        return
+    check.slots("compressor.save_state", slots, state)
+    save_state_kernel[(num_tokens,)](
+        kv, kv.stride(0), gate, gate.stride(0), ape, positions, state.data, state.data.stride(0), state.data.shape[0] * state.rows, slots,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), RATIO=ape.shape[0], ROWS=state.rows, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def compress_store_kernel(
+    state, state_page_stride, state_pages, block_table, block_table_stride, block_table_width, request_of_token, positions,
+    entry_slots, norm_weight, eps, cos_sin, cache, cache_page_stride, cache_num_slots,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr,
+    STATE_ROWS: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """grid (T,): the tokens that complete no entry leave at once; the others pool OVERLAP * RATIO rows, BR at a time."""
+    t = tl.program_id(0).to(tl.int64)
+    entry_slot = tl.load(entry_slots + t)
+    if (entry_slot >= 0) & (entry_slot < cache_num_slots):
+        position = tl.load(positions + t).to(tl.int32)
+        table = block_table + tl.load(request_of_token + t).to(tl.int64) * block_table_stride
+        d = tl.arange(0, D)
+        m = tl.full([D], float("-inf"), tl.float32)
+        weight = tl.zeros([D], tl.float32)
+        pooled = tl.zeros([D], tl.float32)
+        for start in range(0, OVERLAP * RATIO, BR):
+            r = start + tl.arange(0, BR)  # oldest first
+            at = position - (OVERLAP * RATIO - 1) + r
+            at_page = tl.maximum(at, 0) // STATE_ROWS
+            exists = (at >= 0) & (at_page < block_table_width)
+            page = tl.load(table + at_page, mask=exists, other=-1)
+            exists = exists & (page >= 0) & (page < state_pages)
+            row = tl.where(exists, page, 0).to(tl.int64) * state_page_stride + (tl.maximum(at, 0) % STATE_ROWS) * (2 * OVERLAP * D)
+            if OVERLAP == 2:  # columns A of the window before, columns B of the entry's own
+                row += tl.where(r < RATIO, 0, D)
+            cell = state + row[:, None] + d[None, :]
+            kv = tl.load(cell, mask=exists[:, None], other=0.0)  # [BR, D]
+            score = tl.load(cell + OVERLAP * D, mask=exists[:, None], other=float("-inf"))
+            m_next = tl.maximum(m, tl.max(score, 0))
+            m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)
+            p = tl.exp(score - m_safe[None, :])
+            keep = tl.exp(m - m_safe)
+            weight = weight * keep + tl.sum(p, 0)
+            pooled = pooled * keep + tl.sum(p * kv, 0)
+            m = m_next
+        pooled = pooled / weight
+        y = pooled * tl.rsqrt(tl.sum(pooled * pooled, 0) / D + eps) * tl.load(norm_weight + d).to(tl.float32)
+        row_out = rotate_pairs(tl.reshape(y, [1, D]), cos_sin + t * ROPE, D - ROPE, ROPE, D)  # [1, D]
+        if FORMAT >= 2:  # packed index keys
+            x = tl.reshape(row_out, [D]).to(tl.bfloat16).to(tl.float32)
+            row_out = tl.reshape(tl.sum(x[:, None] * hadamard_sign(D), 0) * (D**-0.5), [1, D])
+        page_out = cache + (entry_slot // ROWS).to(tl.int64) * cache_page_stride
+        store_row(page_out, entry_slot % ROWS, row_out, D, ROPE, ROWS, FORMAT)
+
+
+def compress_store(
+    state: Pages,
+    state_block_table: Tensor,
+    request_of_token: Tensor,
+    positions: Tensor,
+    entry_slots: Tensor,
+    ratio: int,
+    overlap: int,
+    norm_weight: Tensor,
+    eps: float,
+    entry_cos_sin: Tensor,
+    cache: Pages,
+) -> None:
+    """See `reference.compress_store`."""
+    if positions.numel() == 0:
+        return
+    check.slots("compressor.compress_store", entry_slots, cache, request_of_token=request_of_token)
+    dim = norm_weight.shape[0]
+    compress_store_kernel[(positions.shape[0],)](
+        state.data, state.data.stride(0), state.data.shape[0],
+        state_block_table, state_block_table.stride(0), state_block_table.shape[1], request_of_token, positions,
+        entry_slots, norm_weight, eps, entry_cos_sin, cache.data, cache.data.stride(0), cache.data.shape[0] * cache.rows,
+        RATIO=ratio, OVERLAP=overlap, D=dim, ROPE=entry_cos_sin.shape[1], BR=min(ROWS_AT_ONCE, overlap * ratio),
+        STATE_ROWS=state.rows, ROWS=cache.rows, FORMAT=format_code(cache.format), num_warps=4,
+    )  # fmt: skip

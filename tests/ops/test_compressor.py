@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw contributions are kept, and windows pooled into entries, as the twin does it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.kv_layout import IndexFormat, KvFormat
+from dsv4.ops import compressor
+from dsv4.ops.compressor import reference
+from dsv4.ops.mhc.reference import rms_norm
+from dsv4.ops.pages import Pages, RowsFormat
+from dsv4.ops.quant.reference import hadamard, load_rows, row_widths
+from dsv4.ops.rope import apply_rope, cos_sin
+from kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
+
+EPS = 1e-6
+FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)
+
+
+def state_pages(num_tokens: int, rows: int, overlap: int, dim: int) -> tuple[Pages, Tensor]:
+    """Pages for num_tokens tokens of two requests, and their shuffled block table [2, n]."""
+    n = -(-num_tokens // rows)
+    pages = make_pages(KvFormat.PLAIN, 2 * n + 1, rows, 2 * overlap * dim, torch.float32)
+    return pages, (torch.randperm(2 * n) + 1).int().view(2, n)
+
+
+@pytest.mark.parametrize(("num_tokens", "ratio", "overlap", "dim"), [(1, 4, 2, 512), (2, 4, 2, 128), (63, 128, 1, 512), (257, 4, 2, 128)])
+def test_state_rows_are_the_twins_bit_for_bit(num_tokens: int, ratio: int, overlap: int, dim: int) -> None:
+    rows = 4 if ratio == 4 else 8
+    pages, table = state_pages(num_tokens, rows, overlap, dim)
+    positions = torch.arange(num_tokens) + 5
+    slots = table[0, torch.arange(num_tokens) // rows] * rows + torch.arange(num_tokens).int() % rows
+    slots[1::5] = -1
+    kv, gate = torch.randn(num_tokens, 2 * overlap * dim).chunk(2, -1)  # views with a stride, as the fused projection gives
+    ape = torch.randn(ratio, overlap * dim)
+    expected = clone_pages(pages)
+    compressor.save_state(kv, gate, ape, positions, pages, slots)
+    reference.save_state(kv, gate, ape, positions, expected, slots)
+    assert_bytes_equal(pages, expected)
+
+
+CASES = [
+    ("csa", 4, 2, 512, KvFormat.PLAIN, 64),
+    ("csa", 4, 2, 512, KvFormat.FP8_DS_MLA, 64),
+    ("hca", 128, 1, 512, KvFormat.PLAIN, 2),
+    ("hca", 128, 1, 512, KvFormat.FP8_DS_MLA, 2),
+    ("index", 4, 2, 128, IndexFormat.PLAIN, 64),
+    ("index", 4, 2, 128, IndexFormat.FP8, 64),
+    ("index", 4, 2, 128, IndexFormat.MXFP4, 64),
+]
+
+
+def bytes_of(pages: Pages, slots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Value bytes and scale bytes of rows."""
+    width, scale_width = row_widths(pages, dim, 64)
+    page, row = slots.long() // pages.rows, slots.long() % pages.rows
+    values = pages.data[page[:, None], row[:, None] * width + torch.arange(width)]
+    return values, pages.data[page[:, None], pages.rows * width + row[:, None] * scale_width + torch.arange(scale_width)]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "overlap", "dim", "row_format", "rows"), [c[1:] for c in CASES], ids=[f"{c[0]}-{c[4].value}" for c in CASES]
+)
+def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
+    ratio: int, overlap: int, dim: int, row_format: RowsFormat, rows: int
+) -> None:
+    """Two requests: one from position 0, whose first CSA entry has half its rows, one in the middle of its life."""
+    state_rows = 4 if ratio == 4 else 8
+    total = 3 * ratio + 3
+    state, table = state_pages(total, state_rows, overlap, dim)
+    for r in range(2):
+        at = torch.arange(total)
+        slots = table[r, at // state_rows] * state_rows + (at % state_rows).int()
+        first = 0 if r == 0 else ratio  # what the second request no longer owns stays NaN
+        row = torch.randn(total, 2 * overlap * dim)
+        reference.store_rows(state, slots[first:], row[first:], 0)
+    completes = {0: [ratio - 1, 2 * ratio - 1], 1: [3 * ratio - 1]}
+    request, positions = [], []
+    for r, ends in completes.items():
+        for end in ends:
+            request += [r, r]
+            positions += [end - 1, end]
+    request_of_token, positions_t = torch.tensor(request, dtype=torch.int32), torch.tensor(positions)
+    entry_slots = torch.full((len(positions),), -1, dtype=torch.int32)
+    entry_slots[1::2] = torch.tensor([0, rows - 1, 3 * rows - 1], dtype=torch.int32)  # exact page ends
+    cache = make_pages(row_format, 4, rows, dim)
+    expected = clone_pages(cache)
+    weight = torch.rand(dim) + 0.5
+    entry_table = cos_sin(positions_t // ratio * ratio, FREQ)
+    args = (state, table, request_of_token, positions_t, entry_slots, ratio, overlap, weight, EPS, entry_table)
+    compressor.compress_store(*args, cache)
+    reference.compress_store(*args, expected)
+
+    kept = entry_slots >= 0
+    where = entry_slots[kept]
+    exact = exact_entries(state, table, request_of_token[kept], positions_t[kept], ratio, overlap, dim)
+    exact = apply_rope(rms_norm(exact, weight, EPS), entry_table[kept])
+    if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN):
+        assert_within(load_rows(cache, where, dim, 64).bfloat16(), exact, load_rows(expected, where, dim, 64))
+        for p in (cache, expected):
+            p.data[where.long() // rows, where.long() % rows] = 0
+    else:
+        source = hadamard(exact.bfloat16()) if row_format in (IndexFormat.FP8, IndexFormat.MXFP4) else exact
+        # fp32 softmax, pooling and norm differ in some last bits, which may flip one bf16 rounding of an element; behind
+        # the Hadamard sum that is one of 128 addends.
+        assert_encodes(*bytes_of(cache, where, dim), source, row_format, 64, slack=2.0**-8 if source is exact else 2.0**-9)
+        width, scale_width = row_widths(cache, dim, 64)
+        for p in (cache, expected):
+            for page, row in zip(where.long() // rows, where.long() % rows, strict=True):
+                p.data[page, row * width : (row + 1) * width] = 0
+                p.data[page, rows * width + row * scale_width : rows * width + (row + 1) * scale_width] = 0
+    assert_bytes_equal(cache, expected)  # nothing else was touched
+
+
+def exact_entries(state: Pages, table: Tensor, request: Tensor, positions: Tensor, ratio: int, overlap: int, dim: int) -> Tensor:
+    """Pooled entries straight from spec 3.4, one row at a time: fp32 [N, dim]."""
+    out = []
+    for r, end in zip(request.tolist(), positions.tolist(), strict=True):
+        kv, score = [], []
+        for i, at in enumerate(range(end - overlap * ratio + 1, end + 1)):
+            if at < 0:
+                continue
+            row = state.data[table[r, at // state.rows], at % state.rows]
+            a, b = row.chunk(2)
+            part = slice(0, dim) if overlap == 1 or i < ratio else slice(dim, 2 * dim)
+            kv.append(a[part])
+            score.append(b[part])
+        p = torch.stack(score).double().softmax(0)
+        out.append((p * torch.stack(kv).double()).sum(0).float())
+    return torch.stack(out)
+
+
+def test_slots_and_pages_out_of_range_touch_nothing() -> None:
+    state, _ = state_pages(8, 4, 2, 128)
+    cache = make_pages(IndexFormat.FP8, 2, 64, 128)
+    before = memory(cache).clone(), memory(state).clone()
+    ones = torch.zeros(2, dtype=torch.int32)
+    kv = torch.randn(2, 256)
+    compressor.save_state(kv, kv, torch.randn(4, 256), torch.tensor([3, 7]), state, torch.tensor([10_000, -1], dtype=torch.int32))
+    slots = torch.tensor([128, -1], dtype=torch.int32)
+    table = torch.full((1, 2), 1 << 20, dtype=torch.int32)
+    compressor.compress_store(state, table, ones, torch.tensor([3, 7]), slots, 4, 2, torch.ones(128), EPS, torch.zeros(2, 64), cache)
+    assert torch.equal(memory(cache), before[0])
+    assert torch.equal(memory(state), before[1])

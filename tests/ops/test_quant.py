@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number formats inside kernels equal torch's and the twins', bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from dsv4.ops.quant import reference
+from dsv4.ops.quant import triton as quant
+
+BLOCK = 4096
+
+
+@InterpretedFunction
+def _run(x, y, n, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    v = tl.load(x + at, mask=inside)
+    if WHAT == "encode_e4m3":
+        r = quant.encode_e4m3(v)
+    elif WHAT == "encode_e2m1":
+        r = quant.encode_e2m1(v)
+    elif WHAT == "decode_e4m3":
+        r = quant.decode_e4m3(v)
+    elif WHAT == "decode_e4m3_f16":
+        r = quant.decode_e4m3_f16(v, False).to(tl.float32) * 256.0
+    elif WHAT == "decode_e2m1":
+        r = quant.decode_e2m1(v)
+    else:
+        r = quant.ue8m0_value(v)
+    tl.store(y + at, r, mask=inside)
+
+
+def run(what: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    y = torch.empty(x.shape, dtype=dtype)
+    _run[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), WHAT=what, BLOCK=BLOCK)
+    return y
+
+
+CODES = torch.arange(256, dtype=torch.uint8)
+
+
+def boundaries(values: Tensor) -> Tensor:
+    """Every number of a format, every midpoint between neighbours, and the fp32 on both sides of each; both signs."""
+    middle = (values[1:] + values[:-1]) / 2
+    points = torch.cat([values, middle])
+    bits = points.view(torch.int32)
+    points = torch.cat([points, (bits + 1).view(torch.float32), (bits - 1).clamp(min=0).view(torch.float32)])
+    extra = torch.tensor([448.0, 449.0, 463.9, 464.0, 465.0, 5.0, 6.5, 1e9, float("inf"), 0.0, 2.0**-9, 2.0**-10, 2.0**-11, 1e-38, 1e-45])
+    return torch.cat([points, extra, -points, -extra])
+
+
+def test_decoding_e4m3_is_exact_for_every_code() -> None:
+    expected = CODES.view(torch.float8_e4m3fn).float()
+    finite = ~expected.isnan()
+    for what in ("decode_e4m3", "decode_e4m3_f16"):
+        got = run(what, CODES, torch.float32)
+        assert torch.equal(got[finite], expected[finite])
+        assert torch.equal(got.signbit()[finite], expected.signbit()[finite])
+
+
+def test_decoding_ue8m0_is_exact_for_every_code() -> None:
+    got = run("ue8m0_value", CODES, torch.float32)
+    assert torch.equal(got.view(torch.int32), reference.ue8m0_value(CODES).view(torch.int32))
+
+
+def test_decoding_e2m1_is_exact_for_every_code() -> None:
+    got = run("decode_e2m1", CODES, torch.float32)
+    expected = torch.tensor(reference._E2M1)[(CODES & 15).int()]
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+def test_encoding_e4m3_rounds_to_nearest_even_and_saturates() -> None:
+    finite = CODES[:127].view(torch.float8_e4m3fn).float()
+    x = torch.cat([boundaries(finite), torch.randn(20000) * 100, torch.randn(20000) * 1e-2])
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(run("encode_e4m3", x, torch.uint8), expected)
+
+
+def test_encoding_e4m3_keeps_nan() -> None:
+    got = run("encode_e4m3", torch.tensor([float("nan"), -float("nan")]), torch.uint8)
+    assert (got & 0x7F == 0x7F).all()
+
+
+def test_encoding_e2m1_rounds_to_nearest_even_and_saturates() -> None:
+    x = torch.cat([boundaries(torch.tensor(reference._E2M1[:8])), torch.randn(20000) * 3])
+    # A group of one number with amax 6 beside it has scale 1, so the twin's code is that of the number itself.
+    packed, scale = reference.quantize_e2m1(torch.stack([x.clamp(-6, 6), torch.full_like(x, 6.0)], -1).repeat(1, 16))
+    assert (scale == 127).all()
+    assert torch.equal(run("encode_e2m1", x, torch.uint8), packed[:, 0] & 15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=64))
+def test_any_fp32_encodes_to_the_nearest_e4m3(values: list[float]) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(run("encode_e4m3", x, torch.uint8), expected)
+
+
+@InterpretedFunction
+def _store(x, pages, FORMAT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    t = tl.program_id(0)
+    row = tl.load(x + t * D + tl.arange(0, D)[None, :]).to(tl.float32)
+    quant.store_row(pages, t, row, D, 64, ROWS, FORMAT)
+
+
+def store(x: Tensor, row_format: reference.KvFormat | reference.IndexFormat) -> tuple[Tensor, Tensor]:
+    """One page with a row per row of x, as the kernels write it: value bytes and scale bytes."""
+    rows, dim = x.shape
+    values, scales = reference.encode_row(x, row_format, 64)
+    page = torch.full((values.numel() + scales.numel(),), 0xFF, dtype=torch.uint8)
+    _store[(rows,)](x, page, FORMAT=quant.format_code(row_format), D=dim, ROWS=rows)
+    return page[: values.numel()].view(values.shape), page[values.numel() :].view(scales.shape)
+
+
+PACKED = [(reference.KvFormat.FP8_DS_MLA, 512), (reference.IndexFormat.FP8, 128), (reference.IndexFormat.MXFP4, 128)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(-120, 100), st.integers(0, 40))
+@pytest.mark.parametrize(("row_format", "dim"), PACKED)
+def test_rows_of_any_magnitude_are_stored_as_the_twin_stores_them(
+    row_format: reference.KvFormat | reference.IndexFormat, dim: int, seed: int, exponent: int, spread: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, dim)) * 2.0 ** (exponent + rng.integers(-spread, spread + 1, (2, dim)).clip(-25, 25))
+    x[rng.random((2, dim)) < 0.1] = 0
+    rows = torch.from_numpy(x).to(torch.bfloat16)
+    for got, expected in zip(store(rows, row_format), reference.encode_row(rows, row_format, 64), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("row_format", "dim"), PACKED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_nan_or_infinity_stays_visible_in_its_group_and_nowhere_else(
+    row_format: reference.KvFormat | reference.IndexFormat, dim: int, bad: float
+) -> None:
+    x = torch.randn(2, dim).bfloat16()
+    x[0, 5] = bad
+    values, scales = store(x, row_format)
+    group = {512: 64, 128: 128}[dim] if row_format is not reference.IndexFormat.MXFP4 else 32
+    decoded = reference.decode_row(values, scales, row_format, 64)
+    assert decoded[0, :group].isnan().all()
+    assert decoded[0, group:].isfinite().all()
+    assert torch.equal(decoded[1], reference.decode_row(*reference.encode_row(x[1:], row_format, 64), row_format, 64)[0])
+
+
+# ---- the packed decodes, whose PTX no interpreter runs: its four instructions, on every code in every lane ------------
+
+
+def _prmt(a: np.ndarray, selector: int) -> np.ndarray:
+    """prmt.b32 d, a, 0, selector: byte i of d is byte number (nibble i of selector) of {0, a}."""
+    sources = [(a >> (8 * i)) & 0xFF for i in range(4)] + [np.zeros_like(a)] * 4
+    return sum(sources[(selector >> (4 * i)) & 7] << (8 * i) for i in range(4))
+
+
+def _lop3_ea(a: np.ndarray, b: int, c: np.ndarray) -> np.ndarray:
+    return (a & b) | c  # the truth table 0xea
+
+
+@pytest.mark.parametrize(
+    ("shift", "mask", "kind", "factor"), [(1, 0x3F803F80, torch.float16, 2.0**8), (4, 0x07F007F0, torch.bfloat16, 2.0**120)]
+)
+def test_the_packed_decode_is_exact_for_every_code_in_every_lane(shift: int, mask: int, kind: torch.dtype, factor: float) -> None:
+    codes = np.arange(256, dtype=np.uint64)
+    for lane in range(4):
+        others = [(codes * 7 + 31 * i) % 256 for i in range(4)]
+        others[lane] = codes
+        word = sum(o << (8 * i) for i, o in enumerate(others))
+        halves = []
+        for selector in (0x1404, 0x3424):
+            spread = _prmt(word, selector)
+            both = _lop3_ea(spread, 0x80008000, (spread >> shift) & mask)
+            halves += [both & 0xFFFF, both >> 16]
+        got = torch.from_numpy(halves[lane].astype(np.uint16)).view(kind).double() * factor
+        expected = CODES.view(torch.float8_e4m3fn).double()
+        finite = ~expected.isnan()
+        assert torch.equal(got[finite], expected[finite])

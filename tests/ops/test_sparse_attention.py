@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over gathered rows equals the twin's, whatever the number of splits, and never reads what it should not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.kv_layout import KvFormat
+from dsv4.ops import attention
+from dsv4.ops.attention import reference
+from dsv4.ops.attention.split_kv import sparse_attention
+from dsv4.ops.pages import Pages
+from dsv4.ops.quant.reference import load_rows
+from kernel_cases import assert_within, fill_pages, make_pages
+
+
+@dataclass
+class Case:
+    """The operator's arguments."""
+
+    q: Tensor
+    window: Pages
+    window_slots: Tensor
+    window_lens: Tensor
+    entries: Pages | None
+    entry_slots: Tensor | None
+    entry_row: Tensor | None
+    entry_lens: Tensor | None
+    sink: Tensor
+
+    def args(self) -> tuple:
+        return (*vars(self).values(), 64)
+
+
+def keys_in(pages: Pages, num_rows: int) -> None:
+    """Random rows in every other slot; the rest stays NaN."""
+    slots = torch.arange(0, pages.data.shape[0] * pages.rows, 2)[:num_rows]
+    fill_pages(pages, slots, torch.randn(slots.numel(), 512) * 2, 64)
+
+
+def slots_of(num_lists: int, width: int, lens: Tensor, num_slots: int, holes: float = 0.0) -> Tensor:
+    """Lists of owned (even) slots, of which a share is -1; beyond the length lie odd, that is NaN, rows."""
+    slots = 2 * torch.randint(0, num_slots // 2, (num_lists, width), dtype=torch.int32)
+    slots = torch.where(torch.rand(num_lists, width) < holes, -1, slots)
+    return torch.where(torch.arange(width) < lens[:, None], slots, 1).int()
+
+
+def make(
+    num_heads: int,
+    window_lens: list[int],
+    entry_lens: list[int] | None,
+    row_format: KvFormat = KvFormat.FP8_DS_MLA,
+    dtype: torch.dtype = torch.bfloat16,
+    holes: float = 0.1,
+    entry_rows: int = 64,
+    width: int = 128,
+) -> Case:
+    num_tokens = len(window_lens)
+    wl = torch.tensor(window_lens, dtype=torch.int32)
+    q, sink = torch.randn(num_tokens, num_heads, 512).to(dtype), torch.randn(num_heads)
+    window = make_pages(row_format, 5, 64, 512, dtype)
+    keys_in(window, 160)
+    case = Case(q, window, slots_of(num_tokens, width, wl, 320), wl, None, None, None, None, sink)
+    if entry_lens is not None:
+        el = torch.tensor(entry_lens, dtype=torch.int32)
+        case.entries = make_pages(row_format, 256 // entry_rows, entry_rows, 512, dtype)
+        keys_in(case.entries, 128)
+        case.entry_slots = slots_of(num_tokens, max(entry_lens) + 5, el, 256, holes)
+        # One list per token, in another order than the tokens, as HCA's lists per request are.
+        order = torch.randperm(num_tokens)
+        case.entry_slots, case.entry_row, case.entry_lens = case.entry_slots[order], order.argsort().int(), el
+    return case
+
+
+def exact_and_low(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """o and LSE from fp32 keys and queries, and o with the probabilities rounded to q's dtype as the official kernel does."""
+    o, lse = reference.sparse_attention(case.q.float(), *case.args()[1:])
+    low = torch.zeros_like(o)
+    for t in range(case.q.shape[0]):
+        keys = []
+        pairs = [(case.window, case.window_slots[t], case.window_lens[t])]
+        if case.entries is not None:
+            pairs.append((case.entries, case.entry_slots[case.entry_row[t]], case.entry_lens[t]))
+        for pages, slots, n in pairs:
+            at = slots[:n]
+            keys.append(load_rows(pages, at[at >= 0], 512, 64))
+        k = torch.cat(keys)
+        if not k.numel():
+            continue
+        scores = case.q[t].float() @ k.T * 512**-0.5
+        m = scores.amax(-1, keepdim=True)
+        p = (scores - m).exp()
+        total = p.sum(-1, keepdim=True) + (case.sink[:, None] - m).exp()
+        low[t] = (p.to(case.q.dtype).float() @ k) / total
+    return o, lse, low.to(case.q.dtype)
+
+
+def check(case: Case, n_split: int | None) -> None:
+    o, lse = sparse_attention(*case.args(), n_split=n_split)
+    exact, exact_lse, low = exact_and_low(case)
+    assert_within(o, exact, low, f"split {n_split}")
+    # The LSE sums fp32 exponentials of fp32 dot products of 512 exact products each: 512 roundings of relative 2**-24.
+    torch.testing.assert_close(lse, exact_lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
+
+
+@pytest.mark.parametrize("num_heads", [8, 16, 64, 128])
+@pytest.mark.parametrize("n_split", [1, 3])
+def test_every_head_count_with_one_and_several_splits(num_heads: int, n_split: int) -> None:
+    check(make(num_heads, [128, 1], [17, 70]), n_split)
+
+
+@pytest.mark.parametrize("n_split", [1, 2, 7])
+def test_empty_rows_one_key_and_all_invalid(n_split: int) -> None:
+    case = make(8, [0, 1, 0, 128, 5, 0], [0, 0, 1, 33, 64, 9], holes=0.0)
+    case.entry_slots[case.entry_row[5].long()] = -1  # a length, but no valid slot
+    check(case, n_split)
+    o, lse = sparse_attention(*case.args(), n_split=n_split)
+    assert (o[[0, 5]] == 0).all()
+    assert (lse[[0, 5]] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("row_format", list(KvFormat))
+def test_window_only_layers(row_format: KvFormat) -> None:
+    check(make(16, [128, 64, 63], None, row_format), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_plain_rows(dtype: torch.dtype) -> None:
+    check(make(8, [65, 128], [31, 32], KvFormat.PLAIN, dtype), 2)
+
+
+def test_two_rows_a_page_as_hca_entries_have() -> None:
+    check(make(8, [128, 128], [96, 3], entry_rows=2), 2)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 63])
+def test_prefill_of_several_tokens(num_tokens: int) -> None:
+    check(make(8, [min(t + 1, 16) for t in range(num_tokens)], [t // 4 for t in range(num_tokens)], width=16), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_heads", "topk"), [(64, 512), (128, 1024)])
+def test_flash_and_pro_decode_at_full_size(num_heads: int, topk: int) -> None:
+    check(make(num_heads, [128, 128], [topk, topk - 1]), None)
+
+
+@pytest.mark.slow
+def test_prefill_of_257_tokens() -> None:
+    check(make(8, [min(t + 1, 128) for t in range(257)], [t // 4 for t in range(257)]), 1)
+
+
+def test_a_sink_much_larger_than_every_score() -> None:
+    case = make(8, [4, 0], [2, 0])
+    case.sink[:] = torch.tensor([1e4, -1e4, 0, 80, 100, 200, -1e30, 3])
+    for n_split in (1, 2):
+        check(case, n_split)
+
+
+def test_slots_and_lengths_out_of_range_are_masked() -> None:
+    case = make(8, [8, 8], [6, 6], holes=0.0)
+    o, lse = attention.sparse_attention(*case.args())
+    case.window_slots = torch.cat([case.window_slots[:, :8], torch.full((2, 2), 1 << 30, dtype=torch.int32)], 1)
+    case.window_lens = torch.full((2,), 1 << 20, dtype=torch.int32)
+    case.entry_slots = torch.cat([case.entry_slots[:, :6], torch.full((2, 1), 256, dtype=torch.int32)], 1)
+    case.entry_lens = torch.full((2,), 99, dtype=torch.int32)
+    again, lse_again = attention.sparse_attention(*case.args())
+    torch.testing.assert_close(again, o, rtol=2.0**-7, atol=2.0**-7)  # another split of the keys: one bf16 rounding
+    torch.testing.assert_close(lse_again, lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    case = make(8, [1], None)
+    case.q = case.q[..., :256]
+    with pytest.raises(ValueError, match="448 \\+ 64"):
+        attention.sparse_attention(*case.args())
