@@ -15,7 +15,9 @@ from dsv4.kv_layout import (
     SGLANG_PAGE_TOKENS,
     CacheFormats,
     IndexFormat,
+    KvFormat,
     index_row,
+    kv_row,
     round_up,
     sglang_compressed_bytes_per_entry,
     sglang_state_ring_rows,
@@ -127,3 +129,29 @@ def _cap_window_tokens(config: V4Config, request: SglangRequest) -> int:
     cap = live_window_tokens(config, request) * request.max_running_requests + _window_tokens_in_flight(request)
     tails = PREFIX_TAILS_PER_REQUEST * request.max_running_requests if request.radix_cache else 0
     return round_up(cap + tails * (config.sliding_window + SGLANG_PAGE_TOKENS), SGLANG_PAGE_TOKENS)
+
+
+def historic_bytes_per_full_token(
+    config: V4Config, swa_full_tokens_ratio: float, speculative: bool, extra_layers: int = 0, hca_state_in_window: bool = False
+) -> float:
+    """bytes_per_full_token of builds before 0.5.22, which public logs print; nothing here plans with it.
+
+    They priced rows without page padding and did not inflate for a draft. extra_layers: draft layers counted as window
+    layers. hca_state_in_window: builds of May 2026 priced the ratio-128 state per window page too.
+    """
+    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
+    row = kv_row(config, formats).row_bytes
+    window = float(row * (config.num_hidden_layers + extra_layers))
+    full = 0.0
+    for layer in config.layers:
+        if layer.kind is LayerKind.SWA:
+            continue
+        full += row / layer.compress_ratio
+        state = state_row(layer, config.head_dim).row_bytes
+        if layer.kind is LayerKind.CSA:
+            full += index_row(config, formats).row_bytes / layer.compress_ratio
+            state += state_row(layer, config.index_head_dim).row_bytes
+        elif not hca_state_in_window:
+            continue
+        window += state * sglang_state_ring_rows(layer, speculative) / SGLANG_PAGE_TOKENS
+    return swa_full_tokens_ratio * window + full
