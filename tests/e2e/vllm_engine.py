@@ -21,7 +21,7 @@ TIE_MARGIN = 5e-5
 DRIVER = Path(__file__).with_name("vllm_driver.py")
 ENV_DIR = Path(__file__).parents[2] / ".env"
 # Tests bind to loopback and reach no hub; a stray variable of the caller must not change what is tested.
-BASE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "2"}
+BASE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
 RUNNER_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
