@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import textwrap
 
-import hf_oracle
 import pytest
 import torch
+
+import hf_oracle
 
 VISIBLE = 4e-3  # 20 x 2e-4
 
