@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import hf_oracle
+from dsv4.tiny import write_tiny
 
 VISIBLE = 4e-3  # 20 x 2e-4
 
@@ -131,3 +132,12 @@ def test_one_more_selected_entry_is_visible(monkeypatch, model, effect):
         if indexer is not None:
             monkeypatch.setattr(indexer, "index_topk", indexer.index_topk + 1)
     assert effect() > VISIBLE
+
+
+@pytest.mark.parametrize(
+    "options", [{"experts": "fp8"}, {"experts": "fp8", "fp8_scale_dtype": "F32"}, {"draft": "dspark"}, {"draft": "none"}]
+)
+def test_every_storage_that_tiny_writes_is_read(tmp_path, options):
+    logprobs = hf_oracle.hf_logprobs(hf_oracle.load_hf(write_tiny(tmp_path / "t", num_layers=3, **options)), range(3, 140))
+    assert torch.isfinite(logprobs).all()
+    assert 1.0 < logprobs.std() < 4.0

@@ -176,3 +176,14 @@ def test_chat_tokens_are_single_and_survive_skip_special_tokens(tokenizer):
 
 def test_every_id_decodes_to_text(tokenizer):
     assert all(tokenizer.convert_ids_to_tokens(i) for i in range(512))
+
+
+@pytest.mark.slow
+def test_vllms_v4_tokenizer_mode_renders_a_chat_with_it(tiny_flash):
+    pytest.importorskip("vllm")
+    from vllm.tokenizers.registry import get_tokenizer
+
+    tokenizer = get_tokenizer(str(tiny_flash), tokenizer_mode="deepseek_v4")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=True, thinking=False)
+    assert tokenizer.decode(ids) == "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>"
+    assert len(ids) == 6
