@@ -39,7 +39,7 @@ def context(world: int) -> Range:
     return Range(
         round(0.5 * GIB),
         round(high * GIB),
-        "138.1 of 139.8 GiB free on H200 (https://github.com/SemiAnalysisAI/InferenceX/issues/2128); 93.58 of 95.0 GiB on an H20-class GPU",
+        "137.9 of 139.8 GiB on H200 (https://github.com/SemiAnalysisAI/InferenceX/issues/2128); 93.58 of 95.0 GiB on an H20-class GPU",
     )
 
 

@@ -28,13 +28,15 @@ IMAGES = {"vllm": "vllm/vllm-openai:v{}", "sglang": "lmsysorg/sglang:v{}"}
 
 @dataclass(frozen=True)
 class Var:
-    """A value known when the node starts: an environment variable."""
+    """A value known when the node starts. shell: how a shell derives it from NODE_RANK and HEAD_ADDR, "" when given."""
 
     name: str
+    shell: str = ""
 
 
 Arg = str | Var
 NODE_RANK, HEAD_ADDR = Var("NODE_RANK"), Var("HEAD_ADDR")
+HEAD_ADDR_PORT = Var("HEAD_ADDR_PORT", f'"$HEAD_ADDR:{MASTER_PORT}"')
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Command:
 
     role: str
     args: tuple[Arg, ...]
+    replicas_per_node: int = 1
 
     def shell(self) -> str:
         """Quoted for a POSIX shell; variables expand."""
@@ -51,7 +54,13 @@ class Command:
     def argv(self, node_rank: int = 0, head_addr: str = "HEAD_ADDR") -> list[str]:
         """Plain arguments for node `node_rank`."""
         values = {"NODE_RANK": str(node_rank), "HEAD_ADDR": head_addr, "HEAD_ADDR_PORT": f"{head_addr}:{MASTER_PORT}"}
+        values["DP_START_RANK"] = str(node_rank * self.replicas_per_node)
         return [values[a.name] if isinstance(a, Var) else a for a in self.args]
+
+    def prelude(self) -> list[str]:
+        """Shell assignments of the variables that are derived."""
+        used = {a.name: a for a in self.args if isinstance(a, Var) and a.shell}
+        return [f"{name}={a.shell}" for name, a in used.items()]
 
 
 def commands(recipe: Recipe) -> list[Command]:
@@ -63,7 +72,7 @@ def deployment_commands(d: Deployment, revision: str = "main", extra_args: tuple
     """As `commands`, from the typed fields alone."""
     render = _vllm if d.engine == "vllm" else _sglang
     roles = ["head", "worker"] if d.nodes > 1 else ["head"]
-    return [Command(role, (*render(d, revision, role), *extra_args)) for role in roles]
+    return [Command(role, (*render(d, revision, role), *extra_args), max(d.dp // d.nodes, 1)) for role in roles]
 
 
 def environment(recipe: Recipe) -> dict[str, str]:
@@ -108,7 +117,8 @@ def _vllm_nodes(d: Deployment, role: str) -> list[Arg]:
     per_node = d.count // d.nodes
     if d.dp > 1 and d.tp * d.pp <= per_node:  # whole replicas per node: the data-parallel mode starts them
         local = d.dp // d.nodes
-        start: list[Arg] = ["--data-parallel-start-rank", str(local)] if role == "worker" else []
+        rank = Var("DP_START_RANK", f"$((NODE_RANK * {local}))")
+        start: list[Arg] = ["--data-parallel-start-rank", rank] if role == "worker" else []
         return ["--data-parallel-size-local", str(local), *start, "--data-parallel-address", HEAD_ADDR,
                 "--data-parallel-rpc-port", str(DP_RPC_PORT), *headless]  # fmt: skip
     return ["--nnodes", str(d.nodes), "--node-rank", NODE_RANK, "--master-addr", HEAD_ADDR, "--master-port", str(MASTER_PORT), *headless]
@@ -143,7 +153,7 @@ def _sglang(d: Deployment, revision: str, role: str) -> list[Arg]:
     args += _sglang_speculation(d)
     args += ["--reasoning-parser", "deepseek-v4", "--tool-call-parser", "deepseekv4"]
     if d.nodes > 1:
-        args += ["--nnodes", str(d.nodes), "--node-rank", NODE_RANK, "--dist-init-addr", Var("HEAD_ADDR_PORT")]
+        args += ["--nnodes", str(d.nodes), "--node-rank", NODE_RANK, "--dist-init-addr", HEAD_ADDR_PORT]
     return [*args, "--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104
 
 
@@ -175,7 +185,7 @@ def _header(recipe: Recipe) -> list[str]:
     lines = [f"{recipe.id}: {recipe.title}", f"status: {recipe.status}; engine: {recipe.engine.name} {recipe.engine.versions}"]
     if recipe.engine.serves_with == "plugin":
         lines.append("served by dsv4's plugin: pip install dsv4 beside the engine on every node, then check with dsv4 doctor")
-    return [f"# {line}" for line in lines]
+    return [f"# {' '.join(line.split())}" for line in lines]  # a title with a newline must stay a comment
 
 
 def _shell(recipe: Recipe) -> str:
@@ -186,13 +196,12 @@ def _shell(recipe: Recipe) -> str:
     check = [
         f"# Run on each of the {recipe.hardware.nodes} nodes with NODE_RANK=0.. and HEAD_ADDR=<address of node 0> set.",
         ': "${NODE_RANK:?set NODE_RANK}" "${HEAD_ADDR:?set HEAD_ADDR}"',
-        f'HEAD_ADDR_PORT="$HEAD_ADDR:{MASTER_PORT}"',
     ]
     head, worker = cmds
+    start = ["#!/bin/sh", *_header(recipe), *check, *exports, *worker.prelude()]
     if head.args == worker.args:
-        return "\n".join(["#!/bin/sh", *_header(recipe), *check, *exports, f"exec {head.shell()}"])
-    branch = ['if [ "$NODE_RANK" = 0 ]; then', f"  exec {head.shell()}", "else", f"  exec {worker.shell()}", "fi"]
-    return "\n".join(["#!/bin/sh", *_header(recipe), *check, *exports, *branch])
+        return "\n".join([*start, f"exec {head.shell()}"])
+    return "\n".join([*start, 'if [ "$NODE_RANK" = 0 ]; then', f"  exec {head.shell()}", "else", f"  exec {worker.shell()}", "fi"])
 
 
 def _image(recipe: Recipe) -> str:
@@ -202,8 +211,7 @@ def _image(recipe: Recipe) -> str:
 def _script(recipe: Recipe, command: Command) -> list[str]:
     """Container entry point: a shell, because node facts arrive as variables."""
     install = f"pip install --no-deps 'dsv4[{recipe.engine.name}]' && " if recipe.engine.serves_with == "plugin" else ""
-    address = f'HEAD_ADDR_PORT="$HEAD_ADDR:{MASTER_PORT}"; ' if recipe.hardware.nodes > 1 else ""
-    return ["/bin/sh", "-c", f"{install}{address}exec {command.shell()}"]
+    return ["/bin/sh", "-c", install + "; ".join([*command.prelude(), f"exec {command.shell()}"])]
 
 
 def _compose(recipe: Recipe) -> str:
@@ -292,7 +300,14 @@ def _shm(recipe: Recipe) -> str:
 
 
 def _dump(data: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(data), sort_keys=False, width=10_000)
+    return yaml.dump(dict(data), Dumper=_PlainDumper, sort_keys=False, width=10_000)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Without anchors: Kubernetes files are edited by hand."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def install_hint(gpu: Gpu, engine: str) -> str:

@@ -213,7 +213,7 @@ class Recipe(_Section):
     cache: CacheSection
     speculative: SpeculativeSection
     kernels: KernelsSection
-    env: dict[StrictStr, StrictStr]
+    env: dict[Annotated[StrictStr, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], StrictStr]
     extra_args: list[StrictStr]
     evidence: Annotated[list[EvidenceSection], Field(min_length=1)]
     constraints: list[StrictStr]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrites the comparison table of docs/planner.md from memory_points.yaml: `python tests/golden/memory_table.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsv4.deployment import Deployment, find_checkpoint
+from dsv4.hardware import find_gpu
+from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.memory import prove
+from dsv4.sglang_accounting import historic_bytes_per_full_token
+from dsv4.vllm_accounting import BlockPacking, VllmPool, vllm_pool
+from dsv4.weights import stage_weights
+
+GIB = 1 << 30
+PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
+BEGIN, END = "<!-- memory points: python tests/golden/memory_table.py rewrites this -->", "<!-- end of memory points -->"
+
+
+def _pool(point: dict[str, Any]) -> VllmPool:
+    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
+    config = find_checkpoint(point["model"]).config
+    return vllm_pool(config, formats, point.get("draft_layers", 0), packing=BlockPacking(point["packing"]))
+
+
+def concurrency(point: dict[str, Any]) -> tuple[float, float]:
+    """What the planner predicts for a deployment whose pool no log prints: with the high and the low overheads."""
+    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat(point["index"]))
+    checkpoint = find_checkpoint(point["model"])
+    d = Deployment(
+        checkpoint=checkpoint, engine="vllm", gpu=find_gpu(point["gpu"]), count=point["tp"], nodes=1, tp=point["tp"], dp=1, ep=True, pp=1,
+        max_model_len=point["max_model_len"], max_num_batched_tokens=point["max_num_batched_tokens"], max_num_seqs=point["max_num_seqs"],
+        memory_fraction=point["fraction"], async_scheduling=False, index=formats.index,
+    )  # fmt: skip
+    proof = prove(d)
+    # That version laid blocks out otherwise, with slots for three draft layers.
+    pool = vllm_pool(checkpoint.config, formats, 3, packing=BlockPacking(point["packing"]))
+    low, high = (pool.max_concurrency(b, d.max_model_len, d.max_num_batched_tokens) for b in (proof.pool_low, proof.pool_high))
+    return low, high
+
+
+def rows() -> list[tuple[str, str, float, float, str]]:
+    """(what, quantity, printed, computed, source)."""
+    points = yaml.safe_load((Path(__file__).parent / "memory_points.yaml").read_text())
+    found = []
+    for name in ("flash", "flash-0731", "pro", "pro-0813"):
+        c = find_checkpoint(name)
+        total = sum(s.total_bytes for s in stage_weights(c.config, 1, 1, False, 1, with_draft=True))
+        found.append((c.repo.split("/")[1], "bytes of all tensors", c.total_bytes, total, "released checkpoint"))
+    (rank,) = stage_weights(find_checkpoint("flash").config, 8, 1, False, 1, with_draft=True)
+    found.append(("V4-Flash, TP8", "GiB per rank", 20.06, (rank.total_bytes + rank.wo_a_bytes) / GIB, "public start-up log"))
+    for p in points["need"]:
+        need = _pool(p).request_bytes(p["max_model_len"], p["in_flight_tokens"]) / GIB
+        found.append((p["what"], "GiB KV needed", p["printed_gib"], need, p["source"]))
+    (p,) = points["vllm_concurrency"]
+    low, high = concurrency(p)
+    what = f"{p['what']}; middle of {low:.1f} to {high:.1f}"
+    found.append((what, "requests of 1M at once", p["printed_concurrency"], (low + high) / 2, p["source"]))
+    (p,) = points["vllm_budget"]
+    found.append(
+        (p["what"], "GiB", p["printed_available_gib"], p["fraction"] * p["total_gib"] - p["loaded_gib"] - p["activation_gib"], p["source"])
+    )
+    for p in points["sglang_bytes_per_full_token"]:
+        config = find_checkpoint(p["model"]).config
+        got = historic_bytes_per_full_token(
+            config, p["swa_full_tokens_ratio"], p["speculative"], p["extra_layers"], p["hca_state_in_window"]
+        )
+        found.append((p["source"], "bytes per full token", p["printed"], got, p["source"]))
+    for p in points["sglang_pool"]:
+        tokens = (p["pool_gib"] - p["fixed_gib"]) * GIB / p["bytes_per_full_token"] // 256 * 256
+        found.append((p["source"], "tokens in the pool", p["printed_tokens"], tokens, p["source"]))
+    (p,) = points["sglang_minimum_fraction"]
+    found.append(
+        (p["what"], "smallest mem_fraction_static", p["printed"], 1 - p["left_gib"] / (p["loaded_gib"] + p["left_gib"]), p["source"])
+    )
+    return found
+
+
+def table() -> str:
+    """The rows in Markdown."""
+    lines = ["| log | quantity | printed | computed | off by | source |", "|---|---|---|---|---|---|"]
+    for what, quantity, printed, computed, source in rows():
+        digits = 0 if printed > 20_000 else 4 if printed < 1 else 2
+        off = abs(computed / printed - 1) * 100
+        link = f"[{source.rsplit('/', 3)[1]} {source.rsplit('/', 1)[1]}]({source})" if source.startswith("http") else source
+        what = what if what != source else what.removeprefix("public report, ").removeprefix("public start-up log, ")
+        lines.append(f"| {what} | {quantity} | {printed:,.{digits}f} | {computed:,.{digits}f} | {off:.2f} % | {link} |")
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """`text` with the table replaced."""
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
