@@ -131,7 +131,7 @@ def parse_context(text: str) -> int:
     scale = {"k": 1024, "m": 1024 * 1024}.get(raw[-1:], 1)
     digits = raw[:-1] if scale > 1 else raw
     try:
-        tokens = int(float(digits) * scale) if digits.replace(".", "", 1).isdigit() else 0
+        tokens = int(float(digits) * scale) if digits.isascii() and digits.replace(".", "", 1).isdigit() else 0
     except (ValueError, OverflowError):
         tokens = 0
     if tokens < 1:

@@ -344,7 +344,8 @@ def find_recipe(name: str) -> tuple[Recipe, Path]:
     if path is None and (name.endswith((".yaml", ".yml")) or "/" in name):
         path = Path(name)
     if path is None:
-        near = difflib.get_close_matches(name, by_id, n=3, cutoff=0.3)
+        near = [i for i in by_id if i.startswith(name)][:3] if name else []
+        near = near or difflib.get_close_matches(name, by_id, n=3, cutoff=0.3)
         raise RecipeError(
             f"{name}: no such recipe; nearest: {', '.join(near)}" if near else f"{name}: no such recipe; see dsv4 recipes list"
         )
