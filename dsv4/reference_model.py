@@ -18,6 +18,7 @@ from dsv4.config import FP8_BLOCK, LayerKind, LayerSpec, Routing, V4Config
 from dsv4.kv_layout import IndexFormat, KvFormat
 from dsv4.ops.attention.reference import head_rms_norm, output_a
 from dsv4.ops.compressor.reference import pool
+from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.indexer.reference import prepare_query, query_values
 from dsv4.ops.mhc import reference as mhc
 from dsv4.ops.mhc.reference import rms_norm
@@ -145,17 +146,24 @@ class ReferenceModel:
 
     def _selected(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor, seen: Tensor) -> Tensor:
         """Of the visible entries, those the indexer selects: bool [T, E]."""
-        c = self.config
-        q = self._linear(layer, "attn.indexer.wq_b", qr).unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        query = prepare_query(q, x @ self._weight(layer, "attn.indexer.weights_proj.weight").T, table, self.quantisation.index)
-        keys = self._compress(layer, x, "attn.indexer.compressor", c.index_head_dim, self.quantisation.index)
-        dots = torch.relu(torch.einsum("thd,ed->the", query_values(query), keys))
-        score = torch.einsum("the,th->te", dots, query.weights).masked_fill(~seen, float("-inf"))
         chosen = torch.zeros_like(seen)
         if seen.shape[1]:
-            order = score.sort(dim=-1, descending=True, stable=True).indices[:, : c.index_topk]
+            score = self._index_scores(layer, x, qr, table).masked_fill(~seen, float("-inf"))
+            order = score.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.index_topk]
             chosen.scatter_(1, order, True)
         return chosen & seen
+
+    def _index_scores(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor) -> Tensor:
+        """Every token's score of every entry: fp32 [T, E]."""
+        query = self._index_query(layer, x, qr, table)
+        keys = self._compress(layer, x, "attn.indexer.compressor", self.config.index_head_dim, self.quantisation.index)
+        dots = torch.relu(torch.einsum("thd,ed->the", query_values(query), keys))
+        return torch.einsum("the,th->te", dots, query.weights)
+
+    def _index_query(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor) -> IndexQuery:
+        c = self.config
+        q = self._linear(layer, "attn.indexer.wq_b", qr).unflatten(-1, (c.index_n_heads, c.index_head_dim))
+        return prepare_query(q, x @ self._weight(layer, "attn.indexer.weights_proj.weight").T, table, self.quantisation.index)
 
     # ---- experts ---------------------------------------------------------------------------------------------------
 

@@ -46,38 +46,46 @@ def poison_unowned_pages(llm: Any) -> dict[str, int]:
 
 
 def record_quantised(llm: Any) -> dict[str, list[Any]]:
-    """Collect what the engine stores in each cache, dequantised, and every index query: {cache prefix or "query": [tensor]}.
+    """Collect what the engine stores in each cache, dequantised, every index query, and every choice it makes.
 
-    Only meaningful while one request runs at a time, so that rows of a cache arrive in token order.
+    {cache prefix: [rows], "query": [(values, weights)], "topk": [entries], "route": [experts]}; the last three hold one
+    item per layer and step, in layer order. Only meaningful while one request runs at a time.
     """
     from dsv4.ops import registry
     from dsv4.ops.attention import reference as attention
     from dsv4.ops.compressor import reference as compressor
     from dsv4.ops.indexer import reference as indexer
+    from dsv4.ops.moe import reference as moe
     from dsv4.ops.quant.reference import decode_row, encode_row
     from dsv4_vllm.attention import V4Cache
 
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    prefixes = {m.pages.data.data_ptr(): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)}
-    rows_of: dict[str, list[Any]] = {"query": []}
-    store, prepare = attention.store_rows, indexer.prepare_query
+    prefixes = {id(m.pages): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)}
+    recorded: dict[str, list[Any]] = {"query": [], "topk": [], "route": []}
+    store = attention.store_rows
 
     def recorded_store(pages: Any, slots: Any, rows: Any, rope_dim: int) -> None:
         store(pages, slots, rows, rope_dim)
         if pages.packed:
-            kept = rows[slots >= 0]
-            values = decode_row(*encode_row(kept, pages.format, rope_dim), pages.format, rope_dim)
-            rows_of.setdefault(prefixes[pages.data.data_ptr()], []).append(values.clone())
+            values = decode_row(*encode_row(rows[slots >= 0], pages.format, rope_dim), pages.format, rope_dim)
+            recorded.setdefault(prefixes[id(pages)], []).append(values.clone())
 
-    def recorded_prepare(*args: Any) -> Any:
-        query = prepare(*args)
-        rows_of["query"].append((query.values.clone(), query.weights.clone()))
-        return query
+    def record_result(module: Any, name: str, key: str, keep: Any) -> None:
+        function = getattr(module, name)
+
+        def wrapped(*args: Any) -> Any:
+            result = function(*args)
+            recorded[key].append(keep(result))
+            return result
+
+        setattr(module, name, wrapped)
 
     attention.store_rows = compressor.store_rows = recorded_store
-    indexer.prepare_query = recorded_prepare
+    record_result(indexer, "prepare_query", "query", lambda query: (query.values.clone(), query.weights.clone()))
+    record_result(indexer, "topk", "topk", lambda chosen: chosen.clone())
+    record_result(moe, "route_topk", "route", lambda result: result[1].clone())
     registry.forget_choices()
-    return rows_of
+    return recorded
 
 
 def describe(output: Any) -> dict[str, Any]:
