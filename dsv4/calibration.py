@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4.config import V4Config
+from dsv4.config import FP4_BLOCK, V4Config
 from dsv4.hardware import GIB, MIB
 
 _FLASH_HIDDEN = 4096
@@ -63,6 +63,25 @@ def graphs(max_num_seqs: int, decode_only: bool) -> Range:
         round(high * GIB),
         "estimated 0.58 (real 0.10) on 8x RTX 3090, 1.46 (0.07) on sm86, real 2.24 on 16x RTX PRO 6000 Pro,"
         " with the default VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS=1",
+    )
+
+
+def all_to_all(config: V4Config, backend: str, max_num_batched_tokens: int, ranks: int) -> Range | None:
+    """Buffers of the expert exchange on one of `ranks` ranks; None where there are none of their own.
+
+    backend: MoE or all-to-all backend. Mega MoE keeps `max_num_batched_tokens` inputs, top-k + 1 results of each, and a
+    ring whose length is chosen at run time: at most every token that all ranks can send.
+    """
+    if backend == "deepep":
+        return Range(round(0.5 * GIB), round(2.0 * GIB), "SGLang sets 2 GiB aside for DeepEP (memory_hook.py)")
+    if "mega" not in backend:
+        return None
+    tokens, d = max_num_batched_tokens, config.hidden_size
+    scaled = 1 + 1 / FP4_BLOCK  # one scale byte per 32 values
+    fixed = tokens * d * scaled + (config.num_experts_per_tok + 1) * tokens * d * 2
+    ring = ranks * tokens * config.num_experts_per_tok * (d + config.moe_intermediate_size) * scaled
+    return Range(
+        round(fixed), round(fixed + ring), "DeepGEMM's symmetric buffer (layout/mega_moe.cuh): fixed part, and with the longest ring"
     )
 
 

@@ -108,7 +108,8 @@ class _Engine:
     env_prefixes: tuple[str, ...]
 
     def answer(self, case: Mapping[str, Any]) -> dict[str, Any]:
-        errors = [*self._parse(case["args"]), *self._registries(case["args"]), *self._env(case["env"])]
+        errors = [e for args in case["argvs"] for e in (*self._parse(args), *self._registries(args))]
+        errors = [*dict.fromkeys(errors), *self._env(case["env"])]
         kv, kv_error = None, None
         if case.get("kv"):
             try:

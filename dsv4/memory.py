@@ -114,6 +114,12 @@ def _weight_terms(w: RankWeights) -> list[Term]:
     return [*terms, _term("widened while loading", calibration.load_overhead(w.wo_a_bytes))]
 
 
+def _exchange_terms(d: Deployment, suffix: str = "") -> list[Term]:
+    backend = d.moe_backend if d.a2a_backend == "none" else d.a2a_backend
+    buffers = calibration.all_to_all(d.config, backend, d.max_num_batched_tokens, d.tp * d.dp)
+    return [] if buffers is None else [_term(f"expert exchange{suffix}", buffers)]
+
+
 def _term(name: str, r: Range) -> Term:
     return Term(name, r.low, r.high, r.source)
 
@@ -124,6 +130,7 @@ def _prove_vllm(d: Deployment, stage: int, per_replica: int) -> Proof:
         _term("outside PyTorch", calibration.non_torch(d.tp * d.dp)),
         _term("activation peak", calibration.activation(d.config, d.max_num_batched_tokens)),
         _term("CUDA graphs", calibration.graphs(d.max_num_seqs, d.decode_graphs_only)),
+        *_exchange_terms(d),
     ]
     budget = int(d.memory_fraction * d.gpu.total_bytes)
     pool = vllm_stage_pool(d, stage)
@@ -168,6 +175,7 @@ def _prove_sglang(d: Deployment, stage: int, per_replica: int) -> Proof:
     runtime = [
         _term("activation peak, in the headroom", calibration.activation(d.config, d.max_num_batched_tokens)),
         _term("CUDA graphs, in the headroom", calibration.graphs(d.max_num_seqs, d.decode_graphs_only)),
+        *_exchange_terms(d, ", in the headroom"),
     ]
     lack_low, lack_high = (max(sum(getattr(t, end) for t in runtime) - headroom, 0) for end in ("high", "low"))
     return Proof(

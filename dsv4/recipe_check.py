@@ -195,10 +195,10 @@ def ask_engine(engine: Engine, cases: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def question(recipe: Recipe) -> dict[str, Any]:
-    """What to ask the engine about `recipe`: each role's argv, its variables and its KV geometry."""
+    """What to ask the engine about `recipe`: every role's argv, its variables and its KV geometry."""
     d = recipe.deployment()
-    argv = commands(recipe)[-1].argv(node_rank=1, head_addr="10.0.0.1")  # the worker's line holds every multi-node flag
-    return {"args": argv[2:], "env": sorted(recipe.env), "kv": kv_question(d, prove(d, recipe.lengths.concurrency))}
+    argvs = [command.argv(node_rank=rank, head_addr="10.0.0.1")[2:] for rank, command in enumerate(commands(recipe))]
+    return {"argvs": argvs, "env": sorted(recipe.env), "kv": kv_question(d, prove(d, recipe.lengths.concurrency))}
 
 
 def kv_question(d: Deployment, proof: Proof) -> dict[str, Any]:

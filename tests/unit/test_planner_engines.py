@@ -46,11 +46,11 @@ def _recipes(engine: str, version: str) -> list:
 
 
 def _kv_case(name: str, d: Deployment, pool_bytes: int) -> dict:
-    return {"id": name, "args": [], "env": [], "kv": {**recipe_check.kv_question(d, prove(d)), "pool_bytes": [pool_bytes] * d.pp}}
+    return {"id": name, "argvs": [], "env": [], "kv": {**recipe_check.kv_question(d, prove(d)), "pool_bytes": [pool_bytes] * d.pp}}
 
 
 def _argv_case(name: str, args: list[str], env: tuple[str, ...] = ()) -> dict:
-    return {"id": f"argv/{name}", "args": args, "env": list(env)}
+    return {"id": f"argv/{name}", "argvs": [args], "env": list(env)}
 
 
 def _vllm_grid() -> list[Deployment]:
