@@ -8,6 +8,7 @@ import functools
 from collections import Counter
 from dataclasses import dataclass
 
+from dsv4.decide import Device, detect_devices, runs_native
 from dsv4.errors import Dsv4Error
 from dsv4.recipe_files import data_folder, read_yaml
 
@@ -53,7 +54,7 @@ class Gpu:
     @property
     def needs_plugin(self) -> bool:
         """No native V4 of either engine runs here (sm80, sm86, sm89): dsv4's own kernels serve."""
-        return self.capability[0] == 8
+        return not runs_native(Device("cuda", self.name, self.capability))
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def find_gpu(name: str) -> Gpu:
 
 
 def detect_machine() -> Machine:
-    """The GPUs that NVML sees. Raises HardwareError when there are none, several kinds, or an unknown kind."""
-    found = Counter(_nvml_devices())
+    """The NVIDIA GPUs that this process may use. Raises HardwareError when there are none, several kinds, or an unknown kind."""
+    found = Counter((device.name, device.memory_mib) for device in detect_devices() if device.kind == "cuda")
     if not found:
         raise HardwareError("no NVIDIA GPU is visible on this machine; give --gpu and --count")
     if len(found) > 1:
@@ -106,20 +107,3 @@ def _words(gpu: Gpu) -> set[str]:
     """Words of the marketing name that identify the card, without memory size and edition."""
     drop = {"nvidia", "geforce", "blackwell", "server", "edition", "hbm3", "sxm4", "80gb"}
     return set(gpu.name.lower().replace("-", " ").split()) - drop
-
-
-def _nvml_devices() -> list[tuple[str, int]]:
-    """(name, total MiB) of every visible device; empty without a driver."""
-    try:
-        import pynvml
-    except ImportError as e:
-        raise HardwareError("nvidia-ml-py is not installed, so GPUs cannot be detected; give --gpu and --count") from e
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [(str(pynvml.nvmlDeviceGetName(h)), int(pynvml.nvmlDeviceGetMemoryInfo(h).total) // MIB) for h in handles]
-    finally:
-        pynvml.nvmlShutdown()

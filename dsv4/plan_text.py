@@ -50,7 +50,8 @@ def describe(q: Question, found: Sequence[Candidate], num_proofs: int) -> str:
 
 _LEGEND = [
     "GiB per GPU on the fullest rank. KV pool: with the high and with the low end of the overheads. reserve: the part of KV/request that",
-    "does not grow with the context. at once: requests of this context over all replicas. step limit: max_num_batched_tokens that still fits.",
+    "does not grow with the context; vLLM counts it for every request, as its own start-up line does, SGLang once. at once: requests of",
+    "this context over all replicas. step limit: max_num_batched_tokens that still fits.",
 ]
 
 

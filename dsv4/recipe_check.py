@@ -64,7 +64,10 @@ class Engine:
 
 
 def find_engines(paths: Iterable[Path] = ()) -> list[Engine]:
-    """Engines of this interpreter, of `paths` (unpacked wheels), and of the checkout's `.env/<engine>-<version>`."""
+    """Engines of this interpreter, of `paths` (unpacked wheels), and of the checkout's `.env/<engine>-<version>`.
+
+    Raises RecipeError for a folder that holds none.
+    """
     found = []
     for name in TESTED_VERSIONS:
         try:
@@ -75,7 +78,10 @@ def find_engines(paths: Iterable[Path] = ()) -> list[Engine]:
     usual = (checkout / f"{name}-{version}" for name, versions in TESTED_VERSIONS.items() for version in versions)
     for path in (*paths, *(p for p in usual if p.is_dir())):
         matches = (re.match(r"(vllm|sglang)-(.+)\.dist-info$", p.name) for p in path.iterdir())
-        found += [Engine(m[1], m[2], path) for m in matches if m]
+        inside = [Engine(m[1], m[2], path) for m in matches if m]
+        if not inside:
+            raise RecipeError(f"{path}: holds no vllm or sglang (no .dist-info); give a folder with an unpacked wheel")
+        found += inside
     return list({(e.name, e.version): e for e in reversed(found)}.values())
 
 
@@ -179,15 +185,20 @@ def ask_engine(engine: Engine, cases: Sequence[Mapping[str, Any]]) -> dict[str, 
         "PYTHONPATH": os.pathsep.join([*search, package, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    run = subprocess.run(
-        [sys.executable, "-m", "dsv4.engine_probe"],
-        input=json.dumps({"engine": engine.name, "cases": list(cases)}),
-        env=env, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False,
-    )  # fmt: skip
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "dsv4.engine_probe"],
+            input=json.dumps({"engine": engine.name, "cases": list(cases)}),
+            env=env, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as e:
+        raise RecipeError(
+            f"{engine.name} {engine.version} did not answer within {PROBE_TIMEOUT_S} s; try again on a quieter machine"
+        ) from e
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or ["no output"]
         raise RecipeError(f"{engine.name} {engine.version} cannot be imported to check with: {last[0][:300]}")
-    answer = json.loads(run.stdout.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     if answer["version"] != engine.version:
         raise RecipeError(f"{engine.name} {engine.version} was asked, {answer['version']} answered; check PYTHONPATH")
     cases_by_id: dict[str, Any] = answer["cases"]

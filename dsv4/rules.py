@@ -80,7 +80,7 @@ def _card(d: Deployment) -> Iterator[str]:
     if d.index is IndexFormat.MXFP4 and major != 10:
         yield f"mxfp4 index keys exist on compute capability 10.x only; {d.gpu.id} is {d.gpu.cc}: use fp8"
     if d.gpu.needs_plugin and (d.dp > 1 or d.pp > 1 or d.has_draft):
-        yield f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, whose first release has neither DP attention nor PP nor drafts"
+        yield f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, which has no drafts yet and is untested with DP attention and PP"
     if d.moe_backend in _MEGA_MOE or d.a2a_backend in _MEGA_MOE:
         if major != 10:
             yield f"mega MoE needs compute capability 10.x; {d.gpu.id} is {d.gpu.cc}"

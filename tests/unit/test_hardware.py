@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from dsv4 import hardware
+from dsv4.decide import Device
 from dsv4.hardware import HardwareError, all_gpus, detect_machine, find_gpu, match_device
 
 
@@ -58,16 +59,21 @@ def test_a_card_outside_the_table_says_so(name, mib):
 
 
 def test_several_equal_gpus_make_one_machine(monkeypatch):
-    monkeypatch.setattr(hardware, "_nvml_devices", lambda: [("NVIDIA H200", 143_771)] * 8)
+    monkeypatch.setattr(hardware, "detect_devices", lambda: (Device("cuda", "NVIDIA H200", (9, 0), 143_771),) * 8)
     machine = detect_machine()
     assert (machine.gpu.id, machine.count) == ("h200", 8)
 
 
 @pytest.mark.parametrize(
-    ("devices", "message"), [([], "no NVIDIA GPU"), ([("NVIDIA H200", 143_771), ("NVIDIA L20", 46_068)], "mixes GPUs")]
+    ("devices", "message"),
+    [
+        ((Device("cpu", "CPU"),), "no NVIDIA GPU"),
+        ((Device("rocm", "AMD GPU"),), "no NVIDIA GPU"),
+        ((Device("cuda", "NVIDIA H200", (9, 0), 143_771), Device("cuda", "NVIDIA L20", (8, 9), 46_068)), "mixes GPUs"),
+    ],
 )
 def test_no_gpu_and_mixed_gpus_ask_for_the_option(monkeypatch, devices, message):
-    monkeypatch.setattr(hardware, "_nvml_devices", lambda: devices)
+    monkeypatch.setattr(hardware, "detect_devices", lambda: devices)
     with pytest.raises(HardwareError, match=message):
         detect_machine()
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dsv4.recipe import Recipe, json_schema, parse_recipe, read_recipe, recipe_paths, shipped_recipes
-from dsv4.recipe_check import check
+from dsv4.recipe_check import Engine, check
 from dsv4.recipe_files import MAX_YAML_BYTES, RecipeError, data_folder, read_yaml
 from dsv4.recipe_proofs import rewrite
 from dsv4.rules import violations
@@ -196,7 +196,7 @@ def test_a_broken_rule_is_named(raw, changes, message):
 
 
 def test_deepep_dispatch_bound_counts_draft_tokens():
-    (recipe,) = [r for r in shipped_recipes("h200") if r.kernels.all_to_all == "deepep"]
+    recipe = next(r for r in shipped_recipes("h200") if r.kernels.all_to_all == "deepep")
     d = recipe.deployment()
     assert violations(d, recipe.env) == []
     tight = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": str(d.max_num_seqs - 1)}
@@ -252,3 +252,14 @@ def test_rewriting_proofs_changes_nothing_when_they_are_right(tmp_path):
 
 def test_schema_fields_have_no_defaults_that_hide_a_choice():
     assert {n for n, f in Recipe.model_fields.items() if not f.is_required()} == set()
+
+
+def test_an_engine_that_cannot_be_imported_fails_its_rung(tmp_path):
+    (tmp_path / "vllm-0.33.0.dist-info").mkdir()
+    (tmp_path / "vllm-0.33.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('broken wheel')\n")
+    (report,) = check([EXAMPLE], [Engine("vllm", "0.33.0", tmp_path)])
+    rung = report.rungs[-1]
+    assert (rung.name, rung.outcome) == ("vllm-0.33.0", "fail")
+    assert "cannot be imported to check with: RuntimeError: broken wheel" in rung.details[0]

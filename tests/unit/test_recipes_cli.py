@@ -133,6 +133,7 @@ BAD = [
     (["recipes", "check", "zzz"], "zzz: no such recipe"),
     (["recipes", "list", "--gpu", "tpu"], "unknown GPU"),
     (["recipes", "check", "--engine-path", "/nowhere"], "/nowhere"),
+    (["recipes", "check", "--engine-path", "."], "holds no vllm or sglang"),
 ]  # fmt: skip
 
 
