@@ -20,9 +20,12 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 
 def ue8m0_ceil(x: Tensor) -> Tensor:
-    """Biased exponent of the smallest power of two that is at least `x`: uint8, from the exponent bits of fp32."""
+    """Biased exponent of the smallest power of two that is at least `x`: uint8, from the exponent bits of fp32.
+
+    NaN gives 255, itself NaN as a scale; without the bound its exponent would wrap to 0 and hide it.
+    """
     bits = x.float().view(torch.int32)
-    return ((bits >> 23) + (bits & 0x7FFFFF != 0)).to(torch.uint8)
+    return ((bits >> 23) + (bits & 0x7FFFFF != 0)).clamp(max=255).to(torch.uint8)
 
 
 def ue8m0_value(codes: Tensor) -> Tensor:
