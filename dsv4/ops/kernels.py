@@ -7,12 +7,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 
-KERNEL_MODULES = tuple(f"dsv4.ops.{family}.triton" for family in ("attention", "compressor", "quant"))
+KERNEL_MODULES = tuple(f"dsv4.ops.{family}.triton" for family in ("attention", "compressor", "indexer", "quant"))
 
 MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions; bf16 converts are emulated below
 AMD_ARCHS = ("gfx942", "gfx950")  # the ones the kernels are compiled for in CI
@@ -44,7 +46,7 @@ def refuse_triton(device: torch.device) -> str | None:
 @functools.cache
 def _refuse_gpu(index: int) -> str | None:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
+    if on_amd():
         arch = properties.gcnArchName.partition(":")[0]
         return None if arch in AMD_ARCHS else f"{properties.name} is {arch}; the kernels are built for {' and '.join(AMD_ARCHS)}"
     capability = (properties.major, properties.minor)
@@ -60,7 +62,56 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def on_amd() -> bool:
+    """Whether torch drives AMD GPUs."""
+    return torch.version.hip is not None
+
+
 @functools.cache
 def packed_decode(device: torch.device) -> bool:
     """Whether the kernels may use inline PTX."""
-    return device.type == "cuda" and torch.version.hip is None
+    return device.type == "cuda" and not on_amd()
+
+
+def register_limit(device: torch.device, num_warps: int) -> dict[str, int]:
+    """Launch options that give every thread all the registers there are.
+
+    Without them ptxas settles on 128 registers or fewer once a kernel spills, although 255 are allowed.
+    """
+    return {"maxnreg": min(255, 65536 // (32 * num_warps))} if packed_decode(device) else {}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One configuration that serves, for `make kernels`: compiled for every target, with its resources bounded.
+
+    types: "*bf16", "i32", ... by argument name, where `_type_of`'s rules do not give it. spill: bytes of registers a lane
+    may spill by target, 0 for the others; a budget is what was measured when it was written, not a wish.
+    vendor: nvidia or amd for a configuration that serves only there.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 2
+    spill: Mapping[str, int] = field(default_factory=dict)
+    vendor: str = ""
+
+    def signature(self) -> dict[str, str]:
+        """Triton's type of every argument; constexprs are named as such."""
+        return {name: "constexpr" if name in self.constants else self._type_of(name) for name in self.kernel.arg_names}
+
+    def serves(self, target: str) -> bool:
+        """Whether it is used on a target (sm90, gfx942, ...)."""
+        return self.vendor in ("", "nvidia" if target.startswith("sm") else "amd")
+
+    def _type_of(self, name: str) -> str:
+        if name in self.types:
+            return self.types[name]
+        return "fp32" if name in ("eps", "rms_eps", "hc_eps", "scale_log2") else "i32"
+
+    def aligned(self) -> list[str]:
+        """Arguments divisible by 16, as PyTorch's pointers and V4's strides are."""
+        return [n for n, t in self.signature().items() if t.startswith("*") or n.endswith("_stride")]

@@ -149,6 +149,8 @@ def test_a_nan_or_infinity_stays_visible_in_its_group_and_nowhere_else(
     values, scales = store(x, row_format)
     group = {512: 64, 128: 128}[dim] if row_format is not reference.IndexFormat.MXFP4 else 32
     decoded = reference.decode_row(values, scales, row_format, 64)
+    twin = reference.decode_row(*reference.encode_row(x, row_format, 64), row_format, 64)
+    assert torch.equal(decoded.isnan(), twin.isnan())
     assert decoded[0, :group].isnan().all()
     assert decoded[0, group:].isfinite().all()
     assert torch.equal(decoded[1], reference.decode_row(*reference.encode_row(x[1:], row_format, 64), row_format, 64)[0])

@@ -8,6 +8,7 @@ a lane. Each part leaves its own normalised output and log-sum-exp; `combine_ker
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.ops import check
-from dsv4.ops.kernels import packed_decode, processors
+from dsv4.ops.kernels import Shipped, on_amd, packed_decode, processors, register_limit
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import dequantize_e4m3, format_code, ue8m0_value
 
@@ -35,9 +36,11 @@ class Tile:
     num_warps: int
 
 
-def tile_for(num_heads: int) -> Tile:
-    """32 heads gather and decode half as often as 16; 64 spill kilobytes of registers below sm90."""
-    return Tile(16, 32, 4) if num_heads <= 16 else Tile(32, 32, 8)
+def tile_for(num_heads: int, amd: bool) -> Tile:
+    """32 heads gather and decode half as often as 16; 64 spill on every NVIDIA target or overflow sm100's tensor memory."""
+    if amd:  # a wave has 64 lanes, so that 4 warps have the registers of 8
+        return Tile(16, 32, 4) if num_heads <= 16 else Tile(32, 16, 4)
+    return Tile(16 if num_heads <= 16 else 32, 32, 8)
 
 
 def splits_for(num_tokens: int, head_blocks: int, max_keys: int, device: torch.device) -> int:
@@ -51,15 +54,17 @@ def _keys(
     pages, rows_at, scales_at, ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr, OUT: tl.constexpr, PTX: tl.constexpr
 ):
     """Channels FIRST .. FIRST + WIDTH of the rows, [BN, WIDTH] OUT; rows that are not ok are never read, and are 0."""
-    d = tl.arange(0, WIDTH)
+    at = pages + (rows_at[:, None] + (FIRST + tl.arange(0, WIDTH))[None, :])
     if FORMAT == 0:
-        return tl.load(pages + (rows_at[:, None] + (FIRST + d)[None, :]), mask=ok[:, None], other=0.0).to(OUT)
-    GROUPS: tl.constexpr = WIDTH // 64
-    codes = tl.load(pages + (rows_at[:, None] + (FIRST + d)[None, :]), mask=ok[:, None], other=0)
-    scale_bytes = tl.load(pages + (scales_at[:, None] + (FIRST // 64 + tl.arange(0, GROUPS))[None, :]), mask=ok[:, None], other=127)
-    codes = tl.reshape(codes, [codes.shape[0], GROUPS, 64])
-    values = dequantize_e4m3(codes, ue8m0_value(scale_bytes)[:, :, None], OUT, PTX)
-    return tl.reshape(values, [codes.shape[0], WIDTH])
+        keys = tl.load(at, mask=ok[:, None], other=0.0).to(OUT)
+    else:
+        GROUPS: tl.constexpr = WIDTH // 64
+        N: tl.constexpr = rows_at.shape[0]
+        codes = tl.reshape(tl.load(at, mask=ok[:, None], other=0), [N, GROUPS, 64])
+        scale_at = pages + (scales_at[:, None] + (FIRST // 64 + tl.arange(0, GROUPS))[None, :])
+        scale = ue8m0_value(tl.load(scale_at, mask=ok[:, None], other=127))  # [N, GROUPS]
+        keys = tl.reshape(dequantize_e4m3(codes, scale[:, :, None], OUT, PTX), [N, WIDTH])
+    return keys
 
 
 @triton.jit
@@ -243,7 +248,7 @@ def sparse_attention(
         has_entries = True
         if check.enabled():
             check.slots("attention.sparse", entry_slots[entry_row.long()], entries, entry_lens, entry_row)
-    tile = tile_for(num_heads)
+    tile = tile_for(num_heads, on_amd())
     head_blocks = triton.cdiv(num_heads, tile.heads)
     n_split = n_split or splits_for(num_tokens, head_blocks, window_slots.shape[1] + entry_slots.shape[1], q.device)
     parts, part_lse = out, lse
@@ -261,9 +266,49 @@ def sparse_attention(
         WINDOW_ROWS=window.rows, WINDOW_FORMAT=format_code(window.format),
         ENTRY_ROWS=entries.rows, ENTRY_FORMAT=format_code(entries.format),
         HAS_ENTRIES=has_entries, ONE_SPLIT=n_split == 1, PTX=packed_decode(q.device), num_warps=tile.num_warps,
+        **register_limit(q.device, tile.num_warps),
     )  # fmt: skip
     if n_split > 1:
         combine_kernel[(num_tokens, num_heads)](
             parts, part_lse, sink, out, lse, n_split, H=num_heads, SPLITS=triton.next_power_of_2(n_split), num_warps=4
         )
     return out, lse
+
+
+_TYPES = {
+    "q": "*bf16",
+    "out": "*bf16",
+    "window_slots": "*i32",
+    "window_lens": "*i32",
+    "entry_slots": "*i32",
+    "entry_row": "*i32",
+    "entry_lens": "*i32",
+    "sink": "*fp32",
+    "lse": "*fp32",
+    "part_out": "*fp32",
+    "part_lse": "*fp32",
+}
+
+
+def _shipped(name: str, num_heads: int, row_format: int, entry_rows: int, one_split: bool) -> Iterator[Shipped]:
+    pages = "*u8" if row_format else "*bf16"
+    for vendor in ("nvidia", "amd"):
+        tile = tile_for(num_heads, vendor == "amd")
+        constants = {
+            "H": num_heads, "HB": tile.heads, "BN": tile.keys, "WINDOW_ROWS": 64, "WINDOW_FORMAT": row_format, "ENTRY_ROWS": max(entry_rows, 1),
+            "ENTRY_FORMAT": row_format, "HAS_ENTRIES": entry_rows > 0, "ONE_SPLIT": one_split, "PTX": True,
+        }  # fmt: skip
+        types = {**_TYPES, "window": pages, "entries": pages}
+        yield Shipped(name, attend_kernel, types, constants, tile.num_warps, spill=SPILL, vendor=vendor)
+
+
+SPILL = {"sm80": 16, "sm120": 200}
+
+SHIPPED = (
+    *_shipped("attend csa fp8 H64 split", 64, 1, 64, one_split=False),
+    *_shipped("attend hca fp8 H64 prefill", 64, 1, 2, one_split=True),
+    *_shipped("attend csa fp8 H8 split", 8, 1, 64, one_split=False),
+    *_shipped("attend csa bf16 H128 split", 128, 0, 64, one_split=False),
+    *_shipped("attend window bf16 H16 split", 16, 0, 0, one_split=False),
+    Shipped("combine H64", combine_kernel, _TYPES, {"H": 64, "SPLITS": 64}, 4),
+)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.ops import check
+from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import format_code, hadamard_sign, rotate_pairs, store_row
 
@@ -116,3 +117,44 @@ def compress_store(
         RATIO=ratio, OVERLAP=overlap, D=dim, ROPE=entry_cos_sin.shape[1], BR=min(ROWS_AT_ONCE, overlap * ratio),
         STATE_ROWS=state.rows, ROWS=cache.rows, FORMAT=format_code(cache.format), num_warps=4,
     )  # fmt: skip
+
+
+_TYPES = {
+    "kv": "*fp32",
+    "gate": "*fp32",
+    "ape": "*fp32",
+    "pages": "*fp32",
+    "state": "*fp32",
+    "positions": "*i64",
+    "slots": "*i32",
+    "entry_slots": "*i32",
+    "block_table": "*i32",
+    "request_of_token": "*i32",
+    "norm_weight": "*bf16",
+    "cos_sin": "*fp32",
+}
+
+
+def _compress(name: str, ratio: int, dim: int, row_format: int) -> Shipped:
+    overlap = 2 if ratio == 4 else 1
+    constants = {
+        "RATIO": ratio,
+        "OVERLAP": overlap,
+        "D": dim,
+        "ROPE": 64,
+        "BR": ROWS_AT_ONCE,
+        "STATE_ROWS": 4 if ratio == 4 else 8,
+        "ROWS": 256 // ratio,
+        "FORMAT": row_format,
+    }
+    return Shipped(name, compress_store_kernel, {**_TYPES, "cache": "*u8" if row_format else "*bf16"}, constants, 4)
+
+
+SHIPPED = (
+    Shipped("save_state csa", save_state_kernel, _TYPES, {"WIDTH": 1024, "BLOCK": 1024, "RATIO": 4, "ROWS": 4}, 4),
+    _compress("compress csa fp8", 4, 512, 1),
+    _compress("compress hca fp8", 128, 512, 1),
+    _compress("compress hca bf16", 128, 512, 0),
+    _compress("compress index fp8", 4, 128, 2),
+    _compress("compress index mxfp4", 4, 128, 3),
+)

@@ -6,12 +6,16 @@ from torch import Tensor
 
 from dsv4.kv_layout import IndexFormat
 from dsv4.ops.indexer.query import IndexQuery
+from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.pages import Pages
 from dsv4.ops.registry import register, resolve
 
 register("indexer.prepare_query", "dsv4.ops.indexer.reference:prepare_query")
 register("indexer.logits", "dsv4.ops.indexer.reference:logits")
 register("indexer.topk", "dsv4.ops.indexer.reference:topk")
+register("indexer.prepare_query", "dsv4.ops.indexer.triton:prepare_query", "triton", refuse_triton)
+register("indexer.logits", "dsv4.ops.indexer.triton:logits", "triton", refuse_triton)
+register("indexer.topk", "dsv4.ops.indexer.triton:topk", "triton", refuse_triton)
 
 # Tokens are scored in slices whose logits fit in this many bytes, so that the workspace does not grow with the context.
 LOGITS_WORKSPACE_BYTES = 256 << 20

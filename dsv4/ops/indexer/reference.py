@@ -46,10 +46,10 @@ def query_values(query: IndexQuery) -> Tensor:
     return dequantize_e2m1(query.values, query.scales)
 
 
-def logits(
-    query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token: Tensor, entry_lens: Tensor, max_entries: int
-) -> Tensor:
+def logits(query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token: Tensor, entry_lens: Tensor, max_entries: int) -> Tensor:
     """score[t, j] = sum_h w[t, h] * relu(q[t, h] . k[j]): fp32 [T, max_entries], -inf from entry_lens[t] on.
+
+    A kernel may leave anything there: `topk` reads the first entry_lens[t] of a row.
 
     Tokens of one request are neighbours. Only entries below the request's largest length are read.
     """
@@ -76,6 +76,7 @@ def topk(logits: Tensor, entry_lens: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row's first entry_lens[t] logits: int32 [T, k], ties to the lowest index.
 
     logits: [T, N] fp32. Unused places are -1 and come last; a row with at most k entries selects all of them, in order.
+    The order of the chosen is not part of the contract: the twin sorts by score, the kernel by index.
     """
     num_tokens, n = logits.shape
     out = torch.full((num_tokens, k), -1, dtype=torch.int32, device=logits.device)

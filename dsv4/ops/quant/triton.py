@@ -133,9 +133,11 @@ def _decode_e4m3_f16_ptx(code):
 def decode_e4m3_f16(code, PTX: tl.constexpr):
     """uint8 e4m3fn -> fp16 that holds value * 2**-8, exactly; the NaN codes give 480 * 2**-8."""
     if PTX:
-        return _decode_e4m3_f16_ptx(code)
-    u = code.to(tl.uint16)
-    return (((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+        halves = _decode_e4m3_f16_ptx(code)
+    else:
+        u = code.to(tl.uint16)
+        halves = (((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True)
+    return halves
 
 
 @triton.jit

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact top-k of long rows: ties go to the lowest index, no atomics, the same result every time.
+
+A program keeps up to CHUNK candidates in registers and finds the k-th largest by fixing its bits from the highest on,
+counting how many candidates reach each trial value. Rows longer than a chunk are reduced to k candidates per chunk, and
+the candidates chunk by chunk again, until one is left. Candidates stay in index order, so that ties keep theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.ops import check
+from dsv4.ops.kernels import Shipped, register_limit
+
+CHUNK = 8192
+SMALL_CHUNK = 2048
+
+
+@triton.jit
+def _ordered(x):
+    """fp32 -> uint32 that orders like torch.sort: -0 equals 0, every NaN is above infinity; always above 0."""
+    bits = (x + 0.0).to(tl.uint32, bitcast=True)
+    key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32)
+
+
+@triton.jit
+def topk_kernel(
+    scores, scores_stride, indices, lens, max_entries, out_scores, out_indices, out_stride, K,
+    CHUNK: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """grid (T, chunks): the K largest of one chunk, in index order.
+
+    LEVEL 0 reads scores, whose index is their place unless MERGE says that they have their own; a later level reads what
+    the one before chose, K of each chunk. FINAL writes indices alone, -1 behind the last.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1)
+    entries = tl.minimum(tl.maximum(tl.load(lens + t), 0), max_entries)
+    length = entries
+    for _ in range(LEVEL):
+        length = tl.cdiv(length, CHUNK) * K
+    j = tl.arange(0, CHUNK)
+    at = c * CHUNK + j
+    if (not MERGE) & (entries <= K):
+        if FINAL:
+            tl.store(out_indices + t * out_stride + j, tl.where(j < entries, j, -1), mask=j < K)
+    elif (c * CHUNK < length) | FINAL:
+        inside = at < length
+        score = tl.load(scores + t * scores_stride + at, mask=inside, other=0.0)
+        index = at
+        if MERGE or LEVEL > 0:
+            index = tl.load(indices + t * scores_stride + at, mask=inside, other=-1)
+            inside = inside & (index >= 0)
+        key = tl.where(inside, _ordered(score), 0)  # 0: none
+        threshold = tl.zeros((), tl.uint32)
+        for bit in range(32):
+            trial = threshold | (tl.full((), 1, tl.uint32) << (31 - bit))
+            threshold = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= K, trial, threshold)
+        above = inside & (key > threshold)
+        equal = inside & (key == threshold)
+        # Of the equal ones, the first that fit. With fewer than K candidates the threshold is 0 and all are above it.
+        room = K - tl.sum(above.to(tl.int32), 0)
+        chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        count = tl.sum(chosen.to(tl.int32), 0)
+        out = t * out_stride
+        if not FINAL:
+            out += c * K
+            tl.store(out_scores + out + place, score, mask=chosen)
+        tl.store(out_indices + out + place, index, mask=chosen)
+        tl.store(out_indices + out + j, tl.full([CHUNK], -1, tl.int32), mask=(j >= count) & (j < K))
+
+
+def topk(logits: Tensor, entry_lens: Tensor, k: int) -> Tensor:
+    """See `reference.topk`; the chosen come in index order. Raises ValueError when k does not fit a chunk."""
+    num_tokens, n = logits.shape
+    out = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
+    if n == 0:
+        out.fill_(-1)
+    elif num_tokens:
+        check.at_most("indexer.topk", "number of entries", entry_lens, n)
+        _reduce(logits, None, entry_lens, n, k, out)
+    return out
+
+
+def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
+    """The k best of candidates that several ranks chose: scores fp32 and indices int32 [T, N], -1 for none; int32 [T, k].
+
+    Ties go to the first candidate, so ranks must stand in the order of their entries.
+    """
+    num_tokens, n = scores.shape
+    out = torch.empty(num_tokens, k, dtype=torch.int32, device=scores.device)
+    lens = torch.full((num_tokens,), n, dtype=torch.int32, device=scores.device)
+    _reduce(scores, indices, lens, n, k, out)
+    return out
+
+
+def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: int, k: int, out: Tensor) -> None:
+    """Reduce rows to k candidates per chunk until one chunk is left, which writes `out`."""
+    chunk = CHUNK if max(max_entries, k) > SMALL_CHUNK else SMALL_CHUNK
+    if k >= CHUNK:
+        raise ValueError(f"k is {k}; a chunk of {CHUNK} must hold more")
+    num_tokens, warps, level, merge = scores.shape[0], 8 if chunk == CHUNK else 4, 0, indices is not None
+    while True:
+        chunks = triton.cdiv(scores.shape[1], chunk)
+        final = chunks == 1
+        out_scores, out_indices = scores, out
+        if not final:
+            out_scores = torch.empty(num_tokens, chunks * k, dtype=torch.float32, device=scores.device)
+            out_indices = torch.empty(num_tokens, chunks * k, dtype=torch.int32, device=scores.device)
+        topk_kernel[(num_tokens, chunks)](
+            scores, scores.stride(0), lens if indices is None else indices, lens, max_entries, out_scores, out_indices,
+            out_indices.stride(0), k, CHUNK=chunk, LEVEL=level, FINAL=final, MERGE=merge, num_warps=warps,
+            **register_limit(scores.device, warps),
+        )  # fmt: skip
+        if final:
+            return
+        scores, indices, level = out_scores, out_indices, level + 1
+
+
+_TYPES = {"scores": "*fp32", "indices": "*i32", "lens": "*i32", "out_scores": "*fp32", "out_indices": "*i32"}
+
+SHIPPED = (
+    Shipped("topk first level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 0, "FINAL": False, "MERGE": False}, 8),
+    Shipped("topk last level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 2, "FINAL": True, "MERGE": False}, 8),
+    Shipped("topk short", topk_kernel, _TYPES, {"CHUNK": SMALL_CHUNK, "LEVEL": 0, "FINAL": True, "MERGE": False}, 4),
+)

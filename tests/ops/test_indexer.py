@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index queries, scores and selection equal the twins'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.kv_layout import IndexFormat
+from dsv4.ops import indexer, registry
+from dsv4.ops.indexer import reference
+from dsv4.ops.indexer import topk as topk_kernels
+from dsv4.ops.indexer.query import IndexQuery
+from dsv4.ops.pages import Pages
+from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, load_rows, quantize_e2m1, quantize_e4m3
+from dsv4.ops.rope import apply_rope, cos_sin
+from kernel_cases import assert_within, fill_pages, make_pages
+
+FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)
+CPU = torch.device("cpu")
+
+
+def queries(num_tokens: int, num_heads: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    table = cos_sin(torch.randint(0, 1_000_000, (num_tokens,)), FREQ)
+    return torch.randn(num_tokens, num_heads, 128).to(dtype), torch.randn(num_tokens, num_heads).to(dtype), table
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 63])
+@pytest.mark.parametrize("num_heads", [16, 64])
+@pytest.mark.parametrize("index_format", list(IndexFormat))
+def test_prepared_queries_are_the_twins(num_tokens: int, num_heads: int, index_format: IndexFormat) -> None:
+    q, weights, table = queries(num_tokens, num_heads)
+    got, twin = (prepare(q, weights, table, index_format) for prepare in (indexer.prepare_query, reference.prepare_query))
+    if index_format is IndexFormat.PLAIN:
+        assert_within(got.values, apply_rope(q.float(), table), twin.values)
+        assert torch.equal(got.weights, twin.weights)
+        return
+    # A sum of 128 bf16 numbers in another order may round to the neighbouring bf16, which may quantise to another code.
+    row = hadamard(apply_rope(q, table)).bfloat16().float()
+    near = [row * f for f in (1.0, 1 + 2.0**-8, 1 - 2.0**-8)]
+    if index_format is IndexFormat.FP8:
+        options = [quantize_e4m3(x, 128)[0] for x in near]
+        torch.testing.assert_close(got.weights, twin.weights, rtol=2.0**-23, atol=0)
+        assert (got.weights == twin.weights).all(), "scales are powers of two"
+    else:
+        options = [quantize_e2m1(x)[0] for x in near]
+        assert torch.equal(got.weights, twin.weights)
+        assert torch.equal(got.scales, twin.scales)
+    assert (got.values == twin.values).float().mean() > 0.995
+    if index_format is IndexFormat.FP8:
+        assert torch.stack([got.values == o for o in options]).any(0).all()
+    else:
+        ones = torch.full_like(got.scales, 127)
+        assert torch.stack([dequantize_e2m1(got.values, ones) == dequantize_e2m1(o, ones) for o in options]).any(0).all()
+
+
+def keys_of(index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> tuple[Pages, Tensor]:
+    """Random keys of requests of these lengths on shuffled pages, NaN everywhere else, and the block table [R, n]."""
+    width = max(1, -(-max(lens) // rows))
+    pages = make_pages(index_format, len(lens) * width + 1, rows, 128, dtype)
+    table = torch.randperm(len(lens) * width).int().view(len(lens), width) + 1
+    for r, n in enumerate(lens):
+        entry = torch.arange(n)
+        fill_pages(pages, table[r, entry // rows] * rows + (entry % rows).int(), torch.randn(n, 128) * 2, 0)
+    return pages, table
+
+
+def check_scores(query: IndexQuery, keys: Pages, table: Tensor, request: Tensor, lens: Tensor, max_entries: int) -> None:
+    got = registry.resolve("indexer.logits", CPU)(query, keys, table, request, lens, max_entries)
+    twin = reference.logits(query, keys, table, request, lens, max_entries)
+    valid = torch.arange(max_entries) < lens[:, None]
+    assert got.shape == twin.shape
+    # Products of quantised numbers are exact in fp32; the two sums (128 channels, then the heads) come in another order:
+    # (128 + Hi) roundings of 2**-24, of the sum of magnitudes.
+    q = reference.query_values(query)
+    bound = torch.zeros_like(twin)
+    for t in range(lens.shape[0]):
+        entry = torch.arange(int(lens[t]))
+        k = load_rows(keys, table[request[t], entry // keys.rows] * keys.rows + entry % keys.rows, 128, 0)
+        bound[t, : len(entry)] = query.weights[t].abs() @ (q[t].abs() @ k.abs().T)
+    error = (got - twin).abs()
+    allowed = bound * (128 + query.weights.shape[1]) * 2.0**-24
+    assert (error[valid] <= allowed[valid]).all()
+
+
+@pytest.mark.parametrize("index_format", list(IndexFormat))
+@pytest.mark.parametrize("num_heads", [16, 64])
+def test_decode_scores(index_format: IndexFormat, num_heads: int) -> None:
+    """Several query tokens per request, lengths at and around page ends, an empty row."""
+    lens = torch.tensor([129, 130, 64, 0, 1, 63], dtype=torch.int32)
+    request = torch.tensor([0, 0, 1, 2, 2, 3], dtype=torch.int32)
+    keys, table = keys_of(index_format, [130, 64, 1, 63])
+    query = reference.prepare_query(*queries(6, num_heads), index_format)
+    check_scores(query, keys, table, request, lens, 130)
+
+
+@pytest.mark.parametrize("index_format", list(IndexFormat))
+def test_prefill_scores_share_keys_between_neighbours(index_format: IndexFormat) -> None:
+    """Blocks of tokens inside one request and across three, with a last block that is not full."""
+    counts = [30, 1, 18]
+    request = torch.repeat_interleave(torch.arange(3), torch.tensor(counts)).int()
+    lens = torch.cat([torch.arange(c) * 7 // 2 + i for i, c in enumerate(counts)]).int()
+    keys, table = keys_of(index_format, [106, 2, 64])
+    query = reference.prepare_query(*queries(49, 16), index_format)
+    check_scores(query, keys, table, request, lens, 106)
+
+
+def test_fp32_keys_for_the_cpu_platform() -> None:
+    lens = torch.tensor([5, 70], dtype=torch.int32)
+    keys, table = keys_of(IndexFormat.PLAIN, [5, 70], dtype=torch.float32)
+    query = reference.prepare_query(*queries(2, 16, torch.float32), IndexFormat.PLAIN)
+    check_scores(query, keys, table, torch.tensor([0, 1], dtype=torch.int32), lens, 70)
+
+
+def test_block_table_entries_out_of_range_are_not_followed() -> None:
+    keys, table = keys_of(IndexFormat.FP8, [64])
+    bad = torch.cat([table, torch.tensor([[1 << 30]], dtype=torch.int32)], 1)
+    query = reference.prepare_query(*queries(1, 16), IndexFormat.FP8)
+    score = registry.resolve("indexer.logits", CPU)
+    request = torch.zeros(1, dtype=torch.int32)
+    got = score(query, keys, bad, request, torch.tensor([90], dtype=torch.int32), 128)
+    expected = score(query, keys, table, request, torch.tensor([64], dtype=torch.int32), 64)
+    assert torch.equal(got[:, :64], expected)
+    assert (got[:, 64:90] == 0).all()
+
+
+# ---- selection -------------------------------------------------------------------------------------------------------
+
+
+def check_topk(scores: Tensor, lens: Tensor, k: int) -> None:
+    got = registry.resolve("indexer.topk", CPU)(scores, lens, k)
+    twin = reference.topk(scores, lens, k)
+    big = 1 << 30
+    in_order = torch.where(twin < 0, big, twin).sort(-1).values
+    assert torch.equal(got, torch.where(in_order == big, -1, in_order)), "another set, or not in index order with -1 last"
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "lens"),
+    [
+        (1, 16, [0, 1]),
+        (16, 16, [0, 15, 16]),
+        (300, 16, [0, 1, 16, 17, 299, 300]),
+        (2048, 512, [513, 2048, 512]),
+        (2049, 512, [2049, 2048, 3]),
+        (8193, 512, [8193, 8192, 512, 511, 1, 0]),
+        (40_000, 1024, [40_000, 1025, 16_384, 1024]),
+    ],
+)
+def test_the_largest_are_chosen_exactly(n: int, k: int, lens: list[int]) -> None:
+    scores = torch.randn(len(lens), n)
+    at = torch.arange(n) >= torch.tensor(lens)[:, None]
+    scores[at] = float("nan")  # what lies beyond a row's length means nothing
+    check_topk(scores, torch.tensor(lens, dtype=torch.int32), k)
+
+
+@pytest.mark.parametrize("k", [512, 1024])
+def test_the_longest_row_of_a_million_tokens(k: int) -> None:
+    scores = torch.randn(2, 262_144)
+    scores[1] = scores[1].round()  # nothing but ties
+    check_topk(scores, torch.tensor([262_144, 262_143], dtype=torch.int32), k)
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    scores = torch.zeros(5, 9000)
+    scores[1] = -torch.zeros(9000)  # -0 equals 0
+    scores[1, ::2] = 0.0
+    scores[2, 5000:] = 1.0
+    scores[3] = float("-inf")  # valid entries all the same
+    scores[4, 100:8900] = float("-inf")
+    check_topk(scores, torch.full((5,), 9000, dtype=torch.int32), 600)
+
+
+def test_nan_and_infinity_order_as_in_torch() -> None:
+    scores = torch.randn(2, 9000)
+    scores[:, 77] = float("nan")
+    scores[1, 8999] = -float("nan")
+    scores[:, 5] = float("inf")
+    check_topk(scores, torch.full((2,), 9000, dtype=torch.int32), 16)
+
+
+def test_a_row_stride_larger_than_the_row() -> None:
+    scores = torch.randn(3, 8300)[:, :8200]
+    check_topk(scores, torch.tensor([8200, 4, 8000], dtype=torch.int32), 64)
+
+
+def test_scores_of_ranks_that_split_a_request_merge_to_the_same_choice() -> None:
+    """Each rank scores whole pages by its part of the block table; the merge keeps ties at the lowest index."""
+    lens = torch.tensor([300, 200, 70, 10], dtype=torch.int32)
+    keys, table = keys_of(IndexFormat.FP8, [300])
+    query = reference.prepare_query(*queries(4, 16), IndexFormat.FP8)
+    request, k = torch.zeros(4, dtype=torch.int32), 32
+    score, choose = registry.resolve("indexer.logits", CPU), registry.resolve("indexer.topk", CPU)
+    whole = choose(score(query, keys, table, request, lens, 300), lens, k)
+    scores, indices = [], []
+    for first, last in ((0, 2), (2, 5)):
+        part = (lens - first * 64).clamp(0, (last - first) * 64)
+        logits = score(query, keys, table[:, first:last], request, part, (last - first) * 64)
+        chosen = choose(logits, part, k)
+        scores.append(logits.gather(1, chosen.clamp(min=0).long()))
+        indices.append(torch.where(chosen >= 0, chosen + first * 64, -1))
+    assert torch.equal(topk_kernels.merge(torch.cat(scores, 1), torch.cat(indices, 1), k), whole)
+
+
+def test_selection_end_to_end() -> None:
+    lens = torch.tensor([300, 299, 5, 0], dtype=torch.int32)
+    request = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    keys, table = keys_of(IndexFormat.MXFP4, [300, 5])
+    query = reference.prepare_query(*queries(4, 16), IndexFormat.MXFP4)
+    got = indexer.select(query, keys, table, request, lens, 300, 32)
+    twin = reference.topk(reference.logits(query, keys, table, request, lens, 300), lens, 32)
+    for a, b in zip(got.tolist(), twin.tolist(), strict=True):
+        assert set(a) == set(b)
