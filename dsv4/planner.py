@@ -11,11 +11,10 @@ from dsv4.deployment import MAX_CONTEXT, Checkpoint, Deployment, EngineName, Pla
 from dsv4.hardware import Gpu
 from dsv4.kv_layout import IndexFormat
 from dsv4.memory import Proof, Verdict, prove
-from dsv4.recipe import Recipe, shipped_recipes
+from dsv4.recipe import MAX_GPUS, Recipe, shipped_recipes
 from dsv4.rules import violations
 
 GIB = 1 << 30
-MAX_GPUS = 576  # eight NVL72 racks
 DEFAULT_STEP_TOKENS = 4096
 STEP_GRAIN = 256
 MAX_STEP_TOKENS = 65_536
@@ -229,7 +228,7 @@ def shapes(q: Question) -> list[tuple[int, int, int, bool]]:
             found.append((tp, 1, 1, bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)))
             continue
         found.append((tp, rest, 1, True))
-        if q.nodes > 1 and rest == q.nodes:
+        if q.nodes > 1 and rest == q.nodes <= q.checkpoint.config.num_hidden_layers:
             found.append((tp, 1, rest, True))
     return found
 

@@ -102,7 +102,9 @@ TYPED_FLAGS = frozenset(
     ]
 )
 
-Positive = Annotated[StrictInt, Field(ge=1)]
+MAX_GPUS = 576  # eight NVL72 racks
+Gpus = Annotated[StrictInt, Field(ge=1, le=MAX_GPUS)]
+Requests = Annotated[StrictInt, Field(ge=1, le=65_536)]
 Gib = Annotated[float, Field(ge=0)]
 Span = Annotated[list[float], Field(min_length=2, max_length=2, description="[with the high end of every overhead, with the low end]")]
 
@@ -124,32 +126,36 @@ class EngineSection(_Section):
 
 class HardwareSection(_Section):
     gpu: StrictStr
-    count: Positive
-    nodes: Positive
+    count: Gpus
+    nodes: Gpus
 
 
 class ParallelSection(_Section):
-    tp: Positive
-    dp: Positive
+    tp: Gpus
+    dp: Gpus
     ep: StrictBool
-    pp: Positive
+    pp: Gpus
 
 
 class LengthsSection(_Section):
     max_model_len: Annotated[StrictInt, Field(ge=1, le=MAX_CONTEXT)]
-    concurrency: Positive = Field(description="requests of max_model_len that must fit at once, over all replicas")
+    concurrency: Requests = Field(description="requests of max_model_len that must fit at once, over all replicas")
 
 
 class BatchingSection(_Section):
-    max_num_batched_tokens: Positive = Field(description="tokens per step and replica; SGLang's chunked prefill size")
-    max_num_seqs: Positive = Field(description="requests per replica")
+    max_num_batched_tokens: Annotated[StrictInt, Field(ge=256, le=65_536)] = Field(
+        description="tokens per step and replica; SGLang's chunked prefill size"
+    )
+    max_num_seqs: Requests = Field(description="requests per replica")
     async_scheduling: StrictBool
 
 
 class CacheSection(_Section):
     kv_dtype: Literal["fp8_ds_mla", "plain"]
     index_dtype: Literal["fp8", "mxfp4", "plain"]
-    swa_full_tokens_ratio: float | None = Field(default=None, description="SGLang only; absent: windows are sized from max_num_seqs")
+    swa_full_tokens_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="SGLang only; absent: windows are sized from max_num_seqs"
+    )
 
 
 class SpeculativeSection(_Section):
@@ -258,9 +264,12 @@ class Recipe(_Section):
         return self.status != "cannot_work"
 
     def deployment(self) -> Deployment:
-        """What the planner and the launcher need. Raises PlanError or HardwareError for unknown names."""
+        """What the planner and the launcher need. Raises PlanError or HardwareError for unknown names and too many stages."""
+        checkpoint = find_checkpoint(self.checkpoint.id)
+        if self.parallel.pp > checkpoint.config.num_hidden_layers:
+            raise PlanError(f"parallel.pp is {self.parallel.pp}, {checkpoint.id} has {checkpoint.config.num_hidden_layers} layers")
         return Deployment(
-            checkpoint=find_checkpoint(self.checkpoint.id),
+            checkpoint=checkpoint,
             engine=self.engine.name,
             gpu=find_gpu(self.hardware.gpu),
             count=self.hardware.count,

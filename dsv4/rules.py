@@ -48,8 +48,6 @@ def _shards(d: Deployment, env: Mapping[str, str]) -> Iterator[str]:
         yield f"{c.n_routed_experts} experts do not divide over {ranks} ranks"
     if not d.ep and (c.moe_intermediate_size // ranks) % FP8_BLOCK:
         yield f"without EP, {ranks} ranks cut each routed expert to {c.moe_intermediate_size / ranks:g} columns; turn EP on"
-    if d.pp > c.num_hidden_layers:
-        yield f"PP{d.pp} has more stages than the model's {c.num_hidden_layers} layers"
 
 
 def _batching(d: Deployment) -> Iterator[str]:

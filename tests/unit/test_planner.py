@@ -137,7 +137,7 @@ def test_an_unknown_model_names_the_nearest(name):
 @given(
     model=st.sampled_from(["flash", "flash-0731", "pro", "pro-0813"]),
     gpu=st.sampled_from([g.id for g in all_gpus()]),
-    count=st.sampled_from([1, 2, 3, 4, 6, 8, 16, 32]),
+    count=st.sampled_from([1, 2, 3, 4, 6, 8, 16, 32, 72, 576]),
     context=st.integers(1, MAX_CONTEXT),
     concurrency=st.integers(1, 300),
     step=st.sampled_from([256, 1000, 4096, 65_536]),

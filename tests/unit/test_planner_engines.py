@@ -179,3 +179,16 @@ def test_every_recipe_passes_the_engine_rung(engine, version):
     assert len(recipes) > 20
     problems = {r.id: found for r in recipes if (found := recipe_check.compare(r, answers[r.id]))}
     assert problems == {}
+
+
+@pytest.mark.parametrize(("engine", "version"), [p for e in TESTED_VERSIONS for p in _versions(e)])
+def test_disagreement_above_1_percent_is_a_failure(engine, version):
+    recipe = _recipes(engine, version)[0]
+    answer = _answers(engine, version, "recipe/")[recipe.id]
+    field = "block_bytes" if engine == "vllm" else "bytes_per_full_token"
+    for factor, fails in ((1.005, False), (1.02, True), (0.98, True)):
+        stages = [{**stage, field: stage[field] * factor} for stage in answer["kv"]["stages"]]
+        problems = recipe_check.compare(recipe, {**answer, "kv": {**answer["kv"], "stages": stages}})
+        assert bool(problems) is fails
+    broken = {**answer, "kv": None, "kv_error": "ValueError: no memory"}
+    assert recipe_check.compare(recipe, broken) == ["the engine's KV planner failed: ValueError: no memory"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dsv4.recipe import Recipe, json_schema, parse_recipe, read_recipe, recipe_paths, shipped_recipes
 from dsv4.recipe_check import Engine, check
@@ -104,6 +106,9 @@ def test_what_cannot_work_says_why():
         ("hardware.gpu", "h2000", "h2000: unknown GPU; nearest: h200"),
         ("hardware.count", 7, "tp x dp x pp is 8, hardware.count is 7"),
         ("hardware.count", -8, "hardware.count"),
+        ("hardware.count", 10**30, "less than or equal to 576"),
+        ("batching.max_num_batched_tokens", 10**12, "less than or equal to 65536"),
+        ("cache.swa_full_tokens_ratio", -0.1, "cache.swa_full_tokens_ratio"),
         ("parallel.tp", True, "parallel.tp"),
         ("checkpoint.id", "v3", "unknown checkpoint"),
         ("memory.fraction", 1.5, "memory.fraction: Input should be less than 1"),
@@ -263,3 +268,43 @@ def test_an_engine_that_cannot_be_imported_fails_its_rung(tmp_path):
     rung = report.rungs[-1]
     assert (rung.name, rung.outcome) == ("vllm-0.33.0", "fail")
     assert "cannot be imported to check with: RuntimeError: broken wheel" in rung.details[0]
+
+
+def test_more_stages_than_layers_are_refused(raw):
+    raw = _set(_set(raw, "hardware.count", 64), "parallel", {"tp": 1, "dp": 1, "ep": False, "pp": 64})
+    with pytest.raises(RecipeError, match=r"parallel\.pp is 64, pro has 61 layers"):
+        parse_recipe(raw, "r.yaml")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_are_refused_or_read_never_worse(tmp_path, data):
+    lines = EXAMPLE.read_text().splitlines()
+    for _ in range(data.draw(st.integers(1, 3))):
+        i = data.draw(st.integers(0, len(lines) - 1))
+        key = lines[i].split(":")[0]
+        lines[i] = data.draw(
+            st.sampled_from(
+                [
+                    "",
+                    key,
+                    f"{key}: ",
+                    f"{key}: -1",
+                    f"{key}: 1e999",
+                    f"{key}: .nan",
+                    f"{key}: 2026-13-45",
+                    f"{key}: [",
+                    "\t" + lines[i],
+                    lines[i] * 2,
+                    f"{key}: !!binary x",
+                    f"{key}: 0o7",
+                    f"{key}: null",
+                    f"{key}: {{a: 1}}",
+                    f"{key}: 99999999999999999999",
+                ]
+            )
+        )
+    file = tmp_path / EXAMPLE.name
+    file.write_text("\n".join(lines))
+    (report,) = check([file], [])
+    assert all("\n" not in d for r in report.rungs for d in r.details)
