@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from dsv4.config import FP8_BLOCK
 from dsv4.deployment import MAX_CONTEXT, Checkpoint, Deployment, EngineName, PlanError, Speculation
@@ -18,6 +19,7 @@ GIB = 1 << 30
 DEFAULT_STEP_TOKENS = 4096
 STEP_GRAIN = 256
 MAX_STEP_TOKENS = 65_536
+Preference = Literal["latency", "throughput"]
 _DRAFT_TOKENS = {"mtp": 1, "dspark": 5}
 
 
@@ -59,6 +61,7 @@ class Question:
     concurrency: int
     engines: tuple[EngineName, ...]
     max_num_batched_tokens: int = DEFAULT_STEP_TOKENS
+    prefer: Preference = "throughput"
 
 
 def ask(
@@ -70,8 +73,12 @@ def ask(
     concurrency: int = 1,
     engine: EngineName | None = None,
     max_num_batched_tokens: int = DEFAULT_STEP_TOKENS,
+    prefer: Preference = "throughput",
 ) -> Question:
-    """A checked question; nodes default to as few as the GPUs need. Raises PlanError."""
+    """A checked question; nodes default to as few as the GPUs need.
+
+    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once. Raises PlanError.
+    """
     if not 1 <= count <= MAX_GPUS:
         raise PlanError(f"--count {count}: impossible; give 1 to {MAX_GPUS} GPUs")
     nodes = -(-count // gpu.gpus_per_node) if nodes is None else nodes
@@ -88,14 +95,14 @@ def ask(
     if not STEP_GRAIN <= max_num_batched_tokens <= MAX_STEP_TOKENS:
         raise PlanError(f"--max-num-batched-tokens {max_num_batched_tokens}: give {STEP_GRAIN} to {MAX_STEP_TOKENS}")
     engines: tuple[EngineName, ...] = (engine,) if engine else ("vllm", "sglang")
-    return Question(checkpoint, gpu, count, nodes, context, concurrency, engines, max_num_batched_tokens)
+    return Question(checkpoint, gpu, count, nodes, context, concurrency, engines, max_num_batched_tokens, prefer)
 
 
 def plan(question: Question) -> list[Candidate]:
     """Every configuration worth naming, best first: what fits, then what may, then what does not by what is missing."""
     recipes = [r for r in shipped_recipes(question.gpu.id) if r.can_work]
     found = [candidate(d, question.concurrency, recipes) for d in deployments(question)]
-    return sorted(found, key=_rank)
+    return sorted(found, key=lambda c: _rank(c, question.prefer))
 
 
 def candidate(d: Deployment, concurrency: int, recipes: Sequence[Recipe] = ()) -> Candidate:
@@ -109,7 +116,7 @@ def candidate(d: Deployment, concurrency: int, recipes: Sequence[Recipe] = ()) -
         violations=broken,
         knobs=tuple(knobs(proof, concurrency)) if fails else (),
         step_limit=0 if broken else step_limit(d, concurrency),
-        recipe=next((r.id for r in recipes if _same_shape(r, d)), None),
+        recipe=_nearest(recipes, d),
     )
 
 
@@ -240,6 +247,12 @@ def _speculations(q: Question, pp: int) -> list[Speculation]:
     return [Speculation(), Speculation(draft, _DRAFT_TOKENS[draft])]
 
 
+def _nearest(recipes: Sequence[Recipe], d: Deployment) -> str | None:
+    """The recipe of this shape whose context is nearest."""
+    same = [r for r in recipes if _same_shape(r, d)]
+    return min(same, key=lambda r: abs(r.lengths.max_model_len - d.max_model_len)).id if same else None
+
+
 def _same_shape(r: Recipe, d: Deployment) -> bool:
     return (
         r.engine.name == d.engine
@@ -250,6 +263,8 @@ def _same_shape(r: Recipe, d: Deployment) -> bool:
     )
 
 
-def _rank(c: Candidate) -> tuple[float, ...]:
-    order = {Verdict.FITS: 0, Verdict.TIGHT: 1, Verdict.NO: 2}[c.proof.verdict]
-    return (3.0 if c.violations else order, c.proof.shortfall_bytes, -c.proof.concurrency_low, -c.proof.max_context_low)
+def _rank(c: Candidate, prefer: Preference) -> tuple[float, ...]:
+    order = 3.0 if c.violations else {Verdict.FITS: 0, Verdict.TIGHT: 1, Verdict.NO: 2}[c.proof.verdict]
+    # A wider attention TP and a draft shorten every step of a request; replicas and no draft hold more requests.
+    latency = (-c.deployment.tp, -c.deployment.has_draft) if prefer == "latency" else (0, 0)
+    return (order, *latency, c.proof.shortfall_bytes, -c.proof.concurrency_low, -c.proof.max_context_low)

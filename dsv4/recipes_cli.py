@@ -14,8 +14,9 @@ import click
 
 from dsv4.deployment import EngineName, PlanError, find_checkpoint, parse_context
 from dsv4.hardware import detect_machine, find_gpu
+from dsv4.launch import deployment_commands
 from dsv4.memory import Proof
-from dsv4.planner import DEFAULT_STEP_TOKENS, Candidate, Question, ask
+from dsv4.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question, ask
 from dsv4.planner import plan as make_plan
 from dsv4.recipe import Recipe, RecipeError, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
 
@@ -46,6 +47,7 @@ def _json_option(f: Callable[..., T]) -> Callable[..., T]:
 @click.option("--concurrency", type=int, default=1, show_default=True, help="Requests of that length at once.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Both when left out.")
 @click.option("--max-num-batched-tokens", type=int, default=DEFAULT_STEP_TOKENS, show_default=True, help="Tokens per step and replica.")
+@click.option("--prefer", type=click.Choice(["latency", "throughput"]), default="throughput", show_default=True, help="What ranks first.")
 @click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw context against concurrency into an .svg or .png.")
 @_json_option
@@ -58,12 +60,13 @@ def plan(
     concurrency: int,
     engine: str | None,
     max_num_batched_tokens: int,
+    prefer: str,
     proofs: int,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when nothing fits."""
-    question = _question(model, gpu, count, nodes, context, concurrency, engine, max_num_batched_tokens)
+    question = _question(model, gpu, count, nodes, context, concurrency, engine, max_num_batched_tokens, prefer)
     found = make_plan(question)
     if plot is not None:
         from dsv4.plan_plot import draw
@@ -80,7 +83,15 @@ def plan(
 
 
 def _question(
-    model: str, gpu: str | None, count: int | None, nodes: int | None, context: str, concurrency: int, engine: str | None, step: int
+    model: str,
+    gpu: str | None,
+    count: int | None,
+    nodes: int | None,
+    context: str,
+    concurrency: int,
+    engine: str | None,
+    step: int,
+    prefer: str,
 ) -> Question:
     tokens = parse_context(context)
     checkpoint = find_checkpoint(model)
@@ -90,7 +101,7 @@ def _question(
     else:
         card = find_gpu(gpu)
         count = card.gpus_per_node * (nodes or 1) if count is None else count
-    return ask(checkpoint, card, count, nodes, tokens, concurrency, cast("EngineName | None", engine), step)
+    return ask(checkpoint, card, count, nodes, tokens, concurrency, cast("EngineName | None", engine), step, cast("Preference", prefer))
 
 
 def _question_json(q: Question) -> dict[str, Any]:
@@ -118,6 +129,7 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         "works": c.works,
         "violations": list(c.violations),
         "recipe": c.recipe,
+        "argv": [command.argv() for command in deployment_commands(d)],
         "max_num_batched_tokens_limit": c.step_limit,
         "missing_gib": round(c.proof.shortfall_bytes / GIB, 2),
         "knobs": [{"text": k.text, "frees_gib": round(k.frees_bytes / GIB, 2), "fits": k.fits} for k in c.knobs],
@@ -178,11 +190,15 @@ def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json
         if (checkpoint is None or r.checkpoint.id == checkpoint) and (engine is None or r.engine.name == engine)
     ]
     if as_json:
-        click.echo(json.dumps([{"id": r.id, "title": r.title, "status": r.status, "evidence": r.evidence[0].kind} for r in rows], indent=2))
+        click.echo(json.dumps([{"id": r.id, "title": r.title, "status": r.status, "evidence": _kinds(r)} for r in rows], indent=2))
         return
     width = max((len(r.id) for r in rows), default=0)
     for r in rows:
-        click.echo(f"{r.id:{width}}  {r.status:11}  {r.evidence[0].kind:9}  {r.title}")
+        click.echo(f"{r.id:{width}}  {r.status:11}  {_kinds(r):17}  {r.title}")
+
+
+def _kinds(r: Recipe) -> str:
+    return "+".join(dict.fromkeys(e.kind for e in r.evidence))
 
 
 @recipes.command("show", cls=_Command)

@@ -173,3 +173,20 @@ def test_step_limit_is_zero_when_weights_alone_do_not_fit():
     d = _plan("pro", "h100", 8, engine="vllm")[0].deployment
     assert step_limit(d, 1) == 0
     assert candidate(d, 1).step_limit == 0
+
+
+def test_latency_puts_wide_tp_with_a_draft_first():
+    first = _plan("pro", "h200", 8, context=819_200, engine="vllm", prefer="latency")[0].deployment
+    assert (first.shape, first.speculation.method) == ("TP8", "mtp")
+
+
+def test_the_recipe_named_is_the_one_with_the_nearest_context():
+    for context, recipe in ((819_200, "h200-x8-pro-vllm-context-800k"), (MAX_CONTEXT, "h200-x8-pro-vllm-context-1m")):
+        assert _find(_plan("pro", "h200", 8, context=context), "vllm", "TP8").recipe == recipe
+
+
+def test_the_proof_ends_with_the_command_that_starts_it():
+    question = ask(find_checkpoint("pro"), find_gpu("h100"), 16, engine="vllm", context=131_072)
+    text = describe(question, plan(question), 1)
+    assert "start head: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text
+    assert "start worker: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text

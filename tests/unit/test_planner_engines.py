@@ -13,7 +13,9 @@ from dsv4 import recipe_check
 from dsv4.deployment import Deployment, Speculation, find_checkpoint
 from dsv4.hardware import find_gpu
 from dsv4.kv_layout import IndexFormat, KvFormat
+from dsv4.launch import deployment_commands
 from dsv4.memory import prove, sglang_stage_pool, vllm_stage_pool
+from dsv4.planner import ask, plan
 from dsv4.recipe import TESTED_VERSIONS, shipped_recipes
 from dsv4.vllm_accounting import in_flight_tokens
 
@@ -32,7 +34,23 @@ def _all_answers(engine: str, version: str) -> dict:
     """Every question of this file at once: importing an engine takes longer than answering."""
     cases = _vllm_cases() if engine == "vllm" else _sglang_cases()
     recipes = [{"id": f"recipe/{r.id}", **recipe_check.question(r)} for r in _recipes(engine, version)]
-    return recipe_check.ask_engine(ENGINES[engine, version], [*cases, *recipes])
+    return recipe_check.ask_engine(ENGINES[engine, version], [*cases, *recipes, *_planned_cases(engine)])
+
+
+def _planned_cases(engine: str) -> list[dict]:
+    """The commands that plans print."""
+    cases = []
+    for model, gpu, count in (
+        ("pro", "h200", 8),
+        ("pro", "h100", 16),
+        ("flash-0731", "b200", 4),
+        ("flash", "a100", 8),
+        ("pro", "gb200", 8),
+    ):
+        for c in plan(ask(find_checkpoint(model), find_gpu(gpu), count, context=131_072, engine=engine)):
+            argvs = [command.argv(rank, "10.0.0.1")[2:] for rank, command in enumerate(deployment_commands(c.deployment))]
+            cases.append({"id": f"plan/{len(cases)}", "argvs": argvs, "env": []})
+    return cases
 
 
 def _answers(engine: str, version: str, prefix: str) -> dict:
@@ -192,3 +210,10 @@ def test_disagreement_above_1_percent_is_a_failure(engine, version):
         assert bool(problems) is fails
     broken = {**answer, "kv": None, "kv_error": "ValueError: no memory"}
     assert recipe_check.compare(recipe, broken) == ["the engine's KV planner failed: ValueError: no memory"]
+
+
+@pytest.mark.parametrize(("engine", "version"), [p for e in TESTED_VERSIONS for p in _versions(e)])
+def test_every_planned_command_parses(engine, version):
+    answers = _answers(engine, version, "plan/")
+    assert len(answers) > 20
+    assert {k: v["errors"] for k, v in answers.items() if v["errors"]} == {}
