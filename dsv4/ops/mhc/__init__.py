@@ -3,11 +3,15 @@
 
 from torch import Tensor
 
+from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.registry import register, resolve
 
 register("mhc.pre", "dsv4.ops.mhc.reference:pre")
 register("mhc.post", "dsv4.ops.mhc.reference:post")
 register("mhc.head", "dsv4.ops.mhc.reference:head")
+register("mhc.pre", "dsv4.ops.mhc.triton:pre", "triton", refuse_triton)
+register("mhc.post", "dsv4.ops.mhc.triton:post", "triton", refuse_triton)
+register("mhc.head", "dsv4.ops.mhc.triton:head", "triton", refuse_triton)
 
 
 def pre(

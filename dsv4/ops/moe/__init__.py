@@ -3,12 +3,16 @@
 
 from torch import Tensor
 
+from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.registry import register, resolve
 
 register("moe.route_topk", "dsv4.ops.moe.reference:route_topk")
 register("moe.route_hash", "dsv4.ops.moe.reference:route_hash")
 register("moe.experts", "dsv4.ops.moe.reference:experts")
 register("moe.swiglu", "dsv4.ops.moe.reference:swiglu")
+register("moe.route_topk", "dsv4.ops.moe.triton:route_topk", "triton", refuse_triton)
+register("moe.route_hash", "dsv4.ops.moe.triton:route_hash", "triton", refuse_triton)
+register("moe.swiglu", "dsv4.ops.moe.triton:swiglu", "triton", refuse_triton)
 
 
 def route_topk(logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) -> tuple[Tensor, Tensor]:
