@@ -43,7 +43,10 @@ def describe(q: Question, found: Sequence[Candidate], num_proofs: int) -> str:
     else:
         parts += ["Nothing fits.", ""]
     if fails:
-        parts += ["What does not work:", *(f"  {_name(c)}: {_why(c)}" for c in fails), ""]
+        by_reason: dict[str, list[str]] = {}
+        for c in fails:
+            by_reason.setdefault(_why(c), []).append(_name(c))
+        parts += ["What does not work:", *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()), ""]
     if q.gpu.needs_plugin:
         parts.append(f"{q.gpu.id} has no native V4 in either engine: this is served by dsv4's plugin (pip install dsv4 beside the engine).")
     return "\n".join(parts).rstrip()

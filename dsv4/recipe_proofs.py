@@ -26,13 +26,8 @@ def rewrite(path: Path) -> None:
         raise RecipeError(f"{path}: is not a recipe (no memory section)")
     raw["memory"]["proof"] = dict(_EMPTY)
     recipe = parse_recipe(raw, str(path))
-    section = {k: _plain(v) for k, v in proof_section(prove(recipe.deployment(), recipe.lengths.concurrency)).items()}
+    section = proof_section(prove(recipe.deployment(), recipe.lengths.concurrency))
     text = path.read_text(encoding="utf-8")
     head = text[: text.index(_MARK)] if _MARK in text else text.rstrip("\n") + "\n"
     lines = [f"    {k}: {yaml.safe_dump(v, default_flow_style=True).splitlines()[0]}" for k, v in section.items()]
     path.write_text("\n".join([head.rstrip("\n"), _MARK, *lines]) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    # Negative pools appear in recipes that cannot work; the schema wants the pool as it is.
-    return value

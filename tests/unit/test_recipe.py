@@ -10,7 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4.recipe import Recipe, json_schema, parse_recipe, read_recipe, recipe_paths, shipped_recipes
+from dsv4.compat import SUPPORTED, is_supported
+from dsv4.recipe import TESTED_VERSIONS, Recipe, json_schema, parse_recipe, read_recipe, recipe_paths, shipped_recipes
 from dsv4.recipe_check import Engine, check
 from dsv4.recipe_files import MAX_YAML_BYTES, RecipeError, data_folder, read_yaml
 from dsv4.recipe_proofs import rewrite
@@ -44,6 +45,11 @@ def test_every_recipe_passes_schema_rules_and_memory(path):
     (report,) = check([path], [])
     assert [(r.name, r.details) for r in report.rungs if r.outcome == "fail"] == []
     assert path.read_text().startswith("# yaml-language-server: $schema=../recipe.schema.json\n")
+
+
+def test_tested_versions_are_supported_ones():
+    assert set(TESTED_VERSIONS) == set(SUPPORTED)
+    assert all(is_supported(engine, v) for engine, versions in TESTED_VERSIONS.items() for v in versions)
 
 
 def test_ids_are_unique_and_every_file_is_in_its_cards_folder():
