@@ -12,6 +12,7 @@ from dsv4.config import ARCHITECTURE
 
 logger = logging.getLogger(__name__)
 
+VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
 MODEL = "dsv4_vllm.model:DeepseekV4ForCausalLM"
 
 
@@ -37,8 +38,9 @@ def _register() -> None:
 
     from dsv4_vllm import patches
 
-    ModelRegistry.register_model(ARCHITECTURE, MODEL)
-    model_configs.MODELS_CONFIG_MAP[ARCHITECTURE] = _checked(model_configs.DeepseekV4ForCausalLMConfig)
+    for architecture in (ARCHITECTURE, VISION_ARCHITECTURE):  # the latter only to be refused, with its reason
+        ModelRegistry.register_model(architecture, MODEL)
+        model_configs.MODELS_CONFIG_MAP[architecture] = _checked(model_configs.DeepseekV4ForCausalLMConfig)
     patches.add_status()
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one vLLM engine in this process and prints what it generated: `python vllm_driver.py < plan.json > result.json`.
 
-The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record": file or None}; a request
-is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases one
-after another. `record` saves every row that was quantised, for replay through the reference model.
+The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record": file or None,
+"mutation": [module, old, new]}; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of
+a phase are submitted together, phases one after another. `record` saves every row that was quantised, for replay through
+the reference model; `mutation` breaks a module's source on purpose.
 """
 
 from __future__ import annotations
@@ -16,6 +17,17 @@ from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def mutate(module_name: str, old: str, new: str) -> None:
+    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything else imports it."""
+    import importlib
+    import inspect
+
+    module = importlib.import_module(module_name)
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{module_name} no longer says {old!r}: write the mutation anew"
+    exec(compile(source.replace(old, new), str(module.__file__), "exec"), module.__dict__)
 
 
 def poison_unowned_pages(llm: Any) -> dict[str, int]:
@@ -106,7 +118,10 @@ def describe(output: Any) -> dict[str, Any]:
 
 def main() -> None:
     plan = json.load(sys.stdin)
-    out, sys.stdout = sys.stdout, sys.stderr
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # worker processes inherit file descriptor 1 and log there
+    if plan.get("mutation"):
+        mutate(*plan["mutation"])
     from vllm import LLM, SamplingParams
 
     start = time.monotonic()
@@ -131,13 +146,14 @@ def main() -> None:
         "phases": phases,
         "preemptions": metrics.get("vllm:num_preemptions", 0),
         "poisoned_pages": poisoned["pages"],
-        "workers": llm.collective_rpc("dsv4_status"),
+        "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
     }
     if recorded is not None:
         import torch
 
         torch.save(recorded, plan["record"])
     json.dump(result, out)
+    out.flush()
 
 
 if __name__ == "__main__":

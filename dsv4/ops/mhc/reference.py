@@ -31,11 +31,11 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """
     if iters < 1:
         raise ValueError(f"iters is {iters}, need at least 1")
-    m = logits.softmax(-1) + eps
-    m = m / (m.sum(-2, keepdim=True) + eps)
+    m = logits.softmax(-1).add_(eps)
+    m.div_(m.sum(-2, keepdim=True).add_(eps))
     for _ in range(iters - 1):
-        m = m / (m.sum(-1, keepdim=True) + eps)
-        m = m / (m.sum(-2, keepdim=True) + eps)
+        m.div_(m.sum(-1, keepdim=True).add_(eps))
+        m.div_(m.sum(-2, keepdim=True).add_(eps))
     return m
 
 
