@@ -33,7 +33,9 @@ PREFILL, PROMPT, NEW = 4096, 32, 64
 @click.option("--rounds", default=5, show_default=True, help="Times each measurement is repeated, the two sides in turn.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True, help="OpenMP threads of both sides.")
 def main(path: Path | None, rounds: int, threads: int) -> None:
-    os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1"
+    )
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -45,7 +47,13 @@ def main(path: Path | None, rounds: int, threads: int) -> None:
         server = measure_server(folder)
         console.print(f"ready in {server['time_to_ready_s']:.1f} s, peak {server['peak_pss_mib']:.0f} MiB; measuring tokens/s ...")
         speed = measure_speed(folder, rounds, console)
-    record = {"what": "dsv4 in vLLM against HF generate, tiny Flash checkpoint, fp32, CPU", **machine(threads), "rounds": rounds, "serve": server, **speed}
+    record = {
+        "what": "dsv4 in vLLM against HF generate, tiny Flash checkpoint, fp32, CPU",
+        **machine(threads),
+        "rounds": rounds,
+        "serve": server,
+        **speed,
+    }
     text = json.dumps(record, indent=2)
     if path:
         path.write_text(text + "\n")
@@ -58,7 +66,10 @@ def machine(threads: int) -> dict[str, Any]:
     import transformers
     import vllm
 
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        platform.processor(),
+    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": cpu, "cores": os.cpu_count(), "threads": threads,
@@ -90,8 +101,9 @@ def _group_pss_mib(group: int) -> float:
 def measure_speed(folder: Path, rounds: int, console: Any) -> dict[str, Any]:
     """Tokens per second of both sides: prefill of 4096 tokens, decode at batch 1 and 8, and their ratios."""
     import torch
-    from hf_oracle import load_hf
     from vllm import LLM, SamplingParams
+
+    from hf_oracle import load_hf
 
     llm = LLM(
         str(folder), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=PREFILL + 128, max_num_batched_tokens=PREFILL + 128,

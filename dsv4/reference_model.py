@@ -82,7 +82,14 @@ class ReferenceModel:
             hc = {part: self._weight(layer, f"hc_{site}_{part}") for part in ("fn", "base", "scale")}
             c = self.config
             y, post, comb = mhc.pre(
-                streams, hc["fn"], hc["base"], hc["scale"], self._weight(layer, f"{norm}.weight"), c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters
+                streams,
+                hc["fn"],
+                hc["base"],
+                hc["scale"],
+                self._weight(layer, f"{norm}.weight"),
+                c.rms_norm_eps,
+                c.hc_eps,
+                c.hc_sinkhorn_iters,
             )
             streams = mhc.post(streams, sublayer(layer, y, tokens), post, comb)
         return streams

@@ -13,11 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from dsv4.errors import Dsv4Error
-from dsv4.kv_layout import PAGE_TOKENS, CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
-from dsv4.ops import registry
-from dsv4.ops.attention import plan
-from dsv4.ops.pages import BatchView, Pages, RowsFormat, view_pages
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -30,6 +25,12 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
+
+from dsv4.errors import Dsv4Error
+from dsv4.kv_layout import PAGE_TOKENS, CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
+from dsv4.ops import registry
+from dsv4.ops.attention import plan
+from dsv4.ops.pages import BatchView, Pages, RowsFormat, view_pages
 
 
 @dataclass
@@ -67,14 +68,20 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
     def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.buffers = plan.Persistent()
-        self.max_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        self.max_tokens = max(
+            vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        )
         self.max_reqs = vllm_config.scheduler_config.max_num_seqs
         self.max_model_len = vllm_config.model_config.max_model_len
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
         """Twins read lengths on the host, so only a step made of kernels alone can be captured."""
-        return AttentionCGSupport.UNIFORM_BATCH if registry.all_kernels(torch.device(vllm_config.device_config.device_type)) else AttentionCGSupport.NEVER
+        return (
+            AttentionCGSupport.UNIFORM_BATCH
+            if registry.all_kernels(torch.device(vllm_config.device_config.device_type))
+            else AttentionCGSupport.NEVER
+        )
 
     def batch_view(self, common: CommonAttentionMetadata) -> BatchView:
         return BatchView(common.query_start_loc, common.seq_lens, common.num_actual_tokens, common.num_reqs, common.max_seq_len)
@@ -111,7 +118,11 @@ class EntryBuilder(V4MetadataBuilder):
         store = self.keep_tokens("store", plan.entry_store_slots(table, tokens, rows, ratio))
         lens = self.keep_tokens("lens", plan.entry_lens(tokens, ratio))
         request_slots = plan.request_entry_slots(table, rows, max_entries)
-        kept = self.buffers.keep("request_slots", request_slots, (self.max_reqs, self.max_model_len // ratio)) if max_entries else request_slots
+        kept = (
+            self.buffers.keep("request_slots", request_slots, (self.max_reqs, self.max_model_len // ratio))
+            if max_entries
+            else request_slots
+        )
         return EntryMetadata(table, store, lens, kept, max_entries)
 
 
@@ -140,7 +151,7 @@ class V4Backend(AttentionBackend):
         raise NotImplementedError("dsv4's caches are read by the model's own operators")
 
     @classmethod
-    def get_builder_cls(cls) -> type[V4MetadataBuilder]:  # type: ignore[override]
+    def get_builder_cls(cls) -> type[V4MetadataBuilder]:
         return cls.builder
 
 
@@ -214,22 +225,24 @@ class V4Cache(nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         itemsize = self.dtype.itemsize
         packed = self.row_format not in (KvFormat.PLAIN, IndexFormat.PLAIN)
-        common: dict[str, Any] = dict(
-            block_size=self.spec.page_tokens,
-            num_kv_heads=1,
-            max_tp_shards=1,  # one KV head: every tensor-parallel rank holds a replica
-            head_size=self.spec.row.row_bytes // itemsize,
-            dtype=self.dtype,
-            state_content_bytes=self.spec.row.row_bytes if packed else None,
-            alignment=self.spec.alignment,
-        )
+        common: dict[str, Any] = {
+            "block_size": self.spec.page_tokens,
+            "num_kv_heads": 1,
+            "max_tp_shards": 1,  # one KV head: every tensor-parallel rank holds a replica
+            "head_size": self.spec.row.row_bytes // itemsize,
+            "dtype": self.dtype,
+            "state_content_bytes": self.spec.row.row_bytes if packed else None,
+            "alignment": self.spec.alignment,
+        }
         if self.spec.role in (CacheRole.WINDOW, CacheRole.COMPRESSED):
-            common |= dict(cache_dtype_str=self.formats.kv.value if packed else "auto", model_version="deepseek_v4")
+            common |= {"cache_dtype_str": self.formats.kv.value if packed else "auto", "model_version": "deepseek_v4"}
         if self.spec.sliding_window is not None:
             spec: KVCacheSpec = SlidingWindowMLASpec(sliding_window=self.spec.sliding_window, **common)
         else:
             spec = MLAAttentionSpec(tokens_per_state=self.spec.tokens_per_row, **common)
-        assert spec.page_size_bytes == self.spec.page_bytes, f"{self.prefix}: vLLM plans {spec.page_size_bytes} B a page, kv_layout {self.spec.page_bytes}"
+        assert spec.page_size_bytes == self.spec.page_bytes, (
+            f"{self.prefix}: vLLM plans {spec.page_size_bytes} B a page, kv_layout {self.spec.page_bytes}"
+        )
         return spec
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,7 +84,9 @@ class PagedTorchImpl(AttentionImpl):
         }
         for what, is_set in refused.items():
             if is_set:
-                raise NotImplementedError(f"{what}: dsv4's CPU platform serves plain causal attention beside DeepSeek-V4; use a CPU build of vLLM")
+                raise NotImplementedError(
+                    f"{what}: dsv4's CPU platform serves plain causal attention beside DeepSeek-V4; use a CPU build of vLLM"
+                )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
@@ -110,7 +113,7 @@ class PagedTorchImpl(AttentionImpl):
         kv_cache[page, :, row, :dim] = key[: m.num_actual_tokens][keep]
         kv_cache[page, :, row, dim:] = value[: m.num_actual_tokens][keep]
         starts = m.query_start_loc.tolist()
-        for request, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for request, (start, end) in enumerate(itertools.pairwise(starts)):
             if end > start:
                 context = int(m.seq_lens[request])
                 pages = m.block_table[request, : -(-context // rows)].long()

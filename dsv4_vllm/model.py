@@ -6,14 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import torch
-from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
-from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
-from dsv4.ops import attention, compressor, indexer, mhc, moe
-from dsv4.ops.attention.plan import selected_slots
-from dsv4.ops.linear import linear_fp32
-from dsv4.ops.rope import cos_sin, inv_freq
 from torch import Tensor, nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
@@ -35,6 +30,12 @@ from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
+from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
+from dsv4.ops import attention, compressor, indexer, mhc, moe
+from dsv4.ops.attention.plan import selected_slots
+from dsv4.ops.linear import linear_fp32
+from dsv4.ops.rope import cos_sin, inv_freq
 from dsv4_vllm.attention import EntryMetadata, StateMetadata, V4Cache, WindowMetadata, cache_formats
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.support import check_deployment
@@ -129,7 +130,9 @@ class V4Compressor(nn.Module):
         """kv and gate side by side: [T, 2 * overlap * dim] fp32."""
         return linear_fp32(x, self.fused_wkv_wgate.weight)
 
-    def forward(self, kv_gate: Tensor, tokens: WindowMetadata, metadata: dict[str, EntryMetadata | StateMetadata], rope: RopeTables) -> None:
+    def forward(
+        self, kv_gate: Tensor, tokens: WindowMetadata, metadata: dict[str, EntryMetadata | StateMetadata], rope: RopeTables
+    ) -> None:
         state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
         kv, gate = kv_gate.chunk(2, -1)
         plan, ratio = tokens.tokens, self.layer.compress_ratio
@@ -158,13 +161,17 @@ class V4Indexer(nn.Module):
         self.wq_b = ReplicatedLinear(
             config.q_lora_rank, self.num_heads * self.dim, bias=False, quant_config=vllm_config.quant_config, prefix=f"{prefix}.wq_b"
         )
-        self.weights_proj = ReplicatedLinear(config.hidden_size, self.num_heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj")
+        self.weights_proj = ReplicatedLinear(
+            config.hidden_size, self.num_heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj"
+        )
         self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor", state, keys)
         self.keys = keys
 
     def forward(self, q: Tensor, weights: Tensor, tokens: WindowMetadata, entry: EntryMetadata, rope: RopeTables) -> Tensor:
-        query = indexer.prepare_query(q, weights, rope.compressed, self.keys.pages.format)
-        return indexer.select(query, self.keys.pages, entry.block_table, tokens.tokens.request_of_token, entry.lens, entry.max_entries, self.topk)
+        query = indexer.prepare_query(q, weights, rope.compressed, self.keys.formats.index)
+        return indexer.select(
+            query, self.keys.pages, entry.block_table, tokens.tokens.request_of_token, entry.lens, entry.max_entries, self.topk
+        )
 
 
 class V4Attention(nn.Module):
@@ -177,7 +184,12 @@ class V4Attention(nn.Module):
         self.num_heads, self.num_groups = config.num_attention_heads // tp, config.o_groups // tp
         quant, eps = vllm_config.quant_config, config.rms_norm_eps
         self.fused_wqa_wkv = MergedColumnParallelLinear(
-            config.hidden_size, [config.q_lora_rank, config.head_dim], bias=False, quant_config=quant, disable_tp=True, prefix=f"{prefix}.fused_wqa_wkv"
+            config.hidden_size,
+            [config.q_lora_rank, config.head_dim],
+            bias=False,
+            quant_config=quant,
+            disable_tp=True,
+            prefix=f"{prefix}.fused_wqa_wkv",
         )
         self.q_norm = RMSNorm(config.q_lora_rank, eps)
         self.kv_norm = RMSNorm(config.head_dim, eps)
@@ -186,9 +198,15 @@ class V4Attention(nn.Module):
         )
         self.attn_sink = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False)
         self.wo_a = ColumnParallelLinear(
-            config.heads_per_group * config.head_dim, config.o_groups * config.o_lora_rank, bias=False, quant_config=quant, prefix=f"{prefix}.wo_a"
+            config.heads_per_group * config.head_dim,
+            config.o_groups * config.o_lora_rank,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.wo_a",
         )
-        self.wo_b = RowParallelLinear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.wo_b")
+        self.wo_b = RowParallelLinear(
+            config.o_groups * config.o_lora_rank, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.wo_b"
+        )
         caches = self._caches(vllm_config, prefix)
         self.window = caches[CacheRole.WINDOW]
         self.compressor = self.indexer = self.entries = None
@@ -196,7 +214,9 @@ class V4Attention(nn.Module):
             self.entries = caches[CacheRole.COMPRESSED]
             self.compressor = V4Compressor(config, layer, config.head_dim, f"{prefix}.compressor", caches[CacheRole.STATE], self.entries)
         if layer.kind is LayerKind.CSA:
-            self.indexer = V4Indexer(config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY], caches[CacheRole.INDEX_STATE])
+            self.indexer = V4Indexer(
+                config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY], caches[CacheRole.INDEX_STATE]
+            )
 
     def _caches(self, vllm_config: VllmConfig, prefix: str) -> dict[CacheRole, V4Cache]:
         formats, dtype = cache_formats(vllm_config), vllm_config.model_config.dtype
@@ -237,7 +257,9 @@ class V4Attention(nn.Module):
         step: WindowMetadata = metadata[self.window.prefix]
         n = step.store_slots.shape[0]
         table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
-        q = attention.norm_rope_store(q[:n], kv[:n], self.kv_norm.weight, self.kv_norm.variance_epsilon, table[:n], self.window.pages, step.store_slots)
+        q = attention.norm_rope_store(
+            q[:n], kv[:n], self.kv_norm.weight, self.kv_norm.variance_epsilon, table[:n], self.window.pages, step.store_slots
+        )
         pages = slots = rows = lens = None
         if self.compressor is not None and kv_gate is not None and self.entries is not None:
             rope = RopeTables(rope.window[:n], rope.compressed[:n], {m: t[:n] for m, t in rope.entry.items()})
@@ -332,7 +354,7 @@ class V4Model(nn.Module):
 class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
     """DeepSeek-V4-Flash and -Pro in vLLM."""
 
-    packed_modules_mapping = {"gate_up_proj": ["w1", "w3"], "fused_wqa_wkv": ["wq_a", "wkv"], "fused_wkv_wgate": ["wkv", "wgate"]}
+    packed_modules_mapping: ClassVar = {"gate_up_proj": ["w1", "w3"], "fused_wqa_wkv": ["wq_a", "wkv"], "fused_wkv_wgate": ["wkv", "wgate"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -341,7 +363,11 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         self.model_path = vllm_config.model_config.model
         self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
         last = get_pp_group().is_last_rank
-        self.lm_head = ParallelLMHead(self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")) if last else PPMissingLayer()
+        self.lm_head = (
+            ParallelLMHead(self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+            if last
+            else PPMissingLayer()
+        )
         self.logits_processor = LogitsProcessor(self.v4_config.vocab_size)
 
     def make_empty_intermediate_tensors(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:

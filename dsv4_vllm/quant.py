@@ -10,9 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dsv4.config import FP4_BLOCK, FP8_BLOCK, V4Config
-from dsv4.ops import moe
-from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig, RoutingMethodType
@@ -31,6 +28,10 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.models.deepseek_v4.quant_config import DeepseekV4FP8Config
 from vllm.platforms import current_platform
+
+from dsv4.config import FP4_BLOCK, FP8_BLOCK, V4Config
+from dsv4.ops import moe
+from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 
 QUANTIZATION = "deepseek_v4_fp8"  # the name vLLM gives V4's quantisation; registering it again overrides
 
@@ -92,14 +93,23 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
         super().__init__(moe_config)
 
     def create_weights(
-        self, layer: RoutedExperts, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, params_dtype: torch.dtype, **extra: Any
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
     ) -> None:
         layer.orig_dtype = params_dtype
         fp4 = layer.quant_config.expert_dtype == "fp4"
         loader = extra["weight_loader"]
         suffix = "weight_scale" if fp4 else "weight_scale_inv"
         granularity = FusedMoeWeightScaleSupported.GROUP if fp4 else FusedMoeWeightScaleSupported.BLOCK
-        for name, rows, columns in (("w13", 2 * intermediate_size_per_partition, hidden_size), ("w2", hidden_size, intermediate_size_per_partition)):
+        for name, rows, columns in (
+            ("w13", 2 * intermediate_size_per_partition, hidden_size),
+            ("w2", hidden_size, intermediate_size_per_partition),
+        ):
             if fp4:
                 weight = torch.zeros(num_experts, rows, columns // 2, dtype=torch.uint8)
                 scale = torch.zeros(num_experts, rows, columns // FP4_BLOCK, dtype=torch.uint8)

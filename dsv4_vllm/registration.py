@@ -31,11 +31,11 @@ def register_model() -> None:
 
 
 def _register() -> None:
-    import dsv4_vllm.model  # an error in it must refuse V4 here, not when vLLM inspects the class in another process
-    import dsv4_vllm.quant  # noqa: F401  registers itself
     from vllm import ModelRegistry
     from vllm.model_executor.models import config as model_configs
 
+    import dsv4_vllm.model  # an error in it must refuse V4 here, not when vLLM inspects the class in another process
+    import dsv4_vllm.quant  # noqa: F401  registers itself
     from dsv4_vllm import patches
 
     for architecture in (ARCHITECTURE, VISION_ARCHITECTURE):  # the latter only to be refused, with its reason
@@ -47,12 +47,11 @@ def _register() -> None:
 def _checked(base: Any) -> Any:
     """vLLM's own V4 config hook, followed by our refusals, in the first process and before anything is started."""
 
-    class V4ConfigCheck(base):  # type: ignore[misc]
+    class V4ConfigCheck(base):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             base.verify_and_update_config(vllm_config)
             from dsv4.checkpoint import validate
-
             from dsv4_vllm.support import check_deployment
 
             config = check_deployment(vllm_config)

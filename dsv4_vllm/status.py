@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import vllm
+
 from dsv4.ops import registry
 
 STATUS_PATH = "/dsv4/status"

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dsv4.config import V4Config
-from dsv4.errors import Dsv4Error
 from vllm.config import VllmConfig
 
+from dsv4.config import V4Config
+from dsv4.errors import Dsv4Error
 from dsv4_vllm.attention import cache_formats
 
 
@@ -28,7 +28,11 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "the caches are replicated; use 1"),
         (parallel.enable_eplb, "--enable-eplb", "expert load balancing is not wired; leave it out"),
         (vllm_config.lora_config is not None, "--enable-lora", "LoRA is not wired; leave it out"),
-        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config", "KV transfer has not been tested with dsv4's caches; leave it out"),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "--kv-transfer-config",
+            "KV transfer has not been tested with dsv4's caches; leave it out",
+        ),
     )
     for refused, flag, advice in refusals:
         if refused:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from dsv4.checkpoint import validate
-from dsv4.errors import CheckpointError
-from dsv4.ops.quant.reference import scale_value
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+from dsv4.checkpoint import validate
+from dsv4.errors import CheckpointError
+from dsv4.ops.quant.reference import scale_value
 
 if TYPE_CHECKING:
     from dsv4_vllm.model import DeepseekV4ForCausalLM

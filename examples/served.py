@@ -40,7 +40,9 @@ def vllm_serve(folder: str | Path, *args: str, dtype: str = "float32") -> list[s
 class Server:
     """`with Server(command) as server:`; the command gets --host and --port. Its log is kept in a temporary file."""
 
-    def __init__(self, command: Sequence[str], env: dict[str, str] | None = None, ready_timeout_s: float = 240, health: str = "/health") -> None:
+    def __init__(
+        self, command: Sequence[str], env: dict[str, str] | None = None, ready_timeout_s: float = 240, health: str = "/health"
+    ) -> None:
         self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.command = [*command, "--host", HOST, "--port", str(self.port)]

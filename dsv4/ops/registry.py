@@ -66,7 +66,7 @@ def resolve(op: str, device: torch.device) -> Callable[..., Any]:
 
 def _choose(op: str, device: torch.device) -> Choice:
     mode = env.get("DSV4_OPS")
-    refusals = []
+    refusals: list[str] = []
     offers = _implementations[op]
     for offer in reversed(offers):
         refusal = _refuse_by_mode(offer, mode, device, has_kernel=len(offers) > 1) or offer.refuse(device)

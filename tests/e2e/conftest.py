@@ -2,8 +2,9 @@
 from pathlib import Path
 
 import pytest
-from hf_oracle import load_hf, prompt_without_ties
 from vllm_engine import TIE_MARGIN, Oracle
+
+from hf_oracle import load_hf, prompt_without_ties
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import dsv4_vllm
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from served import vllm_serve
 from vllm_engine import environment, request, run
 
+import dsv4_vllm
 from dsv4.tiny import write_tiny
 
 # Builds the engine's configuration, as `vllm serve` and LLM do first, for every line of JSON; prints what was raised.
@@ -37,7 +37,9 @@ def configure(*cases: dict, env: dict[str, str] | None = None) -> list[tuple[str
     """(exception type, message) of each case; ("", "") where it would have started."""
     lines = "".join(json.dumps({"dtype": "float32", "max_model_len": 512} | case) + "\n" for case in cases)
     # Not from the checkout: the working directory would come before PYTHONPATH.
-    done = subprocess.run([sys.executable, "-c", CONFIGURE], input=lines, capture_output=True, text=True, env=environment(**(env or {})), cwd="/", timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", CONFIGURE], input=lines, capture_output=True, text=True, env=environment(**(env or {})), cwd="/", timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
@@ -153,12 +155,20 @@ def test_a_llama_is_served_whatever_happened_to_the_plugin(broken: bool, broken_
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
     llama = LlamaForCausalLM(config).eval()
     folder = tmp_path / "llama"
     llama.save_pretrained(folder)
     prompts = [[3, 5, 8, 13, 21], list(range(40, 150))]
-    engine = {"model": str(folder), "dtype": "float32", "max_model_len": 256, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 32 << 20}
+    engine = {
+        "model": str(folder),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_batched_tokens": 64,
+        "kv_cache_memory_bytes": 32 << 20,
+    }
     env = broken_plugin if broken else {}
     result = run(engine, [[request(p, 12, prompt_logprobs=False) for p in prompts]], env=env, status=False)
     for prompt, output in zip(prompts, result["phases"][0], strict=True):
@@ -189,8 +199,9 @@ def test_mode_off_leaves_vllms_own_model_in_place(tiny_flash: Path) -> None:
 
 def test_tiny_checkpoints_with_fp8_experts_are_served(tmp_path: Path) -> None:
     """Base checkpoints: experts in block FP8, here with e8m0 scales."""
-    from hf_oracle import load_hf, prompt_without_ties
     from vllm_engine import TIE_MARGIN, Oracle, assert_equal, engine_args
+
+    from hf_oracle import load_hf, prompt_without_ties
 
     folder = write_tiny(tmp_path / "fp8", "flash", experts="fp8")
     oracle = Oracle(load_hf(folder))

@@ -117,5 +117,5 @@ def test_packed_pages_equal_the_quantised_reference(
     worst = float((got - want).abs().max())
     print(f"{variant}, budget {budget}: worst {worst:.1e} over {len(want)}, {model.different / model.total:.1e} of codes are neighbours")
     assert worst <= TOLERANCE
-    assert 0 < model.total
+    assert model.total > 0
     assert model.different <= MOST_NEIGHBOURS * model.total

@@ -18,7 +18,9 @@ def _prompts(text: list[int]) -> list[dict]:
 
 
 @pytest.mark.parametrize("budget", [WHOLE, 200, 48, 16])
-def test_flash_prompts_of_every_boundary_length_in_any_chunking(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], budget: int) -> None:
+def test_flash_prompts_of_every_boundary_length_in_any_chunking(
+    tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], budget: int
+) -> None:
     """Whole and chunked prefill, eight ragged requests at a time."""
     result = run(engine_args(tiny_flash, max_num_batched_tokens=budget), [_prompts(flash_text)])
     assert_equal(result, flash_oracle, least=0.95)
@@ -40,7 +42,9 @@ def test_decoding_from_one_token_passes_every_length(tiny_flash: Path, flash_ora
 def test_prefix_cache_hits_equal_cold_runs(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
     """Hits of 256, 512, 768 and 1024 tokens, each continued differently; unowned pages are NaN."""
     first = [request(flash_text[:1030], 8, prompt_logprobs=False)]
-    again = [request(flash_text[:n] + flash_text[30 : 30 + k], 12, prompt_logprobs=False) for n, k in ((300, 5), (513, 40), (800, 1), (1024, 3))]
+    again = [
+        request(flash_text[:n] + flash_text[30 : 30 + k], 12, prompt_logprobs=False) for n, k in ((300, 5), (513, 40), (800, 1), (1024, 3))
+    ]
     result = run(engine_args(tiny_flash), [first, again], poison=True)
     assert [o["cached"] for o in result["phases"][0]] == [0]
     assert [o["cached"] for o in result["phases"][1]] == [256, 512, 768, 1024]
@@ -87,7 +91,7 @@ def test_vllm_0_33_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text:
     if not (folder / ".unpacked").exists():
         pytest.skip(f"{folder} is missing; `make env` unpacks it")
     prompts = [request(flash_text[:n], 6) for n in (1, 64, 129, 257, 700)]
-    again = [request(flash_text[:600] + [5, 6, 7], 6, prompt_logprobs=False)]
+    again = [request([*flash_text[:600], 5, 6, 7], 6, prompt_logprobs=False)]
     result = run(engine_args(tiny_flash), [prompts, again], env={"PYTHONPATH": str(folder)})
     assert result["workers"][0]["vllm_version"].startswith("0.33.")
     assert result["phases"][1][0]["cached"] == 512

@@ -9,7 +9,11 @@ import pytest
 from vllm_engine import TOLERANCE, Oracle, compare, engine_args, request, run
 
 MUTATIONS = {
-    "window off by one": ("dsv4.ops.attention.plan", "(tokens.positions + 1).clamp(max=window)", "(tokens.positions + 1).clamp(max=window - 1)"),
+    "window off by one": (
+        "dsv4.ops.attention.plan",
+        "(tokens.positions + 1).clamp(max=window)",
+        "(tokens.positions + 1).clamp(max=window - 1)",
+    ),
     "entry RoPE at j instead of j*m": ("dsv4_vllm.model", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
     "entry visible one token late": ("dsv4.ops.attention.plan", "(tokens.positions + 1) // ratio, 0)", "tokens.positions // ratio, 0)"),
     "overlap window lost": ("dsv4.ops.compressor.reference", "missing = rows_at < 0", "missing = (rows_at < 0) | (back >= ratio)"),

@@ -15,7 +15,13 @@ import pytest
 from served import HOST, Server, vllm_serve
 from vllm_engine import TOLERANCE, Oracle, environment
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Name a number."}], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Name a number."}],
+    "max_tokens": 12,
+    "temperature": 0,
+    "ignore_eos": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,13 @@ def test_chat_with_tools_is_accepted(server: Server) -> None:
 def test_sixteen_clients_get_what_one_gets(server: Server) -> None:
     """Greedy tokens do not depend on who else is served. Prompts of different lengths, each asked alone and in the crowd."""
     bodies = [
-        {"model": "tiny", "prompt": [3 + (7 * i + j) % 250 for j in range(5 + 17 * i)], "max_tokens": 10, "temperature": 0, "ignore_eos": True}
+        {
+            "model": "tiny",
+            "prompt": [3 + (7 * i + j) % 250 for j in range(5 + 17 * i)],
+            "max_tokens": 10,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         for i in range(16)
     ]
     ask = lambda body: server.post("/v1/completions", body)["choices"][0]["text"]  # noqa: E731

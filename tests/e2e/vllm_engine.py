@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_oracle import hf_logprobs, hf_margins
 from torch import Tensor
+
+from hf_oracle import hf_logprobs, hf_margins
 
 TOLERANCE = 2e-4  # measured differences between correct fp32 implementations: up to 5e-5 on |logit| ~ 10 (spec section 9)
 # A choice (expert or entry) this close to a tie may fall either way in fp32: measured flips had margins up to 1.2e-5.
@@ -21,7 +22,13 @@ TIE_MARGIN = 3e-5
 DRIVER = Path(__file__).with_name("vllm_driver.py")
 ENV_DIR = Path(__file__).parents[2] / ".env"
 # Tests bind to loopback and reach no hub; a stray variable of the caller must not change what is tested.
-BASE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+BASE_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",
+}
 RUNNER_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

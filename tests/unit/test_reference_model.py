@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf_oracle import hf_logprobs, load_hf, prompt_without_ties
 
 from dsv4.kv_layout import IndexFormat, KvFormat
 from dsv4.reference_model import Quantisation, ReferenceModel
+from hf_oracle import hf_logprobs, load_hf, prompt_without_ties
 
 TOLERANCE = 2e-4  # measured: 5e-5
 

@@ -60,7 +60,11 @@ def compress_store(
     rows = state.data[page.long(), rows_at.clamp(min=0) % state.rows]  # [N, overlap * m, 2 * overlap * D]
     missing = rows_at < 0
     if overlap == 2:
-        rows = torch.where((back >= ratio)[None, :, None], rows.unflatten(-1, (2, 2, -1))[..., 0, :].flatten(-2), rows.unflatten(-1, (2, 2, -1))[..., 1, :].flatten(-2))
+        rows = torch.where(
+            (back >= ratio)[None, :, None],
+            rows.unflatten(-1, (2, 2, -1))[..., 0, :].flatten(-2),
+            rows.unflatten(-1, (2, 2, -1))[..., 1, :].flatten(-2),
+        )
     kv, score = rows.chunk(2, -1)
     # Rows before the first token do not exist: whatever memory holds there, NaN included, must not enter.
     kv = kv.masked_fill(missing[..., None], 0.0)

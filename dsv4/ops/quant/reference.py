@@ -97,7 +97,9 @@ def dequantize_expert(weight: Tensor, scale: Tensor) -> Tensor:
     if weight.dtype in (torch.int8, torch.uint8):
         assert scale.shape[-1] * FP4_BLOCK == weight.shape[-1] * 2
         return dequantize_e2m1(weight, scale)
-    flat = [dequantize_fp8_block(w, s) for w, s in zip(weight.flatten(0, -3), scale.flatten(0, -3), strict=True)] if weight.dim() > 2 else []
+    flat = (
+        [dequantize_fp8_block(w, s) for w, s in zip(weight.flatten(0, -3), scale.flatten(0, -3), strict=True)] if weight.dim() > 2 else []
+    )
     return torch.stack(flat).view(weight.shape) if flat else dequantize_fp8_block(weight, scale)
 
 
