@@ -132,12 +132,37 @@ def step_limit(d: Deployment, concurrency: int) -> int:
 
 def knobs(proof: Proof, concurrency: int) -> list[Knob]:
     """Changes that bring `proof`'s deployment nearer to fitting, the one that buys most first."""
-    d = proof.deployment
-    tried = [
-        _knob(text, proof, prove(changed, concurrency)) for text, changed in _changes(d, proof, concurrency) if not violations(changed)
-    ]
-    useful = sorted((k for k in tried if k.frees_bytes > 0), key=lambda k: (-k.fits, -k.frees_bytes))
-    return useful if any(k.fits for k in useful) else [*_more_gpus(proof, concurrency), *useful]
+    useful = [knob for knob, _ in _useful(proof, proof, concurrency)]
+    if any(k.fits for k in useful):
+        return useful
+    return [*_together(proof, concurrency), *_more_gpus(proof, concurrency), *useful]
+
+
+def _useful(origin: Proof, proof: Proof, concurrency: int) -> list[tuple[Knob, Proof]]:
+    """Single changes to `proof`, counted from `origin`, the one that buys most first."""
+    gained = _knob("", origin, proof).frees_bytes
+    found = []
+    for text, changed in _changes(proof.deployment, proof, concurrency):
+        if not violations(changed):
+            after = prove(changed, concurrency)
+            knob = _knob(text, origin, after)
+            found += [(knob, after)] if knob.frees_bytes > gained else []
+    return sorted(found, key=lambda pair: (-pair[0].fits, -pair[0].frees_bytes))
+
+
+def _together(proof: Proof, concurrency: int) -> list[Knob]:
+    """Changes that fit when taken one after the other, each time the one that buys most; at most four."""
+    texts: list[str] = []
+    now = proof
+    for _ in range(4):
+        useful = _useful(proof, now, concurrency)
+        if not useful:
+            return []
+        knob, now = useful[0]
+        texts = [t for t in texts if t.split(" to ")[0] != knob.text.split(" to ")[0]] + [knob.text]  # a value given later replaces
+        if knob.fits:
+            return [Knob(" and ".join(texts), knob.frees_bytes, True)]
+    return []
 
 
 def _more_gpus(proof: Proof, concurrency: int) -> list[Knob]:
@@ -159,8 +184,9 @@ def _more_gpus(proof: Proof, concurrency: int) -> list[Knob]:
 
 
 def _knob(text: str, before: Proof, after: Proof) -> Knob:
-    frees = (before.need_bytes - before.pool_low) - (after.need_bytes - after.pool_low)
-    return Knob(text, frees, after.verdict is Verdict.FITS)
+    pool = (before.need_bytes - before.pool_low) - (after.need_bytes - after.pool_low)
+    headroom = before.headroom_shortfall_bytes - after.headroom_shortfall_bytes
+    return Knob(text, pool + headroom, after.verdict is Verdict.FITS)
 
 
 def _changes(d: Deployment, proof: Proof, concurrency: int) -> Iterator[tuple[str, Deployment]]:
@@ -181,8 +207,9 @@ def _changes(d: Deployment, proof: Proof, concurrency: int) -> Iterator[tuple[st
         yield "store index keys as mxfp4", replace(d, index=IndexFormat.MXFP4)
     if d.dp > 1:
         yield f"use TP{d.tp * d.dp} instead of {d.shape}", replace(d, tp=d.tp * d.dp, dp=1)
-    if 0 < proof.max_context_low < d.max_model_len:
-        yield f"cap the context at {proof.max_context_low:,} tokens", replace(d, max_model_len=proof.max_context_low)
+    cap = proof.max_context_low // 1024 * 1024
+    if d.max_model_len // 4 <= cap < d.max_model_len and cap:  # less would be another service
+        yield f"cap the context at {cap:,} tokens", replace(d, max_model_len=cap)
 
 
 # --------------------------------------------------------------------------------------------------------------------

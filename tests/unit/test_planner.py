@@ -190,3 +190,11 @@ def test_the_proof_ends_with_the_command_that_starts_it():
     text = describe(question, plan(question), 1)
     assert "start head: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text
     assert "start worker: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text
+
+
+def test_several_knobs_are_named_where_one_is_not_enough():
+    c = _find(_plan("flash", "3090", 8, context=8192), "vllm", "TP8")
+    knob = c.knobs[0]
+    assert knob.fits
+    assert " and " in knob.text
+    assert all(not k.fits for k in c.knobs[1:] if not k.text.startswith("use "))
