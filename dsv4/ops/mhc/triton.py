@@ -260,7 +260,7 @@ SHIPPED = (
     Shipped("mhc project", project_kernel, _TYPES, {"N": 24, "NB": 32, "BT": PART_TOKENS, "BK": PART_WIDTH}, 4),
     Shipped("mhc project head", project_kernel, _TYPES, {"N": 4, "NB": 16, "BT": PART_TOKENS, "BK": PART_WIDTH}, 4),
     Shipped("mhc pre flash", pre_kernel, _TYPES, {"BD": 4096, "PARTS": 64}, 8),
-    Shipped("mhc pre pro", pre_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16),
+    Shipped("mhc pre pro", pre_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 12, "sm86": 16}),
     Shipped("mhc post", post_kernel, _TYPES, {"BD": 1024}, 4),
-    Shipped("mhc head", head_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16),
+    Shipped("mhc head", head_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 8, "sm86": 96}),
 )
