@@ -67,7 +67,7 @@ types: $(VENV)/.installed ## mypy
 imports: $(VENV)/.installed ## import rules
 	$(VENV)/bin/lint-imports
 test: env ## All tests
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat question, proof of who answered
 	$(PYTHON) examples/demo_vllm.py
 .PHONY: kernels

@@ -29,6 +29,7 @@ def worker_status(worker: Any) -> dict[str, Any]:
         "kv_format": caches[0].formats.kv.value if caches else None,
         "index_format": caches[0].formats.index.value if caches else None,
         "model_runner": f"{type(worker.model_runner).__module__}.{type(worker.model_runner).__qualname__}",
+        "quant_method": type(worker.vllm_config.quant_config).__name__,
         "device": str(worker.device),
         "dtype": str(worker.model_config.dtype).removeprefix("torch."),
         "ops": registry.report(),

@@ -20,7 +20,7 @@ from typing import Any
 HOST = "127.0.0.1"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 # A machine without a GPU: eager mode, and a KV pool of a size instead of a share of all memory.
-VLLM_CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(192 << 20), "--max-model-len", "1200", "--max-num-seqs", "16")
+VLLM_CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20), "--max-model-len", "4096", "--max-num-seqs", "16")
 VLLM_CHAT_ARGS = (
     "--tokenizer-mode", "deepseek_v4", "--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice", "--reasoning-parser", "deepseek_v4",
 )  # fmt: skip

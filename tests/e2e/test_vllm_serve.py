@@ -6,6 +6,8 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -145,3 +147,12 @@ def test_sigterm_exits_0_without_orphans(tiny_flash: Path) -> None:
         code = server.process.wait(60)
         assert _eventually(lambda: not server.group_is_alive())
         assert code == 0, server.log()[-3000:]
+
+
+def test_doctor_proves_it_from_the_server(server: Server) -> None:
+    """`dsv4 doctor --url` as a user runs it: exit 0 and the classes that the workers told."""
+    doctor = [str(Path(sys.executable).with_name("dsv4")), "doctor", "--url", server.url, "--json"]
+    done = subprocess.run(doctor, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dsv4_vllm.model.DeepseekV4ForCausalLM" in done.stdout
+    assert "DSV4_WINDOW" in done.stdout
