@@ -14,13 +14,16 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 # The newest supported vLLM is tested from its unpacked wheel: PYTHONPATH=$(VLLM_NEXT) shadows the installed one.
 VLLM_NEXT_VERSION := 0.33.0
 VLLM_NEXT := $(ENV)/vllm-$(VLLM_NEXT_VERSION)
+# The oldest supported SGLang likewise.
+SGLANG_PREV_VERSION := 0.5.22
+SGLANG_PREV := $(ENV)/sglang-$(SGLANG_PREV_VERSION)
 
 .PHONY: help
 help: ## Show the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
 
 .PHONY: env
-env: $(VENV)/.installed $(VLLM_NEXT)/.unpacked ## Create or complete the development environment
+env: $(VENV)/.installed $(VLLM_NEXT)/.unpacked $(SGLANG_PREV)/.unpacked ## Create or complete the development environment
 
 # torch first: pip takes the CPU build where one is on offer. Where only CUDA builds are, add
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to the environment.
@@ -40,14 +43,18 @@ $(VENV)/.installed: $(VENV)/.stubbed pyproject.toml
 	$(PIP) install -q --no-deps --no-build-isolation -e . 2> >(grep -v ' is ignored: ' >&2)
 	@touch $@
 
-# Compiled libraries are left out: nothing loads them without a GPU, and they are nine tenths of the wheel.
+# $(call unpack,PACKAGE,VERSION,FOLDER). Compiled libraries are left out: nothing loads them without a GPU, and they are
+# nine tenths of the wheel.
+define unpack
+	@if [ ! -e $(3)/.unpacked ]; then set -e; echo "env: unpacking $(1) $(2)"; rm -rf $(3) $(3).part; \
+	  $(PIP) download -q --no-deps --only-binary :all: -d $(3).part $(1)==$(2) 2> >(grep -v ' is ignored: ' >&2); \
+	  $(PYTHON) requirements/unpack_wheel.py $(3).part/*.whl $(3); rm -rf $(3).part; fi
+	@touch $(3)/.unpacked
+endef
 $(VLLM_NEXT)/.unpacked: $(VENV)/.locked
-	@if [ ! -e $@ ]; then set -e; echo "env: unpacking vllm $(VLLM_NEXT_VERSION)"; \
-	  rm -rf $(VLLM_NEXT) $(VLLM_NEXT).part; \
-	  $(PIP) download -q --no-deps --only-binary :all: -d $(VLLM_NEXT).part vllm==$(VLLM_NEXT_VERSION) 2> >(grep -v ' is ignored: ' >&2); \
-	  $(PYTHON) requirements/unpack_wheel.py $(VLLM_NEXT).part/*.whl $(VLLM_NEXT); \
-	  rm -rf $(VLLM_NEXT).part; fi
-	@touch $@
+	$(call unpack,vllm,$(VLLM_NEXT_VERSION),$(VLLM_NEXT))
+$(SGLANG_PREV)/.unpacked: $(VENV)/.locked
+	$(call unpack,sglang,$(SGLANG_PREV_VERSION),$(SGLANG_PREV))
 
 .PHONY: python-vllm python-sglang
 python-vllm: $(VENV)/.installed ## Print the interpreter that has vLLM and dsv4
@@ -55,7 +62,7 @@ python-vllm: $(VENV)/.installed ## Print the interpreter that has vLLM and dsv4
 python-sglang: $(VENV)/.installed ## Print the interpreter that has SGLang and dsv4
 	@echo "$(CURDIR)/$(PYTHON)"
 
-.PHONY: lint format types imports test demo clean
+.PHONY: lint format types imports test recipes demo clean
 lint: $(VENV)/.installed ## ruff: rules and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -68,6 +75,8 @@ imports: $(VENV)/.installed ## import rules
 	$(VENV)/bin/lint-imports
 test: env ## All tests
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+recipes: env ## Check every recipe against every supported engine version
+	$(VENV)/bin/dsv4 recipes check
 demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat question, proof of who answered
 	$(PYTHON) examples/demo_vllm.py
 .PHONY: kernels

@@ -26,7 +26,7 @@ BAD_INPUT = 2
 # name: (where the command is, its line in `dsv4 --help`)
 COMMANDS = {
     "plan": ("dsv4.recipes_cli:plan", "Prove that a checkpoint, a context and a machine fit, and print the launch command."),
-    "launch": ("dsv4.recipes_cli:launch", "Start an engine from a recipe."),
+    "launch": ("dsv4.recipes_cli:launch", "Print how to start an engine from a recipe."),
     "recipes": ("dsv4.recipes_cli:recipes", "List and check the shipped recipes."),
     "check": ("dsv4.cli:check", "Validate a checkpoint folder from its safetensors headers alone."),
     "tiny": ("dsv4.tiny_cli:tiny", "Write a small random checkpoint in the released format."),
