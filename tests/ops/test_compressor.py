@@ -145,3 +145,34 @@ def test_slots_and_pages_out_of_range_touch_nothing() -> None:
     compressor.compress_store(state, table, ones, torch.tensor([3, 7]), slots, 4, 2, torch.ones(128), EPS, torch.zeros(2, 64), cache)
     assert torch.equal(memory(cache), before[0])
     assert torch.equal(memory(state), before[1])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "overlap", "dim", "row_format"),
+    [(4, 2, 512, KvFormat.FP8_DS_MLA), (4, 2, 128, IndexFormat.FP8), (128, 1, 512, KvFormat.PLAIN)],
+)
+@pytest.mark.parametrize("already", [0, 3, 130], ids=["whole", "open-window", "later"])
+def test_one_launch_writes_the_bytes_of_two(ratio: int, overlap: int, dim: int, row_format: RowsFormat, already: int) -> None:
+    """Two requests and a padding token in one step; entries pool rows of this step, of earlier ones, and of both."""
+    state_rows, new = 4 if ratio == 4 else 8, ratio + 2
+    total, rows = already + new, 256 // ratio
+    state, table = state_pages(total, state_rows, overlap, dim)
+    at = torch.arange(total)
+    for r in range(2):
+        slots = table[r, at[:already] // state_rows] * state_rows + (at[:already] % state_rows).int()
+        reference.store_rows(state, slots, torch.randn(already, 2 * overlap * dim), 0)
+    positions = torch.cat([at[already:], at[already:], torch.zeros(1, dtype=torch.int64)])
+    request = torch.tensor([0] * new + [1] * new + [1], dtype=torch.int32)
+    state_slots = (table[request.long(), positions // state_rows] * state_rows + positions % state_rows).int()
+    completes = (positions + 1) % ratio == 0
+    entry_slots = torch.where(completes, request * rows + positions // ratio % rows, -1).int()
+    state_slots[-1] = entry_slots[-1] = -1
+    kv, gate = torch.randn(2 * new + 1, 2 * overlap * dim).chunk(2, -1)
+    ape, weight = torch.randn(ratio, overlap * dim), torch.rand(dim) + 0.5
+    entry_table = cos_sin(positions // ratio * ratio, FREQ)
+    one, two = (state, make_pages(row_format, 2, rows, dim)), (clone_pages(state), make_pages(row_format, 2, rows, dim))
+    compressor.update(kv, gate, ape, positions, request, one[0], state_slots, table, entry_slots, overlap, weight, EPS, entry_table, one[1])
+    compressor.save_state(kv, gate, ape, positions, two[0], state_slots)
+    compressor.compress_store(two[0], table, request, positions, entry_slots, ratio, overlap, weight, EPS, entry_table, two[1])
+    for a, b in zip(one, two, strict=True):
+        assert_bytes_equal(a, b)

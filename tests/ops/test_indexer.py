@@ -212,3 +212,16 @@ def test_selection_end_to_end() -> None:
     twin = reference.topk(reference.logits(query, keys, table, request, lens, 300), lens, 32)
     for a, b in zip(got.tolist(), twin.tolist(), strict=True):
         assert set(a) == set(b)
+
+
+@pytest.mark.parametrize("n", [40, 9000])
+def test_selection_as_slots_of_the_entry_cache(n: int) -> None:
+    lens = torch.tensor([n, 17, 3, 0], dtype=torch.int32)
+    request = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
+    scores, table = torch.randn(4, n), torch.randperm(3 * 200).int().view(3, 200)
+    choose = registry.resolve("indexer.topk", CPU)
+    got = choose(scores, lens, 16, table, request, 64)
+    twin = reference.topk(scores, lens, 16, table, request, 64)
+    assert [set(row) for row in got.tolist()] == [set(row) for row in twin.tolist()]
+    chosen = choose(scores, lens, 16)
+    assert torch.equal(got < 0, chosen < 0), "-1 stays last"

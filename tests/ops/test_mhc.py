@@ -83,3 +83,21 @@ def test_head_is_the_twins(num_tokens: int, dim: int) -> None:
 def test_no_tokens() -> None:
     args = (*parameters(24, 64, 3), EPS, HC_EPS, ITERS)
     assert [tuple(x.shape) for x in mhc.pre(torch.zeros(0, 4, 64), *args)] == [(0, 64), (0, 4), (0, 4, 4)]
+
+
+@pytest.mark.parametrize(("num_tokens", "dim"), [(1, 4096), (2, 7168), (17, 256)])
+def test_post_and_the_next_pre_in_one_read(num_tokens: int, dim: int) -> None:
+    fn, base, scale, weight = parameters(24, dim, 3)
+    streams, y = torch.randn(num_tokens, 4, dim).bfloat16(), torch.randn(num_tokens, dim).bfloat16()
+    post_weight, comb = torch.rand(num_tokens, 4) * 2, torch.rand(num_tokens, 4, 4)
+    args = (fn, base, scale, weight, EPS, HC_EPS, ITERS)
+    got = mhc.post_pre(streams, y, post_weight, comb, *args)
+    assert torch.equal(got[0], mhc.post(streams, y, post_weight, comb))
+    twin = reference.pre(got[0], *args)
+    exact = reference.pre(got[0].double(), *(x.double() for x in args[:4]), EPS, HC_EPS, ITERS, torch.float64)
+    assert_within(got[1], exact[0], twin[0], "input")
+    allowed = (4 * dim) ** 0.5 * 2.0**-24 + 100 * 2.0**-24  # as for pre
+    assert (got[2] - exact[1]).abs().max() < 2 * allowed
+    assert (got[3] - exact[2]).abs().max() < allowed
+    whole = reference.post_pre(streams, y, post_weight, comb, *args)
+    assert_within(got[0].flatten(1), whole[0].double().flatten(1), whole[0].flatten(1))

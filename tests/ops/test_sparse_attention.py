@@ -15,6 +15,7 @@ from dsv4.ops.attention import reference
 from dsv4.ops.attention.split_kv import sparse_attention
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.reference import load_rows
+from dsv4.ops.rope import apply_rope, cos_sin
 from kernel_cases import assert_within, fill_pages, make_pages
 
 
@@ -126,6 +127,7 @@ def test_empty_rows_one_key_and_all_invalid(n_split: int) -> None:
 @pytest.mark.parametrize("row_format", list(KvFormat))
 def test_window_only_layers(row_format: KvFormat) -> None:
     check(make(16, [128, 64, 63], None, row_format), None)
+    check(make(16, [128, 64, 63], None, row_format), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -177,3 +179,16 @@ def test_rows_of_another_width_are_refused() -> None:
     case.q = case.q[..., :256]
     with pytest.raises(ValueError, match="448 \\+ 64"):
         attention.sparse_attention(*case.args())
+
+
+@pytest.mark.parametrize("n_split", [1, 3])
+@pytest.mark.parametrize("num_heads", [8, 64])
+def test_outputs_rotated_back_in_the_same_launch(num_heads: int, n_split: int) -> None:
+    case = make(num_heads, [128, 0, 5], [17, 0, 70])
+    table = cos_sin(torch.tensor([5, 1_000_000, 77]), 1e4 ** (-torch.arange(0, 64, 2) / 64))
+    plain, lse = sparse_attention(*case.args(), n_split=n_split)
+    rotated, lse_too = sparse_attention(*case.args(), cos_sin=table, n_split=n_split)
+    assert torch.equal(rotated, apply_rope(plain, table, inverse=True))
+    assert torch.equal(lse, lse_too)
+    wo_a = torch.randn(2, 16, num_heads // 2 * 512).bfloat16()
+    assert torch.equal(attention.output_a(rotated, None, wo_a), attention.output_a(plain, table, wo_a))

@@ -31,13 +31,14 @@ def sparse_attention(
     entry_lens: Tensor | None,
     sink: Tensor,
     rope_dim: int,
+    cos_sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the window and the given compressed entries. See `reference.sparse_attention`."""
     return resolve("attention.sparse", q.device)(
-        q, window, window_slots, window_lens, entries, entry_slots, entry_row, entry_lens, sink, rope_dim
+        q, window, window_slots, window_lens, entries, entry_slots, entry_row, entry_lens, sink, rope_dim, cos_sin
     )
 
 
-def output_a(o: Tensor, cos_sin: Tensor, wo_a: Tensor) -> Tensor:
+def output_a(o: Tensor, cos_sin: Tensor | None, wo_a: Tensor) -> Tensor:
     """Rotate back and apply the grouped first output projection. See `reference.output_a`."""
     return resolve("attention.output_a", o.device)(o, cos_sin, wo_a)

@@ -42,12 +42,14 @@ def sparse_attention(
     entry_lens: Tensor | None,
     sink: Tensor,
     rope_dim: int,
+    cos_sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q . k * D**-0.5) over window and compressed keys jointly, with one extra logit per head in the denominator.
 
     q: [T, H, D]; window_slots: [T, W] int32, the first window_lens[t] valid; entry_slots: [N, K] int32 and entry_row: [T],
     which of its rows token t reads, the first entry_lens[t] places valid, -1 among them skipped; all four None on
-    window-only layers. sink: [H] fp32, unscaled. Returns o [T, H, D] in q's dtype and the log-sum-exp [T, H] fp32
+    window-only layers. sink: [H] fp32, unscaled. cos_sin: [T, rope_dim], then o is rotated back by its query's position,
+    which `output_a` leaves out when it gets none. Returns o [T, H, D] in q's dtype and the log-sum-exp [T, H] fp32
     without the sink. A token with no valid key gets zeros and -inf.
     """
     out = torch.empty_like(q)
@@ -65,7 +67,7 @@ def sparse_attention(
             more, more_valid = _gather(entries, slots, entry_lens[part], q.shape[-1], rope_dim)  # type: ignore[index]
             keys, valid = torch.cat([keys, more], 1), torch.cat([valid, more_valid], 1)
         out[part], lse[part] = _attend(q[part], keys, valid, sink)
-    return out, lse
+    return out if cos_sin is None else apply_rope(out, cos_sin, inverse=True), lse
 
 
 def _gather(pages: Pages, slots: Tensor, lens: Tensor, dim: int, rope_dim: int) -> tuple[Tensor, Tensor]:
@@ -84,10 +86,11 @@ def _attend(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> tuple[Tenso
     return (p @ keys).to(q.dtype), lse
 
 
-def output_a(o: Tensor, cos_sin: Tensor, wo_a: Tensor) -> Tensor:
+def output_a(o: Tensor, cos_sin: Tensor | None, wo_a: Tensor) -> Tensor:
     """Rotate each head's output back by its query's position, then project each group of heads.
 
-    o: [T, H, D]; cos_sin: [T, rope_dim]; wo_a: [G, R, (H / G) * D] in o's dtype. Returns [T, G * R] in o's dtype.
+    o: [T, H, D]; cos_sin: [T, rope_dim], None when o is already rotated back; wo_a: [G, R, (H / G) * D] in o's dtype. Returns [T, G * R] in o's dtype.
     """
-    rotated = apply_rope(o, cos_sin, inverse=True).flatten(1).unflatten(1, (wo_a.shape[0], -1))  # [T, G, (H / G) * D]
+    rotated = o if cos_sin is None else apply_rope(o, cos_sin, inverse=True)
+    rotated = rotated.flatten(1).unflatten(1, (wo_a.shape[0], -1))  # [T, G, (H / G) * D]
     return torch.bmm(rotated.transpose(0, 1), wo_a.transpose(1, 2)).transpose(0, 1).flatten(1)

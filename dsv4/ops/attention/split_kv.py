@@ -19,12 +19,12 @@ from torch import Tensor
 from dsv4.ops import check
 from dsv4.ops.kernels import Shipped, on_amd, packed_decode, processors, register_limit
 from dsv4.ops.pages import Pages
-from dsv4.ops.quant.triton import dequantize_e4m3, format_code, ue8m0_value
+from dsv4.ops.quant.triton import dequantize_e4m3, format_code, rotate_pairs, ue8m0_value
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 MAX_SPLITS = 64
-KEYS_PER_SPLIT = 64  # fewer keys than this do not pay for another part
+KEYS_PER_SPLIT = 128  # fewer keys than this do not pay for another part and for joining them
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def attend_kernel(
     q, q_token_stride, q_head_stride,
     window, window_page_stride, window_num_slots, window_slots, window_slots_stride, window_lens, W,
     entries, entries_page_stride, entries_num_slots, entry_slots, entry_slots_stride, entry_row, entry_lens, K,
-    sink, out, lse, part_out, part_lse, scale_log2, n_split,
+    sink, cos_sin, out, lse, part_out, part_lse, scale_log2, n_split,
     H: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
     WINDOW_ROWS: tl.constexpr, WINDOW_FORMAT: tl.constexpr, ENTRY_ROWS: tl.constexpr, ENTRY_FORMAT: tl.constexpr,
-    HAS_ENTRIES: tl.constexpr, ONE_SPLIT: tl.constexpr, PTX: tl.constexpr,
+    HAS_ENTRIES: tl.constexpr, ONE_SPLIT: tl.constexpr, ROTATE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """grid (T, cdiv(H, HB), n_split). A token's keys are its window, then its entries; each split takes an equal share of
     the keys that the token really has. part_out [T, n_split, H, 512] fp32, part_lse [T, n_split, H] fp32 in log2 units."""
@@ -189,11 +189,14 @@ def attend_kernel(
     tl.store(o + tl.arange(0, 256)[None, :], (a0 * scale).to(kind), mask=inside[:, None])
     tl.store(o + 256 + tl.arange(0, 128)[None, :], (a1 * scale).to(kind), mask=inside[:, None])
     tl.store(o + 384 + tl.arange(0, 64)[None, :], (a2 * scale).to(kind), mask=inside[:, None])
-    tl.store(o + 448 + tl.arange(0, 64)[None, :], (a3 * scale).to(kind), mask=inside[:, None])
+    a3 = (a3 * scale).to(kind)
+    if ROTATE and ONE_SPLIT:
+        a3 = rotate_pairs(a3.to(tl.float32), cos_sin + t * 64, 0, 64, 64, SIGN=-1.0).to(kind)
+    tl.store(o + 448 + tl.arange(0, 64)[None, :], a3, mask=inside[:, None])
 
 
 @triton.jit
-def combine_kernel(part_out, part_lse, sink, out, lse, n_split, H: tl.constexpr, SPLITS: tl.constexpr):
+def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, n_split, H: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr):
     """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a power of two >= n_split."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
@@ -214,7 +217,11 @@ def combine_kernel(part_out, part_lse, sink, out, lse, n_split, H: tl.constexpr,
         written = tl.where(log > float("-inf"), 512, 0)
         row = tl.load(part_out + at * 512 + d, mask=d < written, other=0.0)
         o += row * tl.exp2(log - m)
-    tl.store(out + (t * H + h) * 512 + d, tl.where(some, o / with_sink, 0.0).to(out.dtype.element_ty))
+    o = tl.where(some, o / with_sink, 0.0).to(out.dtype.element_ty)
+    if ROTATE:
+        turned = rotate_pairs(tl.reshape(o, [1, 512]).to(tl.float32), cos_sin + t * 64, 448, 64, 512, SIGN=-1.0)
+        o = tl.reshape(turned, [512]).to(out.dtype.element_ty)
+    tl.store(out + (t * H + h) * 512 + d, o)
     tl.store(lse + t * H + h, tl.where(some, (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf")))
 
 
@@ -229,6 +236,7 @@ def sparse_attention(
     entry_lens: Tensor | None,
     sink: Tensor,
     rope_dim: int,
+    cos_sin: Tensor | None = None,
     n_split: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_attention`. n_split: parts per token; None chooses from shapes. Raises ValueError for rows
@@ -251,6 +259,7 @@ def sparse_attention(
     tile = tile_for(num_heads, on_amd())
     head_blocks = triton.cdiv(num_heads, tile.heads)
     n_split = n_split or splits_for(num_tokens, head_blocks, window_slots.shape[1] + entry_slots.shape[1], q.device)
+    table = lse if cos_sin is None else cos_sin
     parts, part_lse = out, lse
     if n_split > 1:
         parts = torch.empty(num_tokens, n_split, num_heads, dim, dtype=torch.float32, device=q.device)
@@ -261,16 +270,26 @@ def sparse_attention(
         window_slots, window_slots.stride(0), window_lens, window_slots.shape[1],
         entries.data, entries.data.stride(0), entries.data.shape[0] * entries.rows,
         entry_slots, entry_slots.stride(0), entry_row, entry_lens, entry_slots.shape[1],
-        sink, out, lse, parts, part_lse, dim**-0.5 * LOG2_E, n_split,
+        sink, table, out, lse, parts, part_lse, dim**-0.5 * LOG2_E, n_split,
         H=num_heads, HB=tile.heads, BN=tile.keys,
         WINDOW_ROWS=window.rows, WINDOW_FORMAT=format_code(window.format),
         ENTRY_ROWS=entries.rows, ENTRY_FORMAT=format_code(entries.format),
-        HAS_ENTRIES=has_entries, ONE_SPLIT=n_split == 1, PTX=packed_decode(q.device), num_warps=tile.num_warps,
+        HAS_ENTRIES=has_entries, ONE_SPLIT=n_split == 1, ROTATE=cos_sin is not None, PTX=packed_decode(q.device), num_warps=tile.num_warps,
         **register_limit(q.device, tile.num_warps),
     )  # fmt: skip
     if n_split > 1:
         combine_kernel[(num_tokens, num_heads)](
-            parts, part_lse, sink, out, lse, n_split, H=num_heads, SPLITS=triton.next_power_of_2(n_split), num_warps=4
+            parts,
+            part_lse,
+            sink,
+            table,
+            out,
+            lse,
+            n_split,
+            H=num_heads,
+            SPLITS=triton.next_power_of_2(n_split),
+            ROTATE=cos_sin is not None,
+            num_warps=4,
         )
     return out, lse
 
@@ -284,6 +303,7 @@ _TYPES = {
     "entry_row": "*i32",
     "entry_lens": "*i32",
     "sink": "*fp32",
+    "cos_sin": "*fp32",
     "lse": "*fp32",
     "part_out": "*fp32",
     "part_lse": "*fp32",
@@ -296,7 +316,7 @@ def _shipped(name: str, num_heads: int, row_format: int, entry_rows: int, one_sp
         tile = tile_for(num_heads, vendor == "amd")
         constants = {
             "H": num_heads, "HB": tile.heads, "BN": tile.keys, "WINDOW_ROWS": 64, "WINDOW_FORMAT": row_format, "ENTRY_ROWS": max(entry_rows, 1),
-            "ENTRY_FORMAT": row_format, "HAS_ENTRIES": entry_rows > 0, "ONE_SPLIT": one_split, "PTX": True,
+            "ENTRY_FORMAT": row_format, "HAS_ENTRIES": entry_rows > 0, "ONE_SPLIT": one_split, "ROTATE": True, "PTX": True,
         }  # fmt: skip
         types = {**_TYPES, "window": pages, "entries": pages}
         yield Shipped(name, attend_kernel, types, constants, tile.num_warps, spill=SPILL, vendor=vendor)
@@ -310,5 +330,5 @@ SHIPPED = (
     *_shipped("attend csa fp8 H8 split", 8, 1, 64, one_split=False),
     *_shipped("attend csa bf16 H128 split", 128, 0, 64, one_split=False),
     *_shipped("attend window bf16 H16 split", 16, 0, 0, one_split=False),
-    Shipped("combine H64", combine_kernel, _TYPES, {"H": 64, "SPLITS": 64}, 4),
+    Shipped("combine H64", combine_kernel, _TYPES, {"H": 64, "SPLITS": 64, "ROTATE": True}, 4),
 )

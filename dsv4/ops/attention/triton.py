@@ -115,15 +115,15 @@ def rotate_back_kernel(
     tl.store(out + (t * H + h[:, None]) * D + d, y.to(out.dtype.element_ty), mask=inside)
 
 
-def output_a(o: Tensor, cos_sin: Tensor, wo_a: Tensor) -> Tensor:
+def output_a(o: Tensor, cos_sin: Tensor | None, wo_a: Tensor) -> Tensor:
     """See `reference.output_a`. The grouped product stays with the device's GEMM library: one batched GEMM."""
     num_tokens, num_heads, dim = o.shape
-    rotated = torch.empty(o.shape, dtype=o.dtype, device=o.device)
-    if num_tokens:
+    rotated = o if cos_sin is None else torch.empty(o.shape, dtype=o.dtype, device=o.device)
+    if num_tokens and cos_sin is not None:
         rotate_back_kernel[(num_tokens, triton.cdiv(num_heads, HEADS_PER_PROGRAM))](
             o, o.stride(0), o.stride(1), cos_sin, rotated, H=num_heads, D=dim, ROPE=cos_sin.shape[-1], HB=HEADS_PER_PROGRAM, num_warps=4
         )
-    groups = rotated.view(num_tokens, wo_a.shape[0], -1)  # [T, G, (H / G) * D]
+    groups = rotated.reshape(num_tokens, wo_a.shape[0], -1)  # [T, G, (H / G) * D]
     out = torch.empty(num_tokens, *wo_a.shape[:2], dtype=o.dtype, device=o.device)
     torch.bmm(groups.transpose(0, 1), wo_a.transpose(1, 2), out=out.transpose(0, 1))
     return out.flatten(1)

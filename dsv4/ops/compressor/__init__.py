@@ -9,8 +9,10 @@ from dsv4.ops.registry import register, resolve
 
 register("compressor.save_state", "dsv4.ops.compressor.reference:save_state")
 register("compressor.compress_store", "dsv4.ops.compressor.reference:compress_store")
+register("compressor.update", "dsv4.ops.compressor.reference:update")
 register("compressor.save_state", "dsv4.ops.compressor.triton:save_state", "triton", refuse_triton)
 register("compressor.compress_store", "dsv4.ops.compressor.triton:compress_store", "triton", refuse_triton)
+register("compressor.update", "dsv4.ops.compressor.triton:update", "triton", refuse_triton)
 
 
 def save_state(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, state: Pages, slots: Tensor) -> None:
@@ -35,3 +37,26 @@ def compress_store(
     resolve("compressor.compress_store", positions.device)(
         state, state_block_table, request_of_token, positions, entry_slots, ratio, overlap, norm_weight, eps, entry_cos_sin, cache
     )
+
+
+def update(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    positions: Tensor,
+    request_of_token: Tensor,
+    state: Pages,
+    state_slots: Tensor,
+    state_block_table: Tensor,
+    entry_slots: Tensor,
+    overlap: int,
+    norm_weight: Tensor,
+    eps: float,
+    entry_cos_sin: Tensor,
+    cache: Pages,
+) -> None:
+    """`save_state` and `compress_store` in one. See `reference.update`."""
+    resolve("compressor.update", kv.device)(
+        kv, gate, ape, positions, request_of_token, state, state_slots, state_block_table, entry_slots, overlap, norm_weight, eps,
+        entry_cos_sin, cache,
+    )  # fmt: skip

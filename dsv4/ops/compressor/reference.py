@@ -72,6 +72,33 @@ def compress_store(
     finish_entry(pooled, norm_weight, eps, entry_cos_sin[tokens], cache, entry_slots[tokens])
 
 
+def update(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    positions: Tensor,
+    request_of_token: Tensor,
+    state: Pages,
+    state_slots: Tensor,
+    state_block_table: Tensor,
+    entry_slots: Tensor,
+    overlap: int,
+    norm_weight: Tensor,
+    eps: float,
+    entry_cos_sin: Tensor,
+    cache: Pages,
+) -> None:
+    """`save_state`, then `compress_store`, of the same tokens.
+
+    A kernel may do both at once, so no token may be given a state slot that an entry completed in the same step still
+    reads as another token's: pages never are, a ring must have room for the step beside the windows.
+    """
+    save_state(kv, gate, ape, positions, state, state_slots)
+    compress_store(
+        state, state_block_table, request_of_token, positions, entry_slots, ape.shape[0], overlap, norm_weight, eps, entry_cos_sin, cache
+    )
+
+
 def finish_entry(pooled: Tensor, norm_weight: Tensor, eps: float, cos_sin: Tensor, cache: Pages, slots: Tensor) -> None:
     """Normalise, rotate, quantise and store pooled entries: pooled [N, D] fp32."""
     entry = apply_rope(rms_norm(pooled, norm_weight, eps), cos_sin)

@@ -34,12 +34,15 @@ def select(
     entry_lens: Tensor,
     max_entries: int,
     topk: int,
+    entry_block_table: Tensor | None = None,
+    entry_rows: int = 0,
 ) -> Tensor:
     """The `topk` visible entries of largest score per token: int32 [T, topk], -1 in the tail.
 
     keys: the layer's index keys; block_table: [R, n] int32 of their pages; request_of_token: [T] int32; entry_lens: [T]
     int32, visible entries; max_entries: host bound on entry_lens. An index is relative to the request: entry j pools
-    tokens from 4j on.
+    tokens from 4j on. With entry_block_table [R, n] and entry_rows, the block table and rows per page of the compressed
+    entries, the result is their cache slots.
     """
     device = entry_lens.device
     score, choose = resolve("indexer.logits", device), resolve("indexer.topk", device)
@@ -48,7 +51,7 @@ def select(
     for start in range(0, entry_lens.shape[0], step):
         part = slice(start, start + step)
         logits = score(query[part], keys, block_table, request_of_token[part], entry_lens[part], max_entries)
-        chosen[part] = choose(logits, entry_lens[part], topk)
+        chosen[part] = choose(logits, entry_lens[part], topk, entry_block_table, request_of_token[part], entry_rows)
     return chosen
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kv_layout import IndexFormat
+from dsv4.ops.attention.plan import selected_slots
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, load_rows, quantize_e2m1, quantize_e4m3, ue8m0_value
@@ -72,12 +73,22 @@ def logits(query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token
     return out
 
 
-def topk(logits: Tensor, entry_lens: Tensor, k: int) -> Tensor:
+def topk(
+    logits: Tensor,
+    entry_lens: Tensor,
+    k: int,
+    block_table: Tensor | None = None,
+    request_of_token: Tensor | None = None,
+    rows: int = 0,
+) -> Tensor:
     """Indices of the k largest of each row's first entry_lens[t] logits: int32 [T, k], ties to the lowest index.
 
     logits: [T, N] fp32. Unused places are -1 and come last; a row with at most k entries selects all of them, in order.
+    With block_table [R, n], request_of_token [T] and the rows of a page, cache slots of the entries instead of indices.
     The order of the chosen is not part of the contract: the twin sorts by score, the kernel by index.
     """
+    if block_table is not None and request_of_token is not None:
+        return selected_slots(topk(logits, entry_lens, k), block_table, request_of_token, rows)
     num_tokens, n = logits.shape
     out = torch.full((num_tokens, k), -1, dtype=torch.int32, device=logits.device)
     lens = entry_lens[:, None].long()

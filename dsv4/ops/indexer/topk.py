@@ -8,6 +8,8 @@ the candidates chunk by chunk again, until one is left. Candidates stay in index
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -29,14 +31,24 @@ def _ordered(x):
 
 
 @triton.jit
+def _slot(index, inside, table, table_width, ROWS: tl.constexpr):
+    """The cache slot of an entry, by the token's row of the block table; -1 beyond the table."""
+    at = index // ROWS
+    page = tl.load(table + at, mask=inside & (at < table_width), other=-1)
+    return tl.where(page >= 0, page * ROWS + index % ROWS, -1)
+
+
+@triton.jit
 def topk_kernel(
     scores, scores_stride, indices, lens, max_entries, out_scores, out_indices, out_stride, K,
-    CHUNK: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, MERGE: tl.constexpr,
+    block_table, block_table_stride, block_table_width, request_of_token,
+    CHUNK: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, MERGE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """grid (T, chunks): the K largest of one chunk, in index order.
 
     LEVEL 0 reads scores, whose index is their place unless MERGE says that they have their own; a later level reads what
-    the one before chose, K of each chunk. FINAL writes indices alone, -1 behind the last.
+    the one before chose, K of each chunk. FINAL writes indices alone, -1 behind the last; with ROWS, rows of a page, it
+    writes cache slots instead.
     """
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1)
@@ -46,9 +58,15 @@ def topk_kernel(
         length = tl.cdiv(length, CHUNK) * K
     j = tl.arange(0, CHUNK)
     at = c * CHUNK + j
+    table = block_table
+    if FINAL and ROWS > 0:
+        table += tl.load(request_of_token + t).to(tl.int64) * block_table_stride
     if (not MERGE) & (entries <= K):
         if FINAL:
-            tl.store(out_indices + t * out_stride + j, tl.where(j < entries, j, -1), mask=j < K)
+            index = tl.where(j < entries, j, -1)
+            if ROWS > 0:
+                index = tl.where(j < entries, _slot(j, j < entries, table, block_table_width, ROWS), -1)
+            tl.store(out_indices + t * out_stride + j, index, mask=j < K)
     elif (c * CHUNK < length) | FINAL:
         inside = at < length
         score = tl.load(scores + t * scores_stride + at, mask=inside, other=0.0)
@@ -72,20 +90,39 @@ def topk_kernel(
         if not FINAL:
             out += c * K
             tl.store(out_scores + out + place, score, mask=chosen)
+        elif ROWS > 0:
+            index = _slot(index, chosen, table, block_table_width, ROWS)
         tl.store(out_indices + out + place, index, mask=chosen)
         tl.store(out_indices + out + j, tl.full([CHUNK], -1, tl.int32), mask=(j >= count) & (j < K))
 
 
-def topk(logits: Tensor, entry_lens: Tensor, k: int) -> Tensor:
+def topk(
+    logits: Tensor,
+    entry_lens: Tensor,
+    k: int,
+    block_table: Tensor | None = None,
+    request_of_token: Tensor | None = None,
+    rows: int = 0,
+) -> Tensor:
     """See `reference.topk`; the chosen come in index order. Raises ValueError when k does not fit a chunk."""
     num_tokens, n = logits.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
     if n == 0:
         out.fill_(-1)
     elif num_tokens:
-        check.at_most("indexer.topk", "number of entries", entry_lens, n)
-        _reduce(logits, None, entry_lens, n, k, out)
+        check.at_most("indexer.topk", "number of entries", entry_lens, n, request_of_token)
+        pages = None if block_table is None or request_of_token is None else _PageMap(block_table, request_of_token, rows)
+        _reduce(logits, None, entry_lens, n, k, out, pages)
     return out
+
+
+@dataclass(frozen=True)
+class _PageMap:
+    """block_table: [R, n] int32; request_of_token: [T]; rows: rows of a page."""
+
+    block_table: Tensor
+    request_of_token: Tensor
+    rows: int
 
 
 def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
@@ -96,15 +133,16 @@ def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
     num_tokens, n = scores.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=scores.device)
     lens = torch.full((num_tokens,), n, dtype=torch.int32, device=scores.device)
-    _reduce(scores, indices, lens, n, k, out)
+    _reduce(scores, indices, lens, n, k, out, None)
     return out
 
 
-def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: int, k: int, out: Tensor) -> None:
+def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: int, k: int, out: Tensor, pages: _PageMap | None) -> None:
     """Reduce rows to k candidates per chunk until one chunk is left, which writes `out`."""
     chunk = CHUNK if max(max_entries, k) > SMALL_CHUNK else SMALL_CHUNK
     if k >= CHUNK:
         raise ValueError(f"k is {k}; a chunk of {CHUNK} must hold more")
+    table, request, rows = (lens[None], lens, 0) if pages is None else (pages.block_table, pages.request_of_token, pages.rows)
     num_tokens, warps, level, merge = scores.shape[0], 8 if chunk == CHUNK else 4, 0, indices is not None
     while True:
         chunks = triton.cdiv(scores.shape[1], chunk)
@@ -115,7 +153,8 @@ def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: i
             out_indices = torch.empty(num_tokens, chunks * k, dtype=torch.int32, device=scores.device)
         topk_kernel[(num_tokens, chunks)](
             scores, scores.stride(0), lens if indices is None else indices, lens, max_entries, out_scores, out_indices,
-            out_indices.stride(0), k, CHUNK=chunk, LEVEL=level, FINAL=final, MERGE=merge, num_warps=warps,
+            out_indices.stride(0), k, table, table.stride(0), table.shape[1], request,
+            CHUNK=chunk, LEVEL=level, FINAL=final, MERGE=merge, ROWS=rows if final else 0, num_warps=warps,
             **register_limit(scores.device, warps),
         )  # fmt: skip
         if final:
@@ -123,10 +162,18 @@ def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: i
         scores, indices, level = out_scores, out_indices, level + 1
 
 
-_TYPES = {"scores": "*fp32", "indices": "*i32", "lens": "*i32", "out_scores": "*fp32", "out_indices": "*i32"}
+_TYPES = {
+    "scores": "*fp32",
+    "indices": "*i32",
+    "lens": "*i32",
+    "out_scores": "*fp32",
+    "out_indices": "*i32",
+    "block_table": "*i32",
+    "request_of_token": "*i32",
+}
 
 SHIPPED = (
-    Shipped("topk first level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 0, "FINAL": False, "MERGE": False}, 8),
-    Shipped("topk last level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 2, "FINAL": True, "MERGE": False}, 8),
-    Shipped("topk short", topk_kernel, _TYPES, {"CHUNK": SMALL_CHUNK, "LEVEL": 0, "FINAL": True, "MERGE": False}, 4),
+    Shipped("topk first level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 0, "FINAL": False, "MERGE": False, "ROWS": 0}, 8),
+    Shipped("topk last level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 2, "FINAL": True, "MERGE": False, "ROWS": 64}, 8),
+    Shipped("topk short", topk_kernel, _TYPES, {"CHUNK": SMALL_CHUNK, "LEVEL": 0, "FINAL": True, "MERGE": False, "ROWS": 64}, 4),
 )

@@ -8,9 +8,11 @@ from dsv4.ops.registry import register, resolve
 
 register("mhc.pre", "dsv4.ops.mhc.reference:pre")
 register("mhc.post", "dsv4.ops.mhc.reference:post")
+register("mhc.post_pre", "dsv4.ops.mhc.reference:post_pre")
 register("mhc.head", "dsv4.ops.mhc.reference:head")
 register("mhc.pre", "dsv4.ops.mhc.triton:pre", "triton", refuse_triton)
 register("mhc.post", "dsv4.ops.mhc.triton:post", "triton", refuse_triton)
+register("mhc.post_pre", "dsv4.ops.mhc.triton:post_pre", "triton", refuse_triton)
 register("mhc.head", "dsv4.ops.mhc.triton:head", "triton", refuse_triton)
 
 
@@ -24,6 +26,23 @@ def pre(
 def post(streams: Tensor, y: Tensor, post_weight: Tensor, comb: Tensor) -> Tensor:
     """Spread a sublayer's output over the streams and mix them. See `reference.post`."""
     return resolve("mhc.post", streams.device)(streams, y, post_weight, comb)
+
+
+def post_pre(
+    streams: Tensor,
+    y: Tensor,
+    post_weight: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    iters: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`post` of one site and `pre` of the next, which reads the streams once less. See `reference.post_pre`."""
+    return resolve("mhc.post_pre", streams.device)(streams, y, post_weight, comb, fn, base, scale, norm_weight, rms_eps, hc_eps, iters)
 
 
 def head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float) -> Tensor:

@@ -76,6 +76,24 @@ def post(streams: Tensor, y: Tensor, post_weight: Tensor, comb: Tensor, compute_
     return mixed.to(streams.dtype)
 
 
+def post_pre(
+    streams: Tensor,
+    y: Tensor,
+    post_weight: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor,
+    rms_eps: float,
+    hc_eps: float,
+    iters: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`post` of one site, then `pre` of the next: returns the new streams and what `pre` returns."""
+    streams = post(streams, y, post_weight, comb)
+    return streams, *pre(streams, fn, base, scale, norm_weight, rms_eps, hc_eps, iters)
+
+
 def head(
     streams: Tensor,
     fn: Tensor,

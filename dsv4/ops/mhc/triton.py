@@ -19,6 +19,7 @@ STREAMS = 4
 PART_TOKENS = 16  # the smallest tile of a matrix instruction
 PART_WIDTH = 128
 MAX_PARTS = 64
+POST_WIDTH = 32  # channels of four streams in registers at once; 64 spill half a kilobyte a lane
 
 
 @triton.jit
@@ -28,6 +29,20 @@ def _three_bf16(x):
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
     return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _project_tile(x, w, mix):
+    """mix + x w^T with fp32 accuracy: x [BT, BK] of the streams' dtype, w [NB, BK] fp32."""
+    if x.dtype == tl.bfloat16:
+        # bf16 times bf16 is exact, so three products on matrix units equal fp32; tf32 would keep 11 bits.
+        high, middle, low = _three_bf16(w)
+        mix = tl.dot(x, tl.trans(low), mix)
+        mix = tl.dot(x, tl.trans(middle), mix)
+        mix = tl.dot(x, tl.trans(high), mix)
+    else:
+        mix = tl.dot(x.to(tl.float32), tl.trans(w), mix, input_precision="ieee")
+    return mix
 
 
 @triton.jit
@@ -49,14 +64,7 @@ def project_kernel(
         k = start + tl.arange(0, BK)
         x = tl.load(streams + t.to(tl.int64)[:, None] * token_stride + k[None, :], mask=token[:, None] & (k < width)[None, :], other=0.0)
         w = tl.load(fn + n[:, None] * width + k[None, :], mask=(n < N)[:, None] & (k < width)[None, :], other=0.0)  # [NB, BK] fp32
-        if streams.dtype.element_ty == tl.bfloat16:
-            # bf16 times bf16 is exact, so three products on matrix units equal fp32; tf32 would keep 11 bits.
-            high, middle, low = _three_bf16(w)
-            mix = tl.dot(x, tl.trans(low), mix)
-            mix = tl.dot(x, tl.trans(middle), mix)
-            mix = tl.dot(x, tl.trans(high), mix)
-        else:
-            mix = tl.dot(x.to(tl.float32), tl.trans(w), mix, input_precision="ieee")
+        mix = _project_tile(x, w, mix)
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
     row = part.to(tl.int64) * num_tokens + t
@@ -164,16 +172,68 @@ def post_kernel(streams, token_stride, y, y_stride, post_weight, comb, out, D, B
         tl.store(out + t * 4 * D + k * D + d, mixed.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def post_project_kernel(
+    streams, token_stride, y, y_stride, post_weight, comb, out, fn, part_mix, part_squares, num_tokens, D, share,
+    N: tl.constexpr, NB: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """grid (cdiv(T, BT), parts): `post_kernel` on this part's channels, and at once their share of the next projection.
+
+    share: channels of a part, a multiple of BK; each gives four columns of fn, one per stream.
+    """
+    part = tl.program_id(1)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    wide_t = t.to(tl.int64)
+    n = tl.arange(0, NB)
+    token = t < num_tokens
+    mix = tl.zeros([BT, NB], tl.float32)
+    squares = tl.zeros([BT], tl.float32)
+    for start in range(part * share, tl.minimum((part + 1) * share, D), BK):
+        d = start + tl.arange(0, BK)
+        inside = token[:, None] & (d < D)[None, :]
+        x = streams + wide_t[:, None] * token_stride + d[None, :]
+        x0 = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+        x1 = tl.load(x + D, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x + 2 * D, mask=inside, other=0.0).to(tl.float32)
+        x3 = tl.load(x + 3 * D, mask=inside, other=0.0).to(tl.float32)
+        branch = tl.load(y + wide_t[:, None] * y_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(4):
+            c = comb + wide_t * 16 + k
+            z = tl.load(c, mask=token, other=0.0)[:, None] * x0
+            z += tl.load(c + 4, mask=token, other=0.0)[:, None] * x1
+            z += tl.load(c + 8, mask=token, other=0.0)[:, None] * x2
+            z += tl.load(c + 12, mask=token, other=0.0)[:, None] * x3
+            z += tl.load(post_weight + wide_t * 4 + k, mask=token, other=0.0)[:, None] * branch
+            z = z.to(out.dtype.element_ty)  # [BT, BK]
+            tl.store(out + wide_t[:, None] * (4 * D) + k * D + d[None, :], z, mask=inside)
+            w = tl.load(fn + n[:, None] * (4 * D) + k * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+            mix = _project_tile(z, w, mix)
+            rounded = z.to(tl.float32)
+            squares += tl.sum(rounded * rounded, 1)
+    row = part.to(tl.int64) * num_tokens + t
+    tl.store(part_mix + row[:, None] * N + n[None, :], mix, mask=token[:, None] & (n < N)[None, :])
+    tl.store(part_squares + row, squares, mask=token)
+
+
+def _split(num_tokens: int, width: int, piece: int, device: torch.device) -> tuple[int, int]:
+    """How many parts of how many columns (a multiple of `piece`) fill the device, from host integers alone."""
+    blocks, steps = triton.cdiv(num_tokens, PART_TOKENS), triton.cdiv(width, piece)
+    parts = max(1, min(steps, triton.cdiv(2 * processors(device), blocks), MAX_PARTS))
+    share = triton.cdiv(steps, parts) * piece
+    return triton.cdiv(width, share), share
+
+
+def _part_buffers(parts: int, num_tokens: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    mix = torch.empty(parts, num_tokens, n, dtype=torch.float32, device=device)
+    return mix, torch.empty(parts, num_tokens, dtype=torch.float32, device=device)
+
+
 def _project(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor, int]:
     """Parts of the projection and of the squares, and how many: [parts, T, N] fp32 and [parts, T] fp32."""
     num_tokens, width, n = streams.shape[0], fn.shape[1], fn.shape[0]
     blocks = triton.cdiv(num_tokens, PART_TOKENS)
-    steps = triton.cdiv(width, PART_WIDTH)
-    parts = max(1, min(steps, triton.cdiv(2 * processors(streams.device), blocks), MAX_PARTS))
-    share = triton.cdiv(steps, parts) * PART_WIDTH
-    parts = triton.cdiv(width, share)
-    mix = torch.empty(parts, num_tokens, n, dtype=torch.float32, device=streams.device)
-    squares = torch.empty(parts, num_tokens, dtype=torch.float32, device=streams.device)
+    parts, share = _split(num_tokens, width, PART_WIDTH, streams.device)
+    mix, squares = _part_buffers(parts, num_tokens, n, streams.device)
     project_kernel[(blocks, parts)](
         streams, streams.stride(0), fn, mix, squares, num_tokens, width, share,
         N=n, NB=triton.next_power_of_2(max(n, 16)), BT=PART_TOKENS, BK=PART_WIDTH, num_warps=4,
@@ -181,7 +241,9 @@ def _project(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor, int]:
     return mix, squares, parts
 
 
-def _check_streams(streams: Tensor) -> None:
+def _check_streams(streams: Tensor, iters: int = 1) -> None:
+    if iters < 1:
+        raise ValueError(f"iters is {iters}, need at least 1")
     if streams.shape[1] != STREAMS:
         raise ValueError(f"the kernels mix {STREAMS} residual streams, not {streams.shape[1]}")
     if streams.stride()[1:] != (streams.shape[2], 1):
@@ -196,21 +258,45 @@ def pre(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float, iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pre`. Raises ValueError when iters < 1, and for other than 4 streams."""
-    if iters < 1:
-        raise ValueError(f"iters is {iters}, need at least 1")
-    _check_streams(streams)
+    _check_streams(streams, iters)
+    mix, squares, parts = _project(streams, fn) if streams.shape[0] else (fn, fn, 0)
+    return _finish_pre(streams, mix, squares, parts, base, scale, norm_weight, rms_eps, hc_eps, iters)
+
+
+def _finish_pre(
+    streams: Tensor, mix: Tensor, squares: Tensor, parts: int, base: Tensor, scale: Tensor, norm_weight: Tensor,
+    rms_eps: float, hc_eps: float, iters: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     num_tokens, n, dim = streams.shape
     y = torch.empty(num_tokens, dim, dtype=streams.dtype, device=streams.device)
     post_weight = torch.empty(num_tokens, n, dtype=torch.float32, device=streams.device)
     comb = torch.empty(num_tokens, n, n, dtype=torch.float32, device=streams.device)
     if num_tokens:
-        mix, squares, parts = _project(streams, fn)
         pre_kernel[(num_tokens,)](
             streams, streams.stride(0), mix, squares, parts, base, scale, norm_weight, y, post_weight, comb,
             num_tokens, dim, rms_eps, hc_eps, iters,
             BD=triton.next_power_of_2(dim), PARTS=triton.next_power_of_2(parts), num_warps=_row_warps(dim),
         )  # fmt: skip
     return y, post_weight, comb
+
+
+def post_pre(
+    streams: Tensor, y: Tensor, post_weight: Tensor, comb: Tensor,
+    fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float, iters: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `reference.post_pre`: the new streams are projected while they are still in registers."""
+    _check_streams(streams, iters)
+    num_tokens, _, dim = streams.shape
+    out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
+    parts, share = _split(num_tokens, dim, POST_WIDTH, streams.device) if num_tokens else (0, 0)
+    mix, squares = _part_buffers(parts, num_tokens, fn.shape[0], streams.device)
+    if num_tokens:
+        n = fn.shape[0]
+        post_project_kernel[(triton.cdiv(num_tokens, PART_TOKENS), parts)](
+            streams, streams.stride(0), y, y.stride(0), post_weight, comb, out, fn, mix, squares, num_tokens, dim, share,
+            N=n, NB=triton.next_power_of_2(max(n, 16)), BT=PART_TOKENS, BK=POST_WIDTH, num_warps=4,
+        )  # fmt: skip
+    return out, *_finish_pre(out, mix, squares, parts, base, scale, norm_weight, rms_eps, hc_eps, iters)
 
 
 def post(streams: Tensor, y: Tensor, post_weight: Tensor, comb: Tensor) -> Tensor:
@@ -261,6 +347,7 @@ SHIPPED = (
     Shipped("mhc project head", project_kernel, _TYPES, {"N": 4, "NB": 16, "BT": PART_TOKENS, "BK": PART_WIDTH}, 4),
     Shipped("mhc pre flash", pre_kernel, _TYPES, {"BD": 4096, "PARTS": 64}, 8),
     Shipped("mhc pre pro", pre_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 12, "sm86": 16}),
+    Shipped("mhc post project", post_project_kernel, _TYPES, {"N": 24, "NB": 32, "BT": PART_TOKENS, "BK": POST_WIDTH}, 4),
     Shipped("mhc post", post_kernel, _TYPES, {"BD": 1024}, 4),
     Shipped("mhc head", head_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 8, "sm86": 96}),
 )
