@@ -162,6 +162,30 @@ SGLANG_PAGE_TOKENS = 256  # tokens of a window page; a compressed page holds 256
 _STATE_RING_ROWS = {LayerKind.CSA: (8, 16), LayerKind.HCA: (128, 256)}  # without and with a draft
 
 
+def sglang_layer_caches(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> tuple[CacheSpec, ...]:
+    """Every cache of `layer` in the mapping that native SGLang uses; roles as in `layer_caches`.
+
+    Window pages have 256 tokens; compressor state lives in rings of `sglang_state_ring_rows`, whose pages are one window of
+    `compress_ratio` rows: two pages per window page (CSA), one page per request (HCA).
+    """
+    row = kv_row(config, formats)
+    align = formats.alignment if formats.kv is KvFormat.FP8_DS_MLA else 1
+    window = CacheSpec(CacheRole.WINDOW, row, SGLANG_PAGE_TOKENS, 1, config.sliding_window, align)
+    if layer.kind is LayerKind.SWA:
+        return (window,)
+    ratio = layer.compress_ratio
+
+    def state(role: CacheRole, head_dim: int) -> CacheSpec:
+        return CacheSpec(role, state_row(layer, head_dim), ratio, 1, state_window(layer), 1)
+
+    entries = CacheSpec(CacheRole.COMPRESSED, row, SGLANG_PAGE_TOKENS, ratio, None, align)
+    caches = (window, entries, state(CacheRole.STATE, config.head_dim))
+    if layer.kind is LayerKind.HCA:
+        return caches
+    keys = CacheSpec(CacheRole.INDEX_KEY, index_row(config, formats), SGLANG_PAGE_TOKENS, ratio, None, 1)
+    return (*caches, keys, state(CacheRole.INDEX_STATE, config.index_head_dim))
+
+
 def sglang_window_bytes_per_token(config: V4Config, formats: CacheFormats) -> float:
     """Window KV bytes of one layer and token, page padding included (585 for fp8_ds_mla)."""
     return _page_bytes(kv_row(config, formats), SGLANG_PAGE_TOKENS, formats) / SGLANG_PAGE_TOKENS
