@@ -86,6 +86,12 @@ def detect_devices(environ: Mapping[str, str] | None = None) -> tuple[Device, ..
     return (Device("cpu", "CPU"),)
 
 
+def has_accelerator_node() -> bool:
+    """Whether an accelerator's device node exists: NVIDIA, AMD compute, Intel or TPU; asks no driver."""
+    nodes = [p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
+    return bool(nodes) or any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg", "/dev/accel0", "/dev/vfio/0"))
+
+
 def weakest(devices: Sequence[Device]) -> Device:
     """The device that decides on a machine with several kinds: the one with the lowest capability."""
     return min(devices, key=lambda device: device.capability or (0, 0))

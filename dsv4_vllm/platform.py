@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 def register() -> str | None:
     """vllm.platform_plugins entry point: our CPU platform, only where no accelerator exists.
@@ -12,17 +10,11 @@ def register() -> str | None:
     A machine with a GPU keeps vLLM's own platform, and so does a vLLM that was built for the CPU.
     DSV4_CPU_PLATFORM=on|off overrides what was found.
     """
-    from dsv4 import env
+    from dsv4 import decide, env
 
     mode = env.get("DSV4_CPU_PLATFORM")
-    if mode == "off" or (mode == "auto" and _has_accelerator()):
+    if mode == "off" or (mode == "auto" and decide.has_accelerator_node()):
         return None
     from vllm.platforms import vllm_version_matches_substr
 
     return None if vllm_version_matches_substr("cpu") else "dsv4_vllm.cpu_platform.ReferenceCpuPlatform"
-
-
-def _has_accelerator() -> bool:
-    """An accelerator's device node: NVIDIA, AMD compute, Intel or TPU; asks no driver."""
-    nodes = [p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
-    return bool(nodes) or any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg", "/dev/accel0", "/dev/vfio/0"))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From released tensor names to the parameters of the served model, which both plugins name alike."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.quant.reference import scale_value
+
+_EXPERT = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.(weight|scale)$")
+
+_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"\.scale$", ".weight_scale_inv"),  # first: the mHC renames below make new names that end in .scale
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^head\.", "lm_head."),
+    (r"^(layers|norm)\.", r"model.\1."),
+    (r"^hc_head_", "model.hc_head."),
+    (r"\.hc_(attn|ffn)_", r".hc_\1."),
+    (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
+    (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
+)
+
+# Released tensors that share one fused parameter: pattern, fused name, shard.
+_FUSED: tuple[tuple[str, str, int], ...] = (
+    (r"\.shared_experts\.w1\.", ".shared_experts.gate_up_proj.", 0),
+    (r"\.shared_experts\.w3\.", ".shared_experts.gate_up_proj.", 1),
+    (r"\.compressor\.wkv\.", ".compressor.fused_wkv_wgate.", 0),
+    (r"\.compressor\.wgate\.", ".compressor.fused_wkv_wgate.", 1),
+    (r"\.attn\.wq_a\.", ".attn.fused_wqa_wkv.", 0),
+    (r"\.attn\.wkv\.", ".attn.fused_wqa_wkv.", 1),
+)
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """A routed expert's tensor. layer: prefix of its layer's experts, `model.layers.3.ffn.experts`; linear: w1, w2 or w3."""
+
+    layer: str
+    expert: int
+    linear: str
+    is_scale: bool
+
+    @property
+    def stem(self) -> str:
+        """The fused parameter it belongs to: w13 (gate rows first) or w2."""
+        return "w2" if self.linear == "w2" else "w13"
+
+
+def expert_tensor(name: str) -> ExpertTensor | None:
+    """What a released name says when it is a routed expert's of the backbone, else None."""
+    match = _EXPERT.match(name)
+    if match is None:
+        return None
+    prefix, expert, linear, kind = match.groups()
+    return ExpertTensor(f"model.{prefix}", int(expert), linear, kind == "scale")
+
+
+def parameter_name(name: str) -> tuple[str, int | None]:
+    """The parameter that a released tensor (other than a routed expert's) loads into, and its shard in a fused one."""
+    shard = None
+    for pattern, fused, index in _FUSED:
+        name, hits = re.subn(pattern, fused, name)
+        if hits:
+            shard = index
+            break
+    for pattern, new in _RENAMES:
+        name = re.sub(pattern, new, name)
+    return name, shard
+
+
+def as_stored(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """A released tensor as a parameter of `dtype` keeps it: e8m0 scales as bytes or as values, never by a numeric cast."""
+    if tensor.dtype is torch.float8_e8m0fnu and dtype is torch.uint8:
+        return tensor.view(torch.uint8)
+    if tensor.dtype is torch.float8_e8m0fnu and dtype is torch.float32:
+        return scale_value(tensor)
+    return tensor.view(torch.uint8) if tensor.dtype is torch.int8 and dtype is torch.uint8 else tensor
