@@ -6,8 +6,6 @@ The engine's GEMMs and experts are not counted, nor the rotary tables and slots,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
@@ -22,7 +20,7 @@ EPS, ITERS = 1e-6, 2
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched, in order."""
     names: list[str] = []
     run = GridExecutor.__call__
@@ -32,7 +30,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         run(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", counted)
-    yield names
+    return names
 
 
 def mix_streams(streams: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 
 from torch import Tensor
 
+from dsv4.ops.attention.vendor import refuse_flash_mla
 from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.pages import Pages
 from dsv4.ops.registry import register, resolve
@@ -12,6 +13,7 @@ register("attention.sparse", "dsv4.ops.attention.reference:sparse_attention")
 register("attention.output_a", "dsv4.ops.attention.reference:output_a")
 register("attention.norm_rope_store", "dsv4.ops.attention.triton:norm_rope_store", "triton", refuse_triton)
 register("attention.sparse", "dsv4.ops.attention.triton:sparse_attention", "triton", refuse_triton)
+register("attention.sparse", "dsv4.ops.attention.vendor:flash_mla", "vendor-flashmla", refuse_flash_mla)
 register("attention.output_a", "dsv4.ops.attention.triton:output_a", "triton", refuse_triton)
 
 
