@@ -42,6 +42,10 @@ VARIABLES = {
         ),
         Variable("DSV4_CHECK", _OFF, (_OFF, _ON), "check operator inputs and outputs at run time; slow, for debugging"),
         Variable(
+            "DSV4_STATE", "auto", ("auto", "summary", "paged"),
+            "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary where it costs no speed",
+        ),
+        Variable(
             "DSV4_CPU_PLATFORM", "auto", ("auto", "on", "off"),
             "the CPU reference platform: auto = only where no accelerator is present, on = even beside one, off = never",
         ),

@@ -35,6 +35,13 @@ class IndexFormat(str, Enum):
     MXFP4 = "mxfp4"  # 64 bytes of e2m1 pairs, then 4 ue8m0 scales: 68 bytes
 
 
+class StateMapping(str, Enum):
+    """Where a request's open compressor windows live between steps."""
+
+    PAGED = "paged"  # native vLLM's: every token's raw row in paged sliding-window groups
+    SUMMARY = "summary"  # one small block per request, and a summary at the end of each CSA page (docs/kv-mapping.md)
+
+
 class CacheRole(str, Enum):
     """What a cache holds."""
 
@@ -62,7 +69,8 @@ class CacheSpec:
     """One cache of one layer.
 
     page_tokens: tokens one page covers; tokens_per_row: 1, or the compress ratio; sliding_window: tokens after which
-    a row is dead, None when rows live as long as the request; alignment: page_bytes is a multiple of it.
+    a row is dead, None when rows live as long as the request; alignment: page_bytes is a multiple of it. tail_bytes: fp32
+    values after the page's rows and scales. per_request: a request has exactly one page, whatever its length.
     """
 
     role: CacheRole
@@ -71,6 +79,8 @@ class CacheSpec:
     tokens_per_row: int
     sliding_window: int | None
     alignment: int
+    tail_bytes: int = 0
+    per_request: bool = False
 
     @property
     def rows_per_page(self) -> int:
@@ -83,8 +93,13 @@ class CacheSpec:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, padding included."""
-        return round_up(self.rows_per_page * self.row.row_bytes, self.alignment)
+        """Bytes of one page, tail and padding included."""
+        return round_up(self.tail_offset + self.tail_bytes, self.alignment)
+
+    @property
+    def tail_offset(self) -> int:
+        """Byte in the page where the tail starts."""
+        return self.rows_per_page * self.row.row_bytes
 
 
 @dataclass(frozen=True)
@@ -134,23 +149,36 @@ def state_window(layer: LayerSpec) -> int:
     return layer.overlap * layer.compress_ratio
 
 
-def layer_caches(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> tuple[CacheSpec, ...]:
-    """Every cache of `layer` in the mapping that native vLLM uses: paged compressor state.
+def summary_bytes(head_dim: int) -> int:
+    """A pooling summary: per channel the running maximum, sum and accumulator, fp32."""
+    return 3 * head_dim * 4
 
-    One WINDOW cache; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE.
+
+def layer_caches(
+    config: V4Config, layer: LayerSpec, formats: CacheFormats, mapping: StateMapping = StateMapping.PAGED
+) -> tuple[CacheSpec, ...]:
+    """Every cache of `layer`.
+
+    One WINDOW cache; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE. PAGED is the
+    mapping of native vLLM. SUMMARY keeps one state row per request and, because a prefix hit resumes at a page end, the
+    previous CSA window's summary in each CSA and index page.
     """
-    align = formats.alignment
-    row = kv_row(config, formats)
+    align, row = formats.alignment, kv_row(config, formats)
     caches = [CacheSpec(CacheRole.WINDOW, row, WINDOW_PAGE_TOKENS, 1, config.sliding_window, align)]
     if layer.kind is LayerKind.SWA:
         return tuple(caches)
-    ratio = layer.compress_ratio
-    state_tokens, window = STATE_PAGE_TOKENS[layer.kind], state_window(layer)
-    caches.append(CacheSpec(CacheRole.COMPRESSED, row, PAGE_TOKENS, ratio, None, align))
-    caches.append(CacheSpec(CacheRole.STATE, state_row(layer, config.head_dim), state_tokens, 1, window, align))
+    compressors = [(CacheRole.COMPRESSED, CacheRole.STATE, row, config.head_dim)]
     if layer.kind is LayerKind.CSA:
-        caches.append(CacheSpec(CacheRole.INDEX_KEY, index_row(config, formats), PAGE_TOKENS, ratio, None, align))
-        caches.append(CacheSpec(CacheRole.INDEX_STATE, state_row(layer, config.index_head_dim), state_tokens, 1, window, align))
+        compressors.append((CacheRole.INDEX_KEY, CacheRole.INDEX_STATE, index_row(config, formats), config.index_head_dim))
+    for entry_role, state_role, entry_row, dim in compressors:
+        tail = summary_bytes(dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0
+        caches.append(CacheSpec(entry_role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, align, tail))
+        if mapping is StateMapping.SUMMARY:
+            state = RowFormat(layer.overlap * summary_bytes(dim))
+            caches.append(CacheSpec(state_role, state, PAGE_TOKENS, PAGE_TOKENS, None, align, per_request=True))
+        else:
+            tokens, window = STATE_PAGE_TOKENS[layer.kind], state_window(layer)
+            caches.append(CacheSpec(state_role, state_row(layer, dim), tokens, 1, window, align))
     return tuple(caches)
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from dsv4.config import LayerKind, LayerSpec, Routing, V4Config
-from dsv4.kv_layout import CacheFormats, CacheRole, CacheSpec, layer_caches
+from dsv4.kv_layout import CacheFormats, CacheRole, CacheSpec, StateMapping, layer_caches
 
 
 class BlockPacking(str, Enum):
@@ -38,6 +38,7 @@ class KvGroup:
 
     page_tokens: int
     sliding_window: int | None
+    per_request: bool
     caches: tuple[CacheLayer, ...]
 
     @property
@@ -50,6 +51,8 @@ class KvGroup:
 
     def request_blocks(self, max_model_len: int, in_flight_tokens: int, retained_tokens: int = 0) -> int:
         """Blocks that admission reserves for one request of `max_model_len` tokens."""
+        if self.per_request:
+            return 1
         if self.sliding_window is None:
             return -(-max_model_len // self.page_tokens)
         tokens = min(self.sliding_window - 1 + retained_tokens + in_flight_tokens, max_model_len)
@@ -112,13 +115,17 @@ def vllm_pool(
     num_draft_layers: int = 0,
     stage: range | None = None,
     packing: BlockPacking = BlockPacking.WIDEST_GROUP,
+    mapping: StateMapping = StateMapping.PAGED,
 ) -> VllmPool:
-    """The pool of one rank. Groups are formed over the whole model, then cut to the layers of pipeline stage `stage`."""
-    groups = _groups(tuple(_cache_layers(config, formats, num_draft_layers)))
+    """The pool of one rank. Groups are formed over the whole model, then cut to the layers of pipeline stage `stage`.
+
+    mapping: PAGED is native vLLM's, SUMMARY is dsv4's own (docs/kv-mapping.md).
+    """
+    groups = _groups(tuple(_cache_layers(config, formats, num_draft_layers, mapping)))
     if packing is BlockPacking.COMMON_SLOTS:
         return VllmPool(groups, _common_slots_bytes(config, formats, groups))
     if stage is not None:
-        groups = tuple(KvGroup(g.page_tokens, g.sliding_window, tuple(c for c in g.caches if c.layer in stage)) for g in groups)
+        groups = tuple(replace(g, caches=tuple(c for c in g.caches if c.layer in stage)) for g in groups)
     return VllmPool(groups, max(g.page_bytes for g in groups))
 
 
@@ -128,30 +135,44 @@ def stage_with_draft(stage: range, config: V4Config, num_draft_layers: int) -> r
     return range(stage.start, stage.stop + (num_draft_layers if is_last else 0))
 
 
-def _cache_layers(config: V4Config, formats: CacheFormats, num_draft_layers: int) -> Iterable[CacheLayer]:
+def _cache_layers(config: V4Config, formats: CacheFormats, num_draft_layers: int, mapping: StateMapping) -> Iterable[CacheLayer]:
     draft = (LayerSpec(config.num_hidden_layers + i, LayerKind.SWA, Routing.TOPK) for i in range(num_draft_layers))
     for layer in (*config.layers, *draft):
-        for spec in layer_caches(config, layer, formats):
+        for spec in layer_caches(config, layer, formats, mapping):
             yield CacheLayer(layer.index, spec)
 
 
 def _groups(caches: Sequence[CacheLayer]) -> tuple[KvGroup, ...]:
-    buckets: dict[tuple[int, int | None], list[CacheLayer]] = {}
+    buckets: dict[tuple[int, int | None, bool], list[CacheLayer]] = {}
     for cache in caches:
-        buckets.setdefault((cache.spec.page_tokens, cache.spec.sliding_window), []).append(cache)
-    whole = [KvGroup(tokens, window, tuple(members)) for (tokens, window), members in buckets.items()]
+        buckets.setdefault((cache.spec.page_tokens, cache.spec.sliding_window, cache.spec.per_request), []).append(cache)
+    whole = [KvGroup(*key, tuple(members)) for key, members in buckets.items()]
     counts = [Counter(c.spec.page_bytes for c in g.caches) for g in whole]
     # A bucket with as many layers of each page size repeats one pattern; the longest mixed pattern must stay whole.
     balanced = [len(set(count.values())) == 1 for count in counts]
     floor = max((g.max_layers_per_page_size for g, b, c in zip(whole, balanced, counts, strict=True) if b and len(c) > 1), default=0)
     if not floor:
-        return tuple(whole)
+        return _capped_to_widest(whole)
     repeats = _least_padding([g.max_layers_per_page_size for g, b in zip(whole, balanced, strict=True) if b], floor)
     split: list[KvGroup] = []
     for group, is_balanced in zip(whole, balanced, strict=True):
         parts = -(-group.max_layers_per_page_size // repeats) if is_balanced else 1
         split += _split(group, parts)
     return tuple(split)
+
+
+def _capped_to_widest(whole: Sequence[KvGroup]) -> tuple[KvGroup, ...]:
+    """Without a pattern to keep whole, window and per-request groups are split until they fit the widest other group's block."""
+
+    def splits(group: KvGroup) -> bool:
+        return group.per_request or group.sliding_window is not None
+
+    widest = max(g.caches[0].spec.page_bytes if splits(g) else g.page_bytes for g in whole)
+    groups: list[KvGroup] = []
+    for group in whole:
+        per_block = max(widest // group.caches[0].spec.page_bytes, 1)
+        groups += _split(group, -(-len(group.caches) // per_block) if splits(group) else 1)
+    return tuple(groups)
 
 
 def _split(group: KvGroup, parts: int) -> list[KvGroup]:
@@ -163,7 +184,7 @@ def _split(group: KvGroup, parts: int) -> list[KvGroup]:
         by_size.setdefault(cache.spec.page_bytes, []).append(cache)
     repeats = list(zip(*by_size.values(), strict=True))
     dealt = ([cache for repeat in repeats[i::parts] for cache in repeat] for i in range(parts))
-    return [KvGroup(group.page_tokens, group.sliding_window, tuple(caches)) for caches in dealt]
+    return [replace(group, caches=tuple(caches)) for caches in dealt]
 
 
 def _least_padding(values: Sequence[int], lower_bound: int) -> int:

@@ -24,10 +24,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
+from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheLayout, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
+from dsv4 import env
 from dsv4.errors import Dsv4Error
-from dsv4.kv_layout import PAGE_TOKENS, CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
+from dsv4.kv_layout import PAGE_TOKENS, CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat, StateMapping
 from dsv4.ops import registry
 from dsv4.ops.attention import plan
 from dsv4.ops.pages import BatchView, Pages, RowsFormat, view_pages
@@ -62,6 +63,14 @@ class StateMetadata(AttentionMetadata):
     store_slots: Tensor
 
 
+@dataclass
+class SummaryMetadata(AttentionMetadata):
+    """batch: the step; pages: [R] int32, each request's one page."""
+
+    batch: BatchView
+    pages: Tensor
+
+
 class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
     """Turns vLLM's per-group batch description into the plan of one cache role, without a host synchronisation."""
 
@@ -77,11 +86,7 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
         """Twins read lengths on the host, so only a step made of kernels alone can be captured."""
-        return (
-            AttentionCGSupport.UNIFORM_BATCH
-            if registry.all_kernels(torch.device(vllm_config.device_config.device_type))
-            else AttentionCGSupport.NEVER
-        )
+        return AttentionCGSupport.UNIFORM_BATCH if _captures(vllm_config) else AttentionCGSupport.NEVER
 
     def batch_view(self, common: CommonAttentionMetadata) -> BatchView:
         return BatchView(common.query_start_loc, common.seq_lens, common.num_actual_tokens, common.num_reqs, common.max_seq_len)
@@ -131,6 +136,11 @@ class StateBuilder(V4MetadataBuilder):
         tokens = plan.plan_tokens(self.batch_view(common_attn_metadata))
         table = self.block_table(common_attn_metadata)
         return StateMetadata(table, self.keep_tokens("store", plan.token_slots(table, tokens, self.kv_cache_spec.block_size)))
+
+
+class SummaryBuilder(V4MetadataBuilder):
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> SummaryMetadata:
+        return SummaryMetadata(self.batch_view(common_attn_metadata), self.block_table(common_attn_metadata)[:, 0])
 
 
 class V4Backend(AttentionBackend):
@@ -184,6 +194,14 @@ class StateBackend(V4Backend):
         return "DSV4_STATE"
 
 
+class SummaryBackend(V4Backend):
+    builder = SummaryBuilder
+
+    @staticmethod
+    def get_name() -> str:
+        return "DSV4_SUMMARY"
+
+
 _BACKENDS: dict[CacheRole, type[V4Backend]] = {
     CacheRole.WINDOW: WindowBackend,
     CacheRole.COMPRESSED: EntryBackend,
@@ -201,9 +219,11 @@ class V4Cache(nn.Module, AttentionLayerBase):
         self.prefix = prefix
         self.spec = spec
         self.formats = formats
-        self.row_format, self.dtype = _storage(spec.role, formats, dtype)
+        self.dtype = dtype
+        self.row_format, _ = _storage(spec.role, formats, dtype)
         self.kv_cache = torch.tensor([])
         self._pages: Pages | None = None
+        self._tail: Tensor | None = None
         context = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"Duplicate layer name: {prefix}")
@@ -214,36 +234,79 @@ class V4Cache(nn.Module, AttentionLayerBase):
         assert self._pages is not None, f"{self.prefix}: vLLM has not allocated this cache yet"
         return self._pages
 
+    @property
+    def tail(self) -> Tensor | None:
+        """The pages' tails, fp32 [pages, tail_bytes / 4]; None where pages have none."""
+        return self._tail
+
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """kv_cache: [pages, 1, rows, content], contiguous inside a page."""
         self.kv_cache = kv_cache
         self._pages = view_pages(kv_cache.squeeze(1), self.spec, self.row_format)
+        self._tail = view_tail(kv_cache, self.spec) if self.spec.tail_bytes else None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return _BACKENDS[self.spec.role]
+        return SummaryBackend if self.spec.per_request else _BACKENDS[self.spec.role]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        itemsize = self.dtype.itemsize
-        packed = self.row_format not in (KvFormat.PLAIN, IndexFormat.PLAIN)
-        common: dict[str, Any] = {
-            "block_size": self.spec.page_tokens,
-            "num_kv_heads": 1,
-            "max_tp_shards": 1,  # one KV head: every tensor-parallel rank holds a replica
-            "head_size": self.spec.row.row_bytes // itemsize,
-            "dtype": self.dtype,
-            "state_content_bytes": self.spec.row.row_bytes if packed else None,
-            "alignment": self.spec.alignment,
-        }
-        if self.spec.role in (CacheRole.WINDOW, CacheRole.COMPRESSED):
-            common |= {"cache_dtype_str": self.formats.kv.value if packed else "auto", "model_version": "deepseek_v4"}
-        if self.spec.sliding_window is not None:
-            spec: KVCacheSpec = SlidingWindowMLASpec(sliding_window=self.spec.sliding_window, **common)
-        else:
-            spec = MLAAttentionSpec(tokens_per_state=self.spec.tokens_per_row, **common)
-        assert spec.page_size_bytes == self.spec.page_bytes, (
-            f"{self.prefix}: vLLM plans {spec.page_size_bytes} B a page, kv_layout {self.spec.page_bytes}"
-        )
-        return spec
+        return kv_cache_spec(self.spec, self.formats, self.dtype)
+
+
+def kv_cache_spec(cache: CacheSpec, formats: CacheFormats, model_dtype: torch.dtype) -> KVCacheSpec:
+    """`cache` in vLLM's terms."""
+    row_format, dtype = _storage(cache.role, formats, model_dtype)
+    packed = row_format not in (KvFormat.PLAIN, IndexFormat.PLAIN)
+    common: dict[str, Any] = {
+        "block_size": cache.page_tokens,
+        "num_kv_heads": 1,
+        "max_tp_shards": 1,  # one KV head: every tensor-parallel rank holds a replica
+        "head_size": cache.row.row_bytes // dtype.itemsize,
+        "dtype": dtype,
+        "state_content_bytes": cache.row.row_bytes if packed else None,
+    }
+    if cache.role in (CacheRole.WINDOW, CacheRole.COMPRESSED):
+        common |= {"cache_dtype_str": formats.kv.value if packed else "auto", "model_version": "deepseek_v4"}
+    if cache.per_request or cache.tail_bytes:  # vLLM knows pages of rows only; tail and alignment are padding to it
+        common["page_size_padded"] = cache.page_bytes
+    else:
+        common["alignment"] = cache.alignment
+    if cache.per_request:
+        spec: KVCacheSpec = CircularBufferSpec(**common, head_size_v=0, tokens_per_state=cache.tokens_per_row)
+    elif cache.sliding_window is not None:
+        spec = SlidingWindowMLASpec(**common, sliding_window=cache.sliding_window)
+    else:
+        spec = MLAAttentionSpec(**common, tokens_per_state=cache.tokens_per_row)
+    assert spec.page_size_bytes == cache.page_bytes, f"{cache}: vLLM plans {spec.page_size_bytes} B a page, kv_layout {cache.page_bytes}"
+    return spec
+
+
+def view_tail(memory: Tensor, spec: CacheSpec) -> Tensor:
+    """The bytes behind each page's rows, as fp32 [pages, tail_bytes / 4]: memory is the engine's view [pages, 1, rows, content]."""
+    storage = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory.untyped_storage())
+    page_stride = memory.stride(0) * memory.element_size()
+    offset = memory.storage_offset() * memory.element_size() + spec.tail_offset
+    return torch.as_strided(storage, (memory.shape[0], spec.tail_bytes), (page_stride, 1), offset).view(torch.float32)
+
+
+def state_mapping(vllm_config: VllmConfig) -> StateMapping:
+    """DSV4_STATE, where auto takes the summaries wherever they cost no speed: on a CPU, and where they have a kernel.
+
+    Raises Dsv4Error for summaries on the V1 runner of a GPU, whose slot-mapping kernel would read past a request's one block.
+    """
+    chosen, device_type = env.get("DSV4_STATE"), vllm_config.device_config.device_type
+    possible = device_type == "cpu" or vllm_config.use_v2_model_runner
+    if chosen == "summary" and not possible:
+        raise Dsv4Error("DSV4_STATE=summary needs model runner V2 on a GPU: leave VLLM_USE_V2_MODEL_RUNNER unset, or set DSV4_STATE=paged")
+    if chosen != "auto":
+        return StateMapping(chosen)
+    free = device_type == "cpu" or registry.is_kernel("summary.compress", torch.device(device_type))
+    return StateMapping.SUMMARY if possible and free else StateMapping.PAGED
+
+
+def _captures(vllm_config: VllmConfig) -> bool:
+    """Whether a decode step is made of kernels alone; the operators of the state mapping that is not in use do not count."""
+    unused = frozenset({"summary.compress"}) if state_mapping(vllm_config) is StateMapping.PAGED else PAGED_STATE_OPS
+    return registry.all_kernels(torch.device(vllm_config.device_config.device_type), unused)
 
 
 def _storage(role: CacheRole, formats: CacheFormats, dtype: torch.dtype) -> tuple[RowsFormat, torch.dtype]:
@@ -254,6 +317,7 @@ def _storage(role: CacheRole, formats: CacheFormats, dtype: torch.dtype) -> tupl
     return row_format, dtype if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN) else torch.uint8
 
 
+PAGED_STATE_OPS = frozenset({"compressor.save_state", "compressor.compress_store", "compressor.update"})
 _PACKED_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_ds_mla")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ from vllm.sequence import IntermediateTensors
 
 from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
 from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
-from dsv4.ops import attention, compressor, indexer, mhc, moe
+from dsv4.ops import attention, compressor, indexer, mhc, moe, summary
 from dsv4.ops.attention.plan import selected_slots
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.rope import cos_sin, inv_freq
-from dsv4_vllm.attention import EntryMetadata, StateMetadata, V4Cache, WindowMetadata, cache_formats
+from dsv4_vllm.attention import EntryMetadata, SummaryMetadata, V4Cache, WindowMetadata, cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.support import check_deployment
 from dsv4_vllm.weights import load_weights
@@ -130,26 +130,21 @@ class V4Compressor(nn.Module):
         """kv and gate side by side: [T, 2 * overlap * dim] fp32."""
         return linear_fp32(x, self.fused_wkv_wgate.weight)
 
-    def forward(
-        self, kv_gate: Tensor, tokens: WindowMetadata, metadata: dict[str, EntryMetadata | StateMetadata], rope: RopeTables
-    ) -> None:
-        state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
+    def forward(self, kv_gate: Tensor, step: WindowMetadata, metadata: dict[str, Any], rope: RopeTables) -> None:
+        """Pool, store, and carry open windows on: kv_gate [T, 2 * overlap * dim] fp32, the step's projections."""
+        state, entry, tokens = metadata[self.state_cache.prefix], metadata[self.entries.prefix], step.tokens
         kv, gate = kv_gate.chunk(2, -1)
-        plan, ratio = tokens.tokens, self.layer.compress_ratio
-        compressor.save_state(kv, gate, self.ape, plan.positions, self.state_cache.pages, state.store_slots)
-        compressor.compress_store(
-            self.state_cache.pages,
-            state.block_table,
-            plan.request_of_token,
-            plan.positions,
-            entry.store_slots,
-            ratio,
-            self.layer.overlap,
-            self.norm.weight,
-            self.eps,
-            rope.entry[ratio],
-            self.entries.pages,
-        )
+        ratio, overlap, cache = self.layer.compress_ratio, self.layer.overlap, self.entries.pages
+        finish = (entry.store_slots, ratio, overlap, self.norm.weight, self.eps, rope.entry[ratio], cache)
+        if isinstance(state, SummaryMetadata):
+            kept = self.state_cache.pages.data[:, 0].unflatten(-1, (overlap, 3, self.dim))
+            tail = None if self.entries.tail is None else self.entries.tail.unflatten(-1, (3, self.dim))
+            where = (tokens.request_of_token, tokens.positions, kept, state.pages, tail, entry.block_table, self.entries.spec.page_tokens)
+            summary.compress(kv, gate, self.ape, state.batch, *where, *finish)
+            return
+        pages = self.state_cache.pages
+        compressor.save_state(kv, gate, self.ape, tokens.positions, pages, state.store_slots)
+        compressor.compress_store(pages, state.block_table, tokens.request_of_token, tokens.positions, *finish)
 
 
 class V4Indexer(nn.Module):
@@ -224,7 +219,8 @@ class V4Attention(nn.Module):
         def make(spec: CacheSpec) -> V4Cache:
             return V4Cache(f"{prefix}.{spec.role.value}_cache", spec, formats, dtype)
 
-        return {spec.role: make(spec) for spec in layer_caches(self.config, self.layer, formats)}
+        mapping = state_mapping(vllm_config)
+        return {spec.role: make(spec) for spec in layer_caches(self.config, self.layer, formats, mapping)}
 
     def forward(self, x: Tensor, rope: RopeTables) -> Tensor:
         c = self.config

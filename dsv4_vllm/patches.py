@@ -44,12 +44,16 @@ def _gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
 
 
 def _slot_mapping(query_start_loc: Tensor, positions: Tensor, block_table: Tensor, slot_mapping: Tensor, block_size: int) -> None:
-    """slot = block * block_size + offset per token; -1 beyond the last token."""
+    """slot = block * block_size + offset per token; -1 beyond the last token.
+
+    Groups with one block per request get no meaningful slots: the V1 runner asks for them all the same.
+    """
     num_tokens = int(query_start_loc[-1])
     lens = query_start_loc.diff().long()
     request = torch.repeat_interleave(torch.arange(lens.numel()), lens)
     at = positions[:num_tokens]
-    slot_mapping[:num_tokens] = block_table[request, at // block_size].long() * block_size + at % block_size
+    block = (at // block_size).clamp(max=block_table.shape[1] - 1)
+    slot_mapping[:num_tokens] = block_table[request, block].long() * block_size + at % block_size
     slot_mapping[num_tokens:] = -1
 
 

@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 
 from dsv4.config import V4Config
 from dsv4.errors import Dsv4Error
-from dsv4_vllm.attention import cache_formats
+from dsv4_vllm.attention import cache_formats, state_mapping
 
 
 class DeploymentError(Dsv4Error):
@@ -38,4 +38,5 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
         if refused:
             raise DeploymentError(f"{flag}: {advice}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4")
     cache_formats(vllm_config)
+    state_mapping(vllm_config)
     return config
