@@ -43,6 +43,13 @@ def refuse_triton(device: torch.device) -> str | None:
     return _refuse_gpu(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def refuse_mxfp4_experts(device: torch.device) -> str | None:
+    """Why the mxfp4 experts do not run on `device`; on NVIDIA targets they would spill kilobytes of registers."""
+    if device.type == "cuda" and not on_amd():
+        return "the engines serve mxfp4 experts on NVIDIA GPUs by Marlin"
+    return refuse_triton(device)
+
+
 @functools.cache
 def _refuse_gpu(index: int) -> str | None:
     properties = torch.cuda.get_device_properties(index)

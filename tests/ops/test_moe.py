@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv4.ops import moe
-from dsv4.ops.moe import reference
+from dsv4.ops.moe import mxfp4, reference
 from kernel_cases import assert_within
 
 # sqrt, exp, series, sum and division: at most ten fp32 roundings.
@@ -64,3 +64,36 @@ def test_swiglu_clamps_both_sides_of_up_and_the_top_of_gate(num_tokens: int, wid
     both[0, 0], both[0, -1] = float("nan"), float("inf")
     gate, up = both.chunk(2, -1)
     assert_within(moe.swiglu(gate, up, 10.0), reference.swiglu(gate.double(), up.double(), 10.0), reference.swiglu(gate, up, 10.0))
+
+
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, torch.bfloat16), (7, torch.bfloat16), (63, torch.bfloat16), (3, torch.float32)])
+def test_experts_from_packed_weights(num_tokens: int, dtype: torch.dtype) -> None:
+    """Experts with none, one and more than a block of tokens, ids that live elsewhere, and widths that are no multiple of a tile."""
+    num_experts, dim, inner = 6, 160, 96
+    w13, w2 = (torch.randint(0, 256, s, dtype=torch.uint8) for s in ((num_experts, 2 * inner, dim // 2), (num_experts, dim, inner // 2)))
+    s13, s2 = (
+        torch.randint(118, 124, s, dtype=torch.uint8) for s in ((num_experts, 2 * inner, dim // 32), (num_experts, dim, inner // 32))
+    )
+    x, weights = torch.randn(num_tokens, dim).to(dtype), torch.rand(num_tokens, 3)
+    ids = torch.stack([torch.tensor([0, 2, 4]) if t % 3 else torch.tensor([2, -1, 5]) for t in range(num_tokens)]).int()
+    args = (w13, s13, w2, s2, weights, ids, 10.0)
+    twin = reference.experts_mxfp4(x, *args)
+    exact = reference.experts_mxfp4(x.double(), *args)
+    if dtype is torch.float32:
+        torch.testing.assert_close(moe.experts_mxfp4(x, *args), twin, rtol=1e-5, atol=float(twin.abs().max()) * (dim + inner) * 2.0**-24)
+    else:
+        assert_within(moe.experts_mxfp4(x, *args), exact, twin)
+
+
+def test_blocks_of_pairs_cover_every_pair_once() -> None:
+    ids = torch.randint(-1, 5, (50, 3))
+    blocks = mxfp4._blocks(ids, 5, 16)
+    seen = []
+    for expert, first, end in zip(blocks.expert.tolist(), blocks.first.tolist(), blocks.end.tolist(), strict=True):
+        if expert == 5:
+            continue
+        pairs = blocks.order[first : min(first + 16, end)].tolist()
+        assert pairs
+        assert {int(ids.flatten()[p]) for p in pairs} == {expert}
+        seen += pairs
+    assert sorted(seen) == (ids.flatten() >= 0).nonzero().flatten().tolist()

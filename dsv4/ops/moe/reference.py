@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv4.ops.quant.reference import dequantize_e2m1
+
 
 def scores(logits: Tensor) -> Tensor:
     """sqrt(softplus(logits)) in fp32; softplus as max(x, 0) + log1p(exp(-|x|))."""
@@ -43,11 +45,11 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float) -> Tensor:
+def experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """sum_k weights[t, k] * expert_{ids[t, k]}(x[t]), summed in fp32.
 
     x: [T, D]; w13: [E, 2I, D], gate rows first; w2: [E, D, I]; weights: [T, K] fp32; ids: [T, K] int, -1 for an expert
-    that lives elsewhere. Returns [T, D] in x's dtype.
+    that lives elsewhere. Returns [T, D] in x's dtype, or in out_dtype.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in ids.unique().tolist():
@@ -57,4 +59,20 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, li
         gate, up = (x[token] @ w13[e].T).chunk(2, -1)
         y = swiglu(gate, up, limit) @ w2[e].T
         out.index_add_(0, token, y.float() * weights[token, k, None])
+    return out.to(out_dtype or x.dtype)
+
+
+def experts_mxfp4(x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, weights: Tensor, ids: Tensor, limit: float) -> Tensor:
+    """`experts` with packed weights, decoded to x's dtype (exactly in bf16) one expert at a time.
+
+    w13: e2m1 bytes [E, 2I, D / 2], gate rows first; s13: ue8m0 bytes [E, 2I, D / 32]; w2: [E, D, I / 2]; s2: [E, D, I / 32].
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in ids.unique().tolist():
+        if e < 0:
+            continue
+        mine = torch.where(ids == e, 0, -1)
+        one = slice(e, e + 1)
+        dense = (dequantize_e2m1(w[one], s[one]).to(x.dtype) for w, s in ((w13, s13), (w2, s2)))
+        out += experts(x, *dense, weights, mine, limit, out_dtype=torch.float32)
     return out.to(x.dtype)

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from dsv4.ops import check
 from dsv4.ops.kernels import Shipped
+from dsv4.ops.moe import mxfp4
+from dsv4.ops.moe.mxfp4 import experts_mxfp4
+
+__all__ = ["experts_mxfp4", "route_hash", "route_topk", "swiglu"]
 
 SWIGLU_BLOCK = 1024
 
@@ -160,4 +164,5 @@ SHIPPED = (
     Shipped("route_topk pro", route_topk_kernel, _TYPES, {"E": 384, "EB": 512, "K": 6, "KB": 8}, 2),
     Shipped("route_hash", route_hash_kernel, _TYPES, {"E": 384, "K": 6, "KB": 8}, 1),
     Shipped("swiglu", swiglu_kernel, _TYPES, {"BLOCK": SWIGLU_BLOCK}, 4),
+    *mxfp4.SHIPPED,
 )
