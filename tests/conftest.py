@@ -31,3 +31,7 @@ def tiny_flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_pro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with Pro's layer mix: two HCA layers, then CSA and HCA in turn, and an MTP draft."""
     return write_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny-pro", "pro")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--schedules", type=int, default=15, help="random schedules per KV mapping in tests/e2e/test_vllm_schedules.py")

@@ -43,14 +43,18 @@ def poison_unowned_pages(llm: Any) -> dict[str, int]:
     runner = core.model_executor.driver_worker.worker.model_runner
     caches = [m.kv_cache for m in runner.get_model().modules() if isinstance(m, V4Cache)]
     execute, count = runner.execute_model, {"pages": 0}
+    already: set[int] = set()
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         import torch
 
-        unowned = [b.block_id for b in pool.blocks if b.is_null or (b.ref_cnt == 0 and b.block_hash is None)]
+        unowned = {b.block_id for b in pool.blocks if b.is_null or (b.ref_cnt == 0 and b.block_hash is None)}
+        fresh = torch.tensor(sorted(unowned - already), dtype=torch.long)  # the others are NaN still: nobody owned them since
         for cache in caches:
-            cache.view(torch.uint8)[torch.tensor(unowned)] = 0xFF
-        count["pages"] += len(unowned)
+            cache.view(torch.uint8)[fresh] = 0xFF
+        already.clear()
+        already.update(unowned)
+        count["pages"] += len(fresh)
         return execute(*args, **kwargs)
 
     runner.execute_model = poisoned
