@@ -73,6 +73,6 @@ def experts_mxfp4(x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, w
             continue
         mine = torch.where(ids == e, 0, -1)
         one = slice(e, e + 1)
-        dense = (dequantize_e2m1(w[one], s[one]).to(x.dtype) for w, s in ((w13, s13), (w2, s2)))
-        out += experts(x, *dense, weights, mine, limit, out_dtype=torch.float32)
+        dense13, dense2 = dequantize_e2m1(w13[one], s13[one]).to(x.dtype), dequantize_e2m1(w2[one], s2[one]).to(x.dtype)
+        out += experts(x, dense13, dense2, weights, mine, limit, torch.float32)
     return out.to(x.dtype)
