@@ -68,7 +68,7 @@ def check_version(engine: Engine, found: str, allow_untested: bool = False) -> N
 class Probe:
     """Names that dsv4 uses of one object of an engine.
 
-    where: "module:object", or "module" for the module itself. kind: what the names are: attributes, fields of a dataclass, or
+    where: "module:object", "module:Class.method", or "module" for the module itself. kind: what the names are: attributes, fields of a dataclass, or
     parameters of a callable.
     """
 
@@ -108,7 +108,50 @@ PROBES: dict[Engine, tuple[Probe, ...]] = {
         Probe("vllm.model_executor.models.registry:ModelRegistry", "attribute", ("register_model",)),
         Probe("vllm.forward_context", "attribute", ("get_forward_context",)),
     ),
-    "sglang": (),
+    "sglang": (
+        Probe("sglang.srt.plugins.hook_registry:HookRegistry", "attribute", ("register",)),
+        Probe("sglang.srt.plugins.hook_registry:HookType", "attribute", ("BEFORE", "AFTER", "AROUND")),
+        Probe("sglang.srt.utils.hf_transformers.config:HfModelConfigParser.parse", "parameter", ("model", "revision")),
+        Probe("sglang.srt.model_executor.pool_configurator:create_memory_pool_configurator", "parameter", ("kvc",)),
+        Probe(
+            "sglang.srt.model_executor.pool_configurator:MemoryPoolConfigurator",
+            "attribute",
+            ("calculate_pool_sizes", "calculate_pool_sizes_from_max_tokens", "validate_swa_pool_size"),
+        ),
+        Probe(
+            "sglang.srt.model_executor.pool_configurator:MemoryPoolConfig",
+            "field",
+            ("max_total_num_tokens", "full_max_total_num_tokens", "swa_max_total_num_tokens"),
+        ),
+        Probe(
+            "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._build_token_to_kv_pool",
+            "parameter",
+            ("sizes", "req_to_token_pool"),
+        ),
+        Probe(
+            "sglang.srt.mem_cache.base_swa_memory_pool:BaseSWAKVPool",
+            "attribute",
+            ("register_mapping", "translate_loc_from_full_to_swa", "get_state_buf_infos", "_finalize_allocation_log"),
+        ),
+        Probe("sglang.srt.layers.attention.attention_registry", "attribute", ("register_attention_backend",)),
+        Probe(
+            "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
+            "attribute",
+            ("init_forward_metadata", "init_forward_metadata_out_graph", "get_cuda_graph_seq_len_fill_value", "init_cuda_graph_state"),
+        ),
+        Probe("sglang.srt.arg_groups.choices", "attribute", ("ATTENTION_BACKEND_CHOICES",)),
+        Probe("sglang.srt.arg_groups.model_override_base", "attribute", ("register_model_override", "resolving_view")),
+        Probe(
+            "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.__init__",
+            "parameter",
+            ("num_experts", "top_k", "hidden_size", "intermediate_size", "layer_id", "reduce_results", "quant_config", "prefix",
+             "swiglu_limit"),
+        ),
+        Probe("sglang.srt.layers.linear:MergedColumnParallelLinear.__init__", "parameter", ("output_sizes", "quant_config", "parallel_group")),
+        Probe("sglang.srt.model_executor.forward_context", "attribute", ("get_attn_backend",)),
+        Probe("sglang.srt.managers.scheduler:Scheduler", "attribute", ("get_internal_state",)),
+        Probe("sglang.srt.platforms.interface", "attribute", ("PlatformCapabilities", "SRTPlatform")),
+    ),
 }  # fmt: skip
 
 
@@ -136,10 +179,10 @@ def _missing(probe: Probe) -> list[str]:
         target: Any = importlib.import_module(module_name)
     except ImportError as e:
         return [f"{module_name} ({e})"]
-    if object_name:
-        if not hasattr(target, object_name):
+    for part in filter(None, object_name.split(".")):
+        if not hasattr(target, part):
             return [probe.where]
-        target = getattr(target, object_name)
+        target = getattr(target, part)
     present = _names(target, probe)
     separator = "." if object_name else ":"
     return [f"{probe.where}{separator}{name}" for name in probe.names if name not in present]

@@ -34,7 +34,7 @@ OUR_PACKAGES = ("dsv4_vllm", "dsv4_sglang")
 # Entry points through which each engine finds us: (group, name).
 ENTRY_POINTS: dict[Engine, tuple[tuple[str, str], ...]] = {
     "vllm": (("vllm.platform_plugins", "dsv4_cpu"), ("vllm.general_plugins", "dsv4")),
-    "sglang": (("sglang.srt.plugins", "dsv4"),),
+    "sglang": (("sglang.srt.platforms", "dsv4_cpu"), ("sglang.srt.plugins", "dsv4")),
 }
 _TIMEOUT_S = 10.0
 _MAX_BYTES = 1 << 20
@@ -119,6 +119,8 @@ def _check_engine(result: Diagnosis, engine: Engine, version: str, environ: Mapp
         )
     if engine == "vllm":
         _check_vllm_environment(result, report, environ)
+    else:
+        _check_sglang_environment(result, report, environ)
     if result.devices[0].kind == "cpu" and result.environment.get("DSV4_CPU_PLATFORM") == "off":
         report.serves, report.reason = False, "DSV4_CPU_PLATFORM=off leaves the engine without a device"
 
@@ -137,6 +139,25 @@ def _check_vllm_environment(result: Diagnosis, report: EngineReport, environ: Ma
     if environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu":
         report.serves, report.reason = False, "VLLM_TARGET_DEVICE=cpu bypasses the CPU platform"
         result.problems.append("VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins, so dsv4's CPU platform never starts: unset it")
+
+
+def _check_sglang_environment(result: Diagnosis, report: EngineReport, environ: Mapping[str, str]) -> None:
+    """SGLang's own variables that silently keep the plugin, or its CPU platform, out."""
+    on_cpu = result.devices[0].kind == "cpu"
+    allowed = environ.get("SGLANG_PLUGINS")
+    if allowed:
+        needed = {"dsv4"} | ({"dsv4_cpu"} if on_cpu else set())
+        absent = needed - {name.strip() for name in allowed.split(",")}
+        if absent:
+            report.serves, report.reason = False, "SGLANG_PLUGINS leaves the plugin out"
+            result.problems.append(f"SGLANG_PLUGINS={allowed} leaves out {', '.join(sorted(absent))}: unset it, or add them to the list")
+    chosen = environ.get("SGLANG_PLATFORM")
+    if chosen and chosen != "dsv4_cpu":
+        report.serves, report.reason = False, "SGLANG_PLATFORM leaves the plugin out"
+        result.problems.append(f"SGLANG_PLATFORM={chosen} makes SGLang skip every other package with a platform, dsv4 with it: unset it")
+    if on_cpu and environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        report.serves, report.reason = False, "SGLANG_USE_CPU_ENGINE=1 wants SGLang's own CPU kernels"
+        result.problems.append("SGLANG_USE_CPU_ENGINE=1 makes SGLang import CPU kernels that its published wheel does not have: unset it")
 
 
 def _entry_point(group: str, name: str) -> str | None:
@@ -208,12 +229,16 @@ def _unreachable(base: str, reason: object) -> str:
 
 def _no_route(base: str) -> str:
     """Why a server has no status route, as far as it tells."""
-    try:
-        code, body = _get(base + "/version")
+    who = f"a server answers at {base}"
+    for product, path in (("vLLM", "/version"), ("SGLang", "/server_info")):
+        try:
+            code, body = _get(base + path)
+        except _NO_ANSWER:
+            break
         version = (_parse(body) or {}).get("version") if code == 200 else None
-    except _NO_ANSWER:
-        version = None
-    who = f"vLLM {version} answers at {base}" if version else f"a server answers at {base}"
+        if version:
+            who = f"{product} {version} answers at {base}"
+            break
     return (
         f"{who}, but has no {STATUS_ROUTE}: dsv4's plugin is not active there (the native model, or none, is serving);"
         " run `dsv4 doctor` with the server's own interpreter and environment, then restart the server with DSV4_MODE=on"

@@ -82,3 +82,9 @@ def test_failed_probe_says_what_is_missing_and_what_to_do(monkeypatch):
 def test_installed_vllm_has_everything_that_is_probed():
     pytest.importorskip("vllm")
     compat.check_structure("vllm", compat.installed_version("vllm"))
+
+
+@pytest.mark.slow
+def test_installed_sglang_has_everything_that_is_probed():
+    pytest.importorskip("sglang")
+    compat.check_structure("sglang", compat.installed_version("sglang"))

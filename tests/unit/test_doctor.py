@@ -39,6 +39,7 @@ class Machine:
     versions: dict = field(default_factory=lambda: {"vllm": "0.32.0"})
     devices: tuple = (Device("cpu", "CPU"),)
     entry_points: bool = True
+    plugins: tuple = ("dsv4_vllm", "dsv4_sglang")
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(compat, "installed_version", lambda engine: m.versions.get(engine))
     monkeypatch.setattr(decide, "detect_devices", lambda environ=None: m.devices)
     monkeypatch.setattr(doctor, "_entry_point", lambda group, name: "dsv4_vllm:register" if m.entry_points else None)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name == "dsv4_vllm" else None)
-    for name in ("VLLM_PLUGINS", "VLLM_TARGET_DEVICE", *cli.env.VARIABLES):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name in m.plugins else None)
+    for name in ("VLLM_PLUGINS", "VLLM_TARGET_DEVICE", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE", *cli.env.VARIABLES):
         monkeypatch.delenv(name, raising=False)
     return m
 
@@ -129,10 +130,33 @@ def test_a_machine_without_engines_is_fine_for_planning(machine):
 
 
 def test_an_engine_without_our_plugin_is_said_and_no_problem(machine):
-    machine.versions = {"sglang": "0.5.23"}
+    machine.versions, machine.plugins = {"sglang": "0.5.23"}, ("dsv4_vllm",)
     result = diagnose()
     assert result.ok
     assert "no plugin for sglang yet" in result.engines["sglang"].reason
+
+
+def test_sglang_in_order_serves(machine):
+    machine.versions = {"sglang": "0.5.23"}
+    result = diagnose(environ={"SGLANG_PLUGINS": "dsv4,dsv4_cpu", "SGLANG_PLATFORM": "dsv4_cpu"})
+    assert result.ok
+    assert result.engines["sglang"].serves
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SGLANG_PLUGINS": "other"}, "leaves out dsv4, dsv4_cpu"),
+        ({"SGLANG_PLUGINS": "dsv4"}, "leaves out dsv4_cpu"),
+        ({"SGLANG_PLATFORM": "other"}, "SGLANG_PLATFORM=other makes SGLang skip"),
+        ({"SGLANG_USE_CPU_ENGINE": "1"}, "does not have: unset it"),
+    ],
+)
+def test_sglang_variables_that_keep_the_plugin_out_are_problems(machine, environ, message):
+    machine.versions = {"sglang": "0.5.23"}
+    result = diagnose(environ=environ)
+    assert message in only_problem(result)
+    assert not result.engines["sglang"].serves
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -192,6 +216,12 @@ def test_a_server_without_the_route_is_native_or_has_no_plugin(machine, server):
     problem = only_problem(diagnose(url))
     assert f"vLLM 0.32.0 answers at {url}, but has no /dsv4/status" in problem
     assert "DSV4_MODE=on" in problem
+
+
+def test_an_sglang_server_without_the_route_is_named(machine, server):
+    url, routes = server
+    routes["/server_info"] = (200, b'{"version": "0.5.23"}')
+    assert f"SGLang 0.5.23 answers at {url}, but has no /dsv4/status" in only_problem(diagnose(url))
 
 
 def test_a_server_that_is_something_else_is_said(machine, server):

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything dsv4 changes in a running SGLang: three hooks on functions, a provider of defaults, two for the status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.arg_groups.model_override_base import register_model_override, resolving_view
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from dsv4 import env
+from dsv4.config import MODEL_TYPE, LayerKind
+from dsv4.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4_sglang import released_config, status
+from dsv4_sglang.refusal import PARSE
+from dsv4_sglang.registration import ARCHITECTURE, ATTENTION_BACKEND
+
+POOL_SIZES = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
+POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
+
+# Window slots per full token where --swa-full-tokens-ratio is not given: native V4's own default.
+WINDOW_RATIO = 0.1
+MAX_RUNNING_REQUESTS = 256  # native V4's own default; HCA state is reserved per request
+
+
+def install() -> None:
+    """Register the hooks. SGLang applies them in every process; one that fails to apply is only logged, so the attention
+    backend asserts that the pool is ours."""
+    HookRegistry.register(PARSE, parse_config, HookType.AROUND)
+    HookRegistry.register(POOL_SIZES, pool_configurator, HookType.AROUND)
+    HookRegistry.register(POOL, build_pool, HookType.AROUND)
+    register_model_override(ARCHITECTURE)(overrides)
+    status.install()
+
+
+def parse_config(original: Callable[..., Any], parser: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Rename the architecture of V4, so that SGLang takes none of its branches for native V4, and name its window layers."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    from dsv4_sglang.model import DeepseekV4PluginForCausalLM
+
+    config = original(parser, model, *args, **kwargs)
+    if getattr(config, "model_type", None) != MODEL_TYPE:
+        return config
+    v4 = released_config.attach(config, model, kwargs.get("revision"))
+    ModelRegistry.models.setdefault(ARCHITECTURE, DeepseekV4PluginForCausalLM)
+    config.architectures = [ARCHITECTURE]
+    config.is_hybrid_swa = True
+    config.hybrid_layer_pattern = [int(layer.kind is LayerKind.SWA) for layer in v4.layers]
+    return config
+
+
+def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
+    """Arguments of a V4 deployment, after refusing what cannot be served; runs before anything is started."""
+    from dsv4_sglang.support import check_checkpoint, check_deployment
+
+    args = resolving_view(server_args)
+    config = released_config.read(hf_config)
+    check_deployment(server_args, args, config)
+    check_checkpoint(args.model_path, args.load_format, config)
+    found: dict[str, Any] = {"attention_backend": ATTENTION_BACKEND, "page_size": SGLANG_PAGE_TOKENS}
+    if args.swa_full_tokens_ratio is None:
+        found["swa_full_tokens_ratio"] = WINDOW_RATIO
+    if args.max_running_requests is None:
+        found["max_running_requests"] = MAX_RUNNING_REQUESTS
+    if args.device != "cpu":
+        # Prefill graphs would capture one step's metadata; decode graphs read kept buffers, but only kernels can be captured.
+        found["disable_prefill_cuda_graph"] = True
+        found["disable_cuda_graph"] = args.disable_cuda_graph or env.get("DSV4_OPS") == "reference"
+        if config.expert_dtype == "fp4":
+            found["moe_runner_backend"] = "marlin"
+    return found
+
+
+def is_v4(kvc: Any) -> bool:
+    """Whether a pool is being built for our model."""
+    return list(kvc.model_config.hf_config.architectures) == [ARCHITECTURE]
+
+
+def pool_configurator(original: Callable[..., Any], kvc: Any) -> Any:
+    if not is_v4(kvc):
+        return original(kvc)
+    from dsv4_sglang.pool import V4PoolConfigurator
+
+    return V4PoolConfigurator(kvc)
+
+
+def build_pool(original: Callable[..., Any], kvc: Any, **kwargs: Any) -> Any:
+    if not is_v4(kvc):
+        return original(kvc, **kwargs)
+    from dsv4_sglang import pool
+
+    return pool.build_pool(kvc, kwargs["sizes"], kwargs["req_to_token_pool"])

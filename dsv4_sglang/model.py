@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V4 wired from SGLang's parallel layers and dsv4's operators. Source: spec section 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import add_prefix
+from torch import Tensor, nn
+
+from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
+from dsv4.errors import Dsv4Error
+from dsv4.kv_layout import CacheRole
+from dsv4.ops import attention, indexer, mhc, moe
+from dsv4.ops.attention.plan import TokenPlan, selected_slots
+from dsv4.ops.compressor.ring import compress_step
+from dsv4.ops.linear import linear_fp32
+from dsv4.ops.pages import Pages
+from dsv4.ops.rope import cos_sin, inv_freq
+from dsv4_sglang import released_config
+from dsv4_sglang.attention import EntryPlan, StepPlan, V4AttentionBackend
+from dsv4_sglang.pool import V4Pool
+from dsv4_sglang.quant import V4QuantConfig
+from dsv4_sglang.weights import load_weights
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """cos/sin rows of a step, [T, rope_dim] fp32 each: at the token's position with the frequencies of window-only and
+    of compressed layers, and at the first position of the entry that the token belongs to, per ratio."""
+
+    window: Tensor
+    compressed: Tensor
+    entry: dict[int, Tensor]
+
+
+class V4Mlp(nn.Module):
+    """The shared expert."""
+
+    def __init__(self, config: V4Config, quant: V4QuantConfig | None, prefix: str) -> None:
+        super().__init__()
+        size = config.moe_intermediate_size * config.n_shared_experts
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, [size] * 2, bias=False, quant_config=quant, prefix=add_prefix("gate_up_proj", prefix)
+        )
+        # Added to the routed experts' output before the one reduction of both.
+        self.down_proj = RowParallelLinear(
+            size, config.hidden_size, bias=False, reduce_results=False, quant_config=quant, prefix=add_prefix("down_proj", prefix)
+        )
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x)[0].chunk(2, -1)
+        return self.down_proj(moe.swiglu(gate, up, self.limit))[0]
+
+
+class V4Moe(nn.Module):
+    """Routed experts, through SGLang's FusedMoE, and the shared one."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.top_k, self.scaling_factor = config.num_experts_per_tok, config.routed_scaling_factor
+        self.gate = ReplicatedLinear(config.hidden_size, config.n_routed_experts, bias=False, prefix=add_prefix("gate", prefix))
+        self.gate.tid2eid = self.gate.e_score_correction_bias = None
+        if layer.routing is Routing.HASH:
+            # Not torch.empty: with --load-format dummy garbage ids would address experts that do not exist.
+            table = torch.randint(0, config.n_routed_experts, (config.vocab_size, self.top_k), dtype=torch.int32)
+            self.gate.tid2eid = nn.Parameter(table, requires_grad=False)
+        else:
+            self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False)
+        self.shared_experts = V4Mlp(config, quant, add_prefix("shared_experts", prefix))
+        self.experts = FusedMoE(
+            num_experts=config.n_routed_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            layer_id=layer.index,
+            reduce_results=False,
+            quant_config=quant,
+            prefix=add_prefix("experts", prefix),
+            swiglu_limit=config.swiglu_limit,  # SGLang's own CPU path ignores it; ours does not
+        )
+        self.reduce = get_parallel().tp_size > 1
+
+    def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        logits = linear_fp32(x, self.gate.weight)
+        if self.gate.tid2eid is not None:
+            weights, ids = moe.route_hash(logits, self.gate.tid2eid, input_ids, self.scaling_factor)
+        else:
+            weights, ids = moe.route_topk(logits, self.gate.e_score_correction_bias, self.top_k, self.scaling_factor)
+        shared = self.shared_experts(x)  # first: an expert kernel may write its result over x
+        out = self.experts(x, StandardTopKOutput(weights, ids, logits)) + shared
+        return tensor_model_parallel_all_reduce(out) if self.reduce else out
+
+
+class V4Compressor(nn.Module):
+    """Pools tokens into entries of one cache: attention's own, or the index keys."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
+        super().__init__()
+        self.layer, self.eps = layer, config.rms_norm_eps
+        width = layer.overlap * dim
+        self.fused_wkv_wgate = MergedColumnParallelLinear(
+            config.hidden_size, [width, width], bias=False, prefix=add_prefix("fused_wkv_wgate", prefix), parallel_group="replicated"
+        )
+        self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
+        self.norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, state: Pages, entries: Pages, entry_rope: Tensor
+    ) -> None:
+        kv, gate = linear_fp32(x, self.fused_wkv_wgate.weight).chunk(2, -1)
+        scratch = pool.scratch(state, plan.rings.num_pages) if plan.rings.num_pages else None
+        compress_step(
+            kv,
+            gate,
+            self.ape,
+            plan.rings,
+            state,
+            scratch,
+            tokens.request_of_token,
+            plan.store_slots,
+            self.layer.overlap,
+            self.norm.weight,
+            self.eps,
+            entry_rope,
+            entries,
+        )
+
+
+class V4Indexer(nn.Module):
+    """Chooses the entries a CSA query attends. Replicated on every tensor-parallel rank."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.layer = layer.index
+        self.topk, self.num_heads, self.dim = config.index_topk, config.index_n_heads, config.index_head_dim
+        self.wq_b = ReplicatedLinear(
+            config.q_lora_rank, self.num_heads * self.dim, bias=False, quant_config=quant, prefix=add_prefix("wq_b", prefix)
+        )
+        self.weights_proj = ReplicatedLinear(config.hidden_size, self.num_heads, bias=False, prefix=add_prefix("weights_proj", prefix))
+        self.compressor = V4Compressor(config, layer, self.dim, add_prefix("compressor", prefix))
+
+    def forward(self, x: Tensor, qr: Tensor, step: StepPlan, plan: EntryPlan, pool: V4Pool, rope: Tensor) -> Tensor:
+        """Indices of the chosen entries: [T, topk] int32, -1 in the tail."""
+        q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, self.dim))
+        query = indexer.prepare_query(q, self.weights_proj(x)[0], rope, pool.formats.index)
+        keys = pool.layers[self.layer][CacheRole.INDEX_KEY]
+        return indexer.select(query, keys, step.block_table, step.tokens.request_of_token, plan.lens, plan.max_entries, self.topk)
+
+
+class V4Attention(nn.Module):
+    """Window, compressed entries and sink; heads are sharded over tensor-parallel ranks, caches are replicated."""
+
+    def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
+        super().__init__()
+        tp = get_parallel().tp_size
+        self.config, self.layer = config, layer
+        self.num_heads, self.num_groups = config.num_attention_heads // tp, config.o_groups // tp
+        eps = config.rms_norm_eps
+        self.fused_wqa_wkv = MergedColumnParallelLinear(
+            config.hidden_size,
+            [config.q_lora_rank, config.head_dim],
+            bias=False,
+            quant_config=quant,
+            prefix=add_prefix("fused_wqa_wkv", prefix),
+            parallel_group="replicated",
+        )
+        self.q_norm = RMSNorm(config.q_lora_rank, eps)
+        self.kv_norm = RMSNorm(config.head_dim, eps)
+        self.wq_b = ColumnParallelLinear(
+            config.q_lora_rank,
+            config.num_attention_heads * config.head_dim,
+            bias=False,
+            quant_config=quant,
+            prefix=add_prefix("wq_b", prefix),
+        )
+        self.attn_sink = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False)
+        self.wo_a = ColumnParallelLinear(
+            config.heads_per_group * config.head_dim,
+            config.o_groups * config.o_lora_rank,
+            bias=False,
+            quant_config=quant,
+            prefix=add_prefix("wo_a", prefix),
+        )
+        self.wo_b = RowParallelLinear(
+            config.o_groups * config.o_lora_rank, config.hidden_size, bias=False, quant_config=quant, prefix=add_prefix("wo_b", prefix)
+        )
+        self.compressor = self.indexer = None
+        if layer.kind is not LayerKind.SWA:
+            self.compressor = V4Compressor(config, layer, config.head_dim, add_prefix("compressor", prefix))
+        if layer.kind is LayerKind.CSA:
+            self.indexer = V4Indexer(config, layer, quant, add_prefix("indexer", prefix))
+
+    def forward(self, x: Tensor, rope: RopeTables) -> Tensor:
+        c = self.config
+        qr, kv = self.fused_wqa_wkv(x)[0].split([c.q_lora_rank, c.head_dim], -1)
+        qr = self.q_norm(qr.contiguous())
+        q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, c.head_dim))
+        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
+        o = self._attend(x, qr, q, kv.contiguous(), rope, table)
+        wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
+        return self.wo_b(attention.output_a(o, table, wo_a))[0]
+
+    def _attend(self, x: Tensor, qr: Tensor, q: Tensor, kv: Tensor, rope: RopeTables, table: Tensor) -> Tensor:
+        """Write the caches, select entries and attend: [T, H, 512]."""
+        backend: V4AttentionBackend = get_attn_backend()
+        pool, step = backend.pool, backend.plan
+        assert step is not None
+        caches = pool.layers[self.layer.index]
+        window = caches[CacheRole.WINDOW]
+        q = attention.norm_rope_store(q, kv, self.kv_norm.weight, self.kv_norm.variance_epsilon, table, window, step.window_store)
+        pages = slots = rows = lens = None
+        if self.compressor is not None:
+            ratio = self.layer.compress_ratio
+            plan, entry_rope = step.entries[ratio], rope.entry[ratio]
+            pages, lens = caches[CacheRole.COMPRESSED], plan.lens
+            self.compressor(x, step.tokens, plan, pool, caches[CacheRole.STATE], pages, entry_rope)
+            slots, rows = plan.request_slots, step.tokens.request_of_token
+            if self.indexer is not None:
+                keys = caches[CacheRole.INDEX_KEY]
+                self.indexer.compressor(x, step.tokens, plan, pool, caches[CacheRole.INDEX_STATE], keys, entry_rope)
+                chosen = self.indexer(x, qr, step, plan, pool, rope.compressed)
+                slots = selected_slots(chosen, step.block_table, step.tokens.request_of_token, pages.rows)
+                rows, lens = torch.arange(x.shape[0], device=x.device), lens.clamp(max=self.config.index_topk)
+        return attention.sparse_attention(
+            q,
+            window,
+            step.window_slots,
+            step.window_lens,
+            pages,
+            slots,
+            rows,
+            lens,
+            self.attn_sink,
+            self.config.qk_rope_head_dim,
+        )[0]
+
+
+class HyperConnection(nn.Module):
+    """The mixing parameters of one site."""
+
+    def __init__(self, config: V4Config, rows: int, scales: int) -> None:
+        super().__init__()
+        self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
+        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
+
+
+class V4DecoderLayer(nn.Module):
+    def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.config = config
+        self.attn = V4Attention(config, layer, quant, add_prefix("attn", prefix))
+        self.ffn = V4Moe(config, layer, quant, add_prefix("ffn", prefix))
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        mixes = config.hc_mult * (2 + config.hc_mult)
+        self.hc_attn = HyperConnection(config, mixes, 3)
+        self.hc_ffn = HyperConnection(config, mixes, 3)
+
+    def forward(self, streams: Tensor, rope: RopeTables, input_ids: Tensor) -> Tensor:
+        y, post, comb = self._collapse(streams, self.hc_attn, self.attn_norm)
+        streams = mhc.post(streams, self.attn(y, rope), post, comb)
+        y, post, comb = self._collapse(streams, self.hc_ffn, self.ffn_norm)
+        return mhc.post(streams, self.ffn(y, input_ids), post, comb)
+
+    def _collapse(self, streams: Tensor, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        return mhc.pre(streams, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+
+
+class V4Model(nn.Module):
+    def __init__(self, config: V4Config, quant: V4QuantConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            V4DecoderLayer(config, layer, quant, add_prefix(f"layers.{layer.index}", prefix)) for layer in config.layers
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = HyperConnection(config, config.hc_mult, 1)
+        self.register_buffer("window_freq", inv_freq(config, compressed=False), persistent=False)
+        self.register_buffer("compressed_freq", inv_freq(config, compressed=True), persistent=False)
+
+    def rope_tables(self, positions: Tensor) -> RopeTables:
+        entry = {m: cos_sin(positions // m * m, self.compressed_freq) for m in (CSA_RATIO, HCA_RATIO)}
+        return RopeTables(cos_sin(positions, self.window_freq), cos_sin(positions, self.compressed_freq), entry)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        c = self.config
+        streams = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
+        rope = self.rope_tables(positions)
+        for layer in self.layers:
+            streams = layer(streams, rope, input_ids)
+        return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
+
+
+class DeepseekV4PluginForCausalLM(nn.Module):
+    """DeepSeek-V4-Flash and -Pro in SGLang."""
+
+    def __init__(self, config: Any, quant_config: Fp8Config | None = None, prefix: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.v4_config = released_config.read(config)
+        self.quant_config = quant_config and V4QuantConfig.adopt(quant_config, self.v4_config.expert_dtype)
+        self.model = V4Model(self.v4_config, self.quant_config, add_prefix("model", prefix))
+        self.lm_head = ParallelLMHead(self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=add_prefix("lm_head", prefix))
+        self.logits_processor = LogitsProcessor(config)
+
+    def get_attention_sliding_window_size(self) -> int:
+        return self.v4_config.sliding_window
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None) -> Any:
+        if input_embeds is not None:
+            raise Dsv4Error("embeddings as input cannot be routed: V4 chooses the experts of its first layers by token id")
+        hidden = self.model(input_ids, positions)
+        return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return load_weights(self, weights, get_parallel().tp_rank)

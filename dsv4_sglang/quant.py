@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How V4's FP8 and FP4 weights become SGLang layers.
+
+On a GPU the engine's own methods serve (block FP8 linears, MXFP4 experts in Marlin's layout); here is what they lack: a CPU
+method for each, which dequantises once after loading, wo_a, whose grouped product needs plain weights on every device, and
+Marlin's experts without the gate that keeps them from sm80, sm86 and sm89, where the kernel runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE, FusedMoeWeightScaleSupported
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase, QuantizeMethodBase
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
+from sglang.srt.layers.quantization.marlin_utils import check_moe_marlin_supports_layer
+from sglang.srt.layers.quantization.marlin_utils_fp4 import prepare_moe_mxfp4_layer_for_marlin
+from sglang.srt.layers.quantization.mxfp4_marlin_moe import Mxfp4MarlinMoEMethod
+from sglang.srt.platforms import current_platform
+from sglang.srt.utils import set_weight_attrs
+from torch import Tensor, nn
+
+from dsv4.config import FP4_BLOCK, FP8_BLOCK, ExpertDtype
+from dsv4.errors import Dsv4Error
+from dsv4.ops import moe
+from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
+
+
+def on_cpu() -> bool:
+    """Whether the engine runs on the CPU platform, ours or another."""
+    return current_platform.device_type == "cpu"
+
+
+class V4QuantConfig(Fp8Config):
+    """SGLang's FP8 quantisation, with our methods where its own cannot serve."""
+
+    expert_dtype: ExpertDtype = "fp4"
+
+    @classmethod
+    def adopt(cls, config: Fp8Config, expert_dtype: ExpertDtype) -> V4QuantConfig:
+        """`config`, which SGLang made from config.json, as ours."""
+        ours = cls.__new__(cls)
+        ours.__dict__.update(config.__dict__)
+        ours.expert_dtype, ours.is_fp4_experts = expert_dtype, expert_dtype == "fp4"
+        return ours
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [*super().get_supported_act_dtypes(), torch.float32]  # the CPU reference runs in fp32
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase) and (on_cpu() or prefix.endswith(".wo_a")):
+            return DequantizedLinearMethod(self)
+        if isinstance(layer, FusedMoE):
+            if on_cpu():
+                return DequantizedExpertsMethod(self.expert_dtype)
+            if self.expert_dtype == "fp4":
+                return UngatedMarlinExpertsMethod(Fp8MoEMethod(self), prefix=prefix)
+        return super().get_quant_method(layer, prefix)
+
+
+class DequantizedLinearMethod(LinearMethodBase):
+    """A block-FP8 linear that is loaded packed and kept as plain weights of the model's dtype."""
+
+    def __init__(self, quant_config: V4QuantConfig) -> None:
+        self.quant_config = quant_config
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        Fp8LinearMethod.create_fp8_weight_(
+            layer,
+            block_quant=True,
+            quant_config=self.quant_config,
+            use_mxfp8=False,
+            output_size_per_partition=sum(output_partition_sizes),
+            input_size_per_partition=input_size_per_partition,
+            output_partition_sizes=output_partition_sizes,
+            input_size=input_size,
+            output_size=output_size,
+            params_dtype=params_dtype,
+            # The first loader does not know block scales; SGLang gives the second only to methods that it lists by name.
+            weight_loader=getattr(layer, "weight_loader_v2", extra_weight_attrs.get("weight_loader")),
+            is_checkpoint_fp8_serialized=True,
+        )
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        plain = dequantize_fp8_block(layer.weight.data, layer.weight_scale_inv.data).to(layer.orig_dtype)
+        layer.weight = nn.Parameter(plain, requires_grad=False)
+        del layer.weight_scale_inv
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x, layer.weight, bias)
+
+
+class DequantizedExpertsMethod(FusedMoEMethodBase):
+    """Routed experts, FP4 or block FP8, loaded packed and kept as plain weights of the model's dtype."""
+
+    def __init__(self, expert_dtype: ExpertDtype) -> None:
+        self.expert_dtype = expert_dtype
+
+    def create_weights(
+        self,
+        layer: FusedMoE,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        layer.orig_dtype = params_dtype
+        fp4 = self.expert_dtype == "fp4"
+        scales = FusedMoeWeightScaleSupported.GROUP if fp4 else FusedMoeWeightScaleSupported.BLOCK
+        for name, rows, columns in (
+            ("w13", 2 * intermediate_size_per_partition, hidden_size),
+            ("w2", hidden_size, intermediate_size_per_partition),
+        ):
+            if fp4:
+                weight = torch.zeros(num_experts, rows, columns // 2, dtype=torch.uint8)
+                scale = torch.zeros(num_experts, rows, columns // FP4_BLOCK, dtype=torch.uint8)
+            else:
+                weight = torch.zeros(num_experts, rows, columns, dtype=torch.float8_e4m3fn)
+                scale = torch.zeros(num_experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), dtype=torch.float32)
+            for key, data, attrs in (("weight", weight, {}), ("weight_scale_inv", scale, {"quant_method": scales.value})):
+                parameter = nn.Parameter(data, requires_grad=False)
+                layer.register_parameter(f"{name}_{key}", parameter)
+                set_weight_attrs(parameter, extra_weight_attrs | attrs)
+
+    def create_moe_runner(self, layer: FusedMoE, moe_runner_config: Any) -> None:
+        self.swiglu_limit = moe_runner_config.swiglu_limit
+
+    def process_weights_after_loading(self, layer: FusedMoE) -> None:
+        for name in ("w13", "w2"):
+            packed, scale = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
+            plain = dequantize_expert(packed, scale).to(layer.orig_dtype)
+            setattr(layer, f"{name}_weight", nn.Parameter(plain, requires_grad=False))
+            delattr(layer, f"{name}_weight_scale_inv")
+
+    def apply(self, layer: FusedMoE, dispatch_output: Any) -> StandardCombineInput:
+        weights, ids, _ = dispatch_output.topk_output  # ids are local, -1 for experts of other ranks
+        out = moe.experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, weights, ids, self.swiglu_limit)
+        return StandardCombineInput(hidden_states=out)
+
+
+class UngatedMarlinExpertsMethod(Mxfp4MarlinMoEMethod, FusedMoEMethodBase):
+    """SGLang's MXFP4 Marlin experts from sm80 on. Not run: no such GPU was at hand.
+
+    Until SGLang's `process_weights_after_loading` lets Ampere and Ada through (sglang#33589); then delete.
+    """
+
+    def process_weights_after_loading(self, layer: FusedMoE) -> None:
+        self._fp8.process_weights_after_loading(layer)
+        if not check_moe_marlin_supports_layer(layer, FP4_BLOCK, allow_tile_padding=True):
+            size, width = layer.hidden_size, layer.intermediate_size_per_partition
+            raise Dsv4Error(f"{self.prefix}: Marlin has no tile for experts of {size} x {width}; use a smaller --tp-size")
+        prepare_moe_mxfp4_layer_for_marlin(layer)
+        layer._dsv4_mxfp4_backend = "marlin"  # what SGLang's own method leaves for its readers

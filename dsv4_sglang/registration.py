@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guard, decide, register."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from dsv4 import compat, decide, env
+
+logger = logging.getLogger(__name__)
+
+# Not V4's own name, so that none of SGLang's branches for its native V4 is taken; with "DeepseekV4" in it, which selects
+# V4's chat encoding.
+ARCHITECTURE = "DeepseekV4PluginForCausalLM"
+ATTENTION_BACKEND = "dsv4_plugin"
+_MODELS = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+
+
+def register_model() -> None:
+    """Put our model in place of SGLang's own where it should serve. Raises what makes that impossible."""
+    env.check_environ()
+    decision = decide.decide(env.get("DSV4_MODE"), decide.weakest(decide.detect_devices()))
+    if not decision.serve:
+        logger.info("dsv4: %s", decision.reason)
+        return
+    found = compat.installed_version("sglang") or "(not installed)"
+    compat.check_version("sglang", found, allow_untested=env.flag("DSV4_ALLOW_UNTESTED"))
+    # Names our model before the registry is imported: SGLang then leaves its 285 models alone until one of them is asked for.
+    os.environ.setdefault(_MODELS, "dsv4_sglang.models")
+    compat.check_structure("sglang", found)
+    _register()
+    logger.info("dsv4: %s", decision.reason)
+
+
+def _register() -> None:
+    from dsv4_sglang import attention, hooks
+
+    attention.register_backend()
+    hooks.install()

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json as released, carried by SGLang's own config object.
+
+SGLang reads V4's config into a class that drops rope_theta and fills what is missing with defaults of V3, so what the file
+says can no longer be told from what it does not say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dsv4.config import V4Config
+
+_ATTRIBUTE = "dsv4_released"
+
+
+def attach(config: Any, model: Any, revision: str | None) -> V4Config:
+    """Read `model`'s config.json again and keep it on `config`. Raises ConfigError."""
+    raw, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    setattr(config, _ATTRIBUTE, raw | {"_source": f"{model}/config.json"})
+    return read(config)
+
+
+def read(config: Any) -> V4Config:
+    """The V4 config that `attach` kept."""
+    raw = dict(getattr(config, _ATTRIBUTE))
+    return V4Config.from_dict(raw, raw.pop("_source"))

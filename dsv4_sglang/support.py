@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of an SGLang deployment dsv4 can serve exactly; everything else is refused before a weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4.checkpoint import validate
+from dsv4.config import V4Config
+from dsv4.errors import Dsv4Error
+from dsv4.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4_sglang.pool import cache_formats
+from dsv4_sglang.registration import ATTENTION_BACKEND
+
+_DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16}
+
+
+class DeploymentError(Dsv4Error):
+    """An SGLang option that dsv4 cannot serve."""
+
+
+def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
+    """Refuse what cannot be served. asked: the arguments as given; args: what SGLang made of them so far.
+
+    Raises Dsv4Error with the flag and the way out.
+    """
+    refusals = (
+        (args.speculative_algorithm is not None, "--speculative-algorithm", "dsv4 0.1 has no draft model"),
+        (args.disaggregation_mode != "null", "--disaggregation-mode", "dsv4's caches cannot be transferred"),
+        (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "dsv4's caches have no host pool"),
+        (args.enable_lmcache, "--enable-lmcache", "dsv4's caches cannot be transferred"),
+        (args.enable_hisparse, "--enable-hisparse", "it is made for SGLang's own V4 pool"),
+        (args.enable_unified_memory, "--enable-unified-memory", "dsv4 has its own pool"),
+        (args.enable_kv_cache_sharding, "--enable-kv-cache-sharding", "the caches are replicated"),
+        (args.attn_cp_size > 1, "--attn-cp-size", "context parallelism is not wired"),
+        (args.dcp_size > 1, "--dcp-size", "decode context parallelism is not wired: the caches are replicated"),
+        (args.enable_dp_attention or args.attn_dp_size > 1, "--enable-dp-attention (--attn-dp-size)", "DP attention is not wired"),
+        (args.pp_size > 1, "--pp-size", "pipeline parallelism is not wired"),
+        (args.enable_two_batch_overlap, "--enable-two-batch-overlap", "it needs a model split in two batches"),
+        (args.enable_pdmux, "--enable-pdmux", "it needs two attention backends at once"),
+        (args.enable_eplb, "--enable-eplb", "expert load balancing is not wired"),
+        (args.json_model_override_args not in (None, "", "{}"), "--json-model-override-args", "dsv4 reads config.json itself"),
+        (bool(args.enable_lora or args.lora_paths), "--enable-lora", "LoRA is not wired"),
+    )
+    for refused, flag, reason in refusals:
+        if refused:
+            raise DeploymentError(f"{flag}: {reason}; leave it out, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4")
+    if args.dtype not in _DTYPES:
+        raise DeploymentError(f"--dtype {args.dtype}: dsv4 runs V4 in bfloat16, and in float32 on a CPU; use one of them")
+    for what, count in (("num_attention_heads", config.num_attention_heads), ("o_groups", config.o_groups)):
+        if count % args.tp_size:
+            fits = [n for n in range(1, count + 1) if config.o_groups % n == 0 and config.num_attention_heads % n == 0]
+            raise DeploymentError(f"--tp-size {args.tp_size}: {what} {count} is not divisible by it; use one of {fits}")
+    for flag, value in (
+        ("--attention-backend", asked.attention_backend),
+        ("--prefill-attention-backend", asked.prefill_attention_backend),
+        ("--decode-attention-backend", asked.decode_attention_backend),
+    ):
+        if value not in (None, ATTENTION_BACKEND):
+            raise DeploymentError(f"{flag} {value}: dsv4 serves V4 with {ATTENTION_BACKEND} alone; leave it out")
+    chunk = args.chunked_prefill_size
+    if chunk is not None and chunk > 0 and chunk % SGLANG_PAGE_TOKENS:
+        raise DeploymentError(f"--chunked-prefill-size {chunk}: SGLang wants a multiple of V4's page of {SGLANG_PAGE_TOKENS} tokens")
+    cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer)
+
+
+def check_checkpoint(folder: str, load_format: str, config: V4Config) -> None:
+    """Compare a local checkpoint's headers with its config. Raises CheckpointError naming what does not fit."""
+    if Path(folder).is_dir() and load_format != "dummy":
+        validate(folder, config)
