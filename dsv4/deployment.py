@@ -11,7 +11,7 @@ from typing import Literal
 from dsv4.config import DraftKind, V4Config
 from dsv4.errors import Dsv4Error
 from dsv4.hardware import Gpu
-from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
 from dsv4.recipe_files import data_folder, read_yaml
 
 EngineName = Literal["vllm", "sglang"]
@@ -47,7 +47,8 @@ class Deployment:
     """tp: attention tensor-parallel ranks; dp: attention replicas, each with its own KV pool; ep: whole experts per
     rank over tp * dp ranks; pp: pipeline stages. max_num_batched_tokens is per step and per replica (SGLang:
     chunked prefill size); max_num_seqs per replica; memory_fraction: gpu_memory_utilization or mem_fraction_static.
-    swa_full_tokens_ratio: SGLang only, None lets it size windows from max_num_seqs.
+    swa_full_tokens_ratio: SGLang only, None lets it size windows from max_num_seqs. state: vLLM only, where dsv4's
+    plugin keeps compressor state (DSV4_STATE); native vLLM is paged.
     """
 
     checkpoint: Checkpoint
@@ -72,6 +73,7 @@ class Deployment:
     a2a_backend: str = "none"
     attention_backend: str = "auto"
     decode_graphs_only: bool = False
+    state: StateMapping = StateMapping.PAGED
 
     @property
     def config(self) -> V4Config:

@@ -91,7 +91,7 @@ def weights_of(d: Deployment, stage: int) -> RankWeights:
 def vllm_stage_pool(d: Deployment, stage: int) -> VllmPool:
     """vLLM's pool on a rank of pipeline stage `stage`."""
     layers = stage_with_draft(pipeline_layers(d.config.num_hidden_layers, d.pp)[stage], d.config, d.num_draft_layers)
-    return vllm_pool(d.config, d.formats, d.num_draft_layers, layers)
+    return vllm_pool(d.config, d.formats, d.num_draft_layers, layers, mapping=d.state)
 
 
 def sglang_stage_pool(d: Deployment, stage: int) -> SglangPool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dsv4.kv_layout import StateMapping
 from dsv4.launch import deployment_commands
 from dsv4.memory import Proof, Verdict
 from dsv4.planner import Candidate, Question
@@ -103,7 +104,8 @@ def _proof(c: Candidate) -> Iterable[str]:
     )
     if c.step_limit:
         yield f"  stops fitting above max_num_batched_tokens {c.step_limit:,}; longest context {p.max_context_low:,}"
-    yield from (f"  start{' ' + command.role if d.nodes > 1 else ''}: {command.shell()}" for command in deployment_commands(d))
+    settings = "DSV4_MODE=on DSV4_STATE=summary " if d.state is StateMapping.SUMMARY else ""
+    yield from (f"  start{' ' + command.role if d.nodes > 1 else ''}: {settings}{command.shell()}" for command in deployment_commands(d))
 
 
 def _need(p: Proof) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from dsv4.config import FP8_BLOCK
 from dsv4.deployment import MAX_CONTEXT, Checkpoint, Deployment, EngineName, PlanError, Speculation
 from dsv4.hardware import Gpu
-from dsv4.kv_layout import IndexFormat
+from dsv4.kv_layout import IndexFormat, StateMapping
 from dsv4.memory import Proof, Verdict, prove
 from dsv4.recipe import MAX_GPUS, Recipe, shipped_recipes
 from dsv4.rules import violations
@@ -62,6 +62,7 @@ class Question:
     engines: tuple[EngineName, ...]
     max_num_batched_tokens: int = DEFAULT_STEP_TOKENS
     prefer: Preference = "throughput"
+    state: StateMapping = StateMapping.PAGED
 
 
 def ask(
@@ -74,10 +75,12 @@ def ask(
     engine: EngineName | None = None,
     max_num_batched_tokens: int = DEFAULT_STEP_TOKENS,
     prefer: Preference = "throughput",
+    state: StateMapping = StateMapping.PAGED,
 ) -> Question:
     """A checked question; nodes default to as few as the GPUs need.
 
-    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once. Raises PlanError.
+    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once. state: where dsv4's
+    vLLM plugin keeps compressor state. Raises PlanError.
     """
     if not 1 <= count <= MAX_GPUS:
         raise PlanError(f"--count {count}: impossible; give 1 to {MAX_GPUS} GPUs")
@@ -95,7 +98,11 @@ def ask(
     if not STEP_GRAIN <= max_num_batched_tokens <= MAX_STEP_TOKENS:
         raise PlanError(f"--max-num-batched-tokens {max_num_batched_tokens}: give {STEP_GRAIN} to {MAX_STEP_TOKENS}")
     engines: tuple[EngineName, ...] = (engine,) if engine else ("vllm", "sglang")
-    return Question(checkpoint, gpu, count, nodes, context, concurrency, engines, max_num_batched_tokens, prefer)
+    if state is StateMapping.SUMMARY:
+        if engine == "sglang":
+            raise PlanError("--state summary: it is a mapping of dsv4's vLLM plugin; leave it out for SGLang")
+        engines = ("vllm",)
+    return Question(checkpoint, gpu, count, nodes, context, concurrency, engines, max_num_batched_tokens, prefer, state)
 
 
 def plan(question: Question) -> list[Candidate]:
@@ -247,6 +254,7 @@ def deployment(q: Question, engine: EngineName, tp: int, dp: int, pp: int, ep: b
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
         speculation=speculation,
         decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
+        state=q.state,
     )
 
 
@@ -269,7 +277,8 @@ def shapes(q: Question) -> list[tuple[int, int, int, bool]]:
 
 def _speculations(q: Question, pp: int) -> list[Speculation]:
     draft = q.checkpoint.config.draft
-    if draft == "none" or pp > 1 or q.gpu.needs_plugin:
+    # A summary cannot be rolled back, so nothing that rejects drafted tokens runs on it.
+    if draft == "none" or pp > 1 or q.gpu.needs_plugin or q.state is StateMapping.SUMMARY:
         return [Speculation()]
     return [Speculation(), Speculation(draft, _DRAFT_TOKENS[draft])]
 

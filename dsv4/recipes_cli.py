@@ -14,6 +14,7 @@ import click
 
 from dsv4.deployment import EngineName, PlanError, find_checkpoint, parse_context
 from dsv4.hardware import detect_machine, find_gpu
+from dsv4.kv_layout import StateMapping
 from dsv4.launch import deployment_commands
 from dsv4.memory import Proof
 from dsv4.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question, ask
@@ -47,6 +48,8 @@ def _json_option(f: Callable[..., T]) -> Callable[..., T]:
 @click.option("--concurrency", type=int, default=1, show_default=True, help="Requests of that length at once.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Both when left out.")
 @click.option("--max-num-batched-tokens", type=int, default=DEFAULT_STEP_TOKENS, show_default=True, help="Tokens per step and replica.")
+@click.option("--state", type=click.Choice(["paged", "summary"]), default="paged", show_default=True,
+              help="Compressor state in dsv4's vLLM plugin (DSV4_STATE); native vLLM is paged.")  # fmt: skip
 @click.option("--prefer", type=click.Choice(["latency", "throughput"]), default="throughput", show_default=True, help="What ranks first.")
 @click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw context against concurrency into an .svg or .png.")
@@ -60,13 +63,14 @@ def plan(
     concurrency: int,
     engine: str | None,
     max_num_batched_tokens: int,
+    state: str,
     prefer: str,
     proofs: int,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when nothing fits."""
-    question = _question(model, gpu, count, nodes, context, concurrency, engine, max_num_batched_tokens, prefer)
+    question = _question(model, gpu, count, nodes, context, concurrency, engine, max_num_batched_tokens, prefer, state)
     found = make_plan(question)
     if plot is not None:
         from dsv4.plan_plot import draw
@@ -92,6 +96,7 @@ def _question(
     engine: str | None,
     step: int,
     prefer: str,
+    state: str,
 ) -> Question:
     tokens = parse_context(context)
     checkpoint = find_checkpoint(model)
@@ -101,7 +106,18 @@ def _question(
     else:
         card = find_gpu(gpu)
         count = card.gpus_per_node * (nodes or 1) if count is None else count
-    return ask(checkpoint, card, count, nodes, tokens, concurrency, cast("EngineName | None", engine), step, cast("Preference", prefer))
+    return ask(
+        checkpoint,
+        card,
+        count,
+        nodes,
+        tokens,
+        concurrency,
+        cast("EngineName | None", engine),
+        step,
+        cast("Preference", prefer),
+        StateMapping(state),
+    )
 
 
 def _question_json(q: Question) -> dict[str, Any]:
@@ -113,6 +129,7 @@ def _question_json(q: Question) -> dict[str, Any]:
         "context": q.context,
         "concurrency": q.concurrency,
         "max_num_batched_tokens": q.max_num_batched_tokens,
+        "state": q.state.value,
     }
 
 
