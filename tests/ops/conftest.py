@@ -31,11 +31,12 @@ interpreter_bf16.install()
 
 @pytest.fixture(autouse=True)
 def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every operator is served by its kernel, on one thread, from the same random numbers."""
+    """Every operator is served by its kernel, on one thread, from the same random numbers; torch.empty holds NaN."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("DSV4_OPS", "triton")
     registry.forget_choices()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
     yield
+    torch.use_deterministic_algorithms(False)
     registry.forget_choices()

@@ -176,3 +176,21 @@ def test_one_launch_writes_the_bytes_of_two(ratio: int, overlap: int, dim: int, 
     compressor.compress_store(two[0], table, request, positions, entry_slots, ratio, overlap, weight, EPS, entry_table, two[1])
     for a, b in zip(one, two, strict=True):
         assert_bytes_equal(a, b)
+
+
+def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> None:
+    """Request 1 goes on at the position where request 0 stops, so that only the request tells their rows apart."""
+    state, table = state_pages(16, 4, 2, 128)
+    earlier = torch.arange(10)
+    reference.store_rows(state, table[1, earlier // 4] * 4 + (earlier % 4).int(), torch.randn(10, 512), 0)
+    positions = torch.cat([torch.arange(4, 10), torch.arange(10, 12)])
+    request = torch.tensor([0] * 6 + [1] * 2, dtype=torch.int32)
+    state_slots = (table[request.long(), positions // 4] * 4 + positions % 4).int()
+    entry_slots = torch.tensor([-1] * 7 + [2], dtype=torch.int32)
+    kv, gate, ape, weight = torch.randn(8, 256), torch.randn(8, 256), torch.randn(4, 256), torch.ones(128)
+    expected_state, cache, expected = clone_pages(state), make_pages(IndexFormat.FP8, 1, 64, 128), make_pages(IndexFormat.FP8, 1, 64, 128)
+    args = (table, entry_slots, 2, weight, EPS, torch.zeros(8, 64))
+    compressor.update(kv, gate, ape, positions, request, state, state_slots, *args, cache)
+    compressor.save_state(kv, gate, ape, positions, expected_state, state_slots)
+    compressor.compress_store(expected_state, table, request, positions, entry_slots, 4, 2, weight, EPS, args[-1], expected)
+    assert_bytes_equal(cache, expected)

@@ -106,6 +106,13 @@ def test_prefill_scores_share_keys_between_neighbours(index_format: IndexFormat)
     check_scores(query, keys, table, request, lens, 106)
 
 
+def test_prefill_scores_stay_inside_their_rows() -> None:
+    """Rows of 112 lie side by side, and the last tile of keys reaches over the end."""
+    keys, table = keys_of(IndexFormat.FP8, [112])
+    query = reference.prepare_query(*queries(20, 16), IndexFormat.FP8)
+    check_scores(query, keys, table, torch.zeros(20, dtype=torch.int32), torch.full((20,), 112, dtype=torch.int32), 112)
+
+
 def test_fp32_keys_for_the_cpu_platform() -> None:
     lens = torch.tensor([5, 70], dtype=torch.int32)
     keys, table = keys_of(IndexFormat.PLAIN, [5, 70], dtype=torch.float32)

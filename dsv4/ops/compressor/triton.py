@@ -89,8 +89,8 @@ def compress_store_kernel(
             if SAVE:
                 i = t - back
                 own = exists & (i >= 0)
+                # Tokens of one request are neighbours with consecutive positions.
                 own = own & (tl.load(request_of_token + i, mask=own, other=-1) == request)
-                own = own & (tl.load(positions + i, mask=own, other=-1) == at)
                 stored = stored & (own == 0)
             page = tl.load(table + at_page, mask=stored, other=-1)
             stored = stored & (page >= 0) & (page < state_pages)
