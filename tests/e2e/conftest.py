@@ -2,7 +2,7 @@
 from pathlib import Path
 
 import pytest
-from vllm_engine import TIE_MARGIN, Oracle
+from comparison import TIE_MARGIN, Oracle
 
 from hf_oracle import load_hf, prompt_without_ties
 

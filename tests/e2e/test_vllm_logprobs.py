@@ -6,10 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from comparison import LENGTHS
 from vllm_engine import ENV_DIR, RUNNER_V2, Oracle, assert_equal, compare, engine_args, request, run
 
-# Around every boundary: entries (4, 128), windows (128), state pages (4, 8), pages (64, 256), prefix blocks (256).
-LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 31, 63, 64, 65, 127, 128, 129, 131, 255, 256, 257, 383, 511, 512, 513, 641, 767, 769, 1023, 1025, 1100)
 WHOLE = 2048
 
 
@@ -70,8 +69,9 @@ def test_nan_in_unowned_pages_changes_nothing(tiny_pro: Path, pro_oracle: Oracle
     assert_equal(result, pro_oracle)
 
 
-def test_two_tensor_parallel_ranks_equal_one(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
-    engine = engine_args(tiny_flash, tensor_parallel_size=2)
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["sliced experts", "whole experts"])
+def test_two_tensor_parallel_ranks_equal_one(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], expert_parallel: bool) -> None:
+    engine = engine_args(tiny_flash, tensor_parallel_size=2, enable_expert_parallel=expert_parallel)
     prompts = [request(flash_text[:n], 8) for n in (1, 65, 130, 400, 700)]
     result = run(engine, [prompts], env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     assert [w["rank"] for w in result["workers"]] == [0, 1]
@@ -83,6 +83,15 @@ def test_model_runner_v2_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash
     prompts = [request(flash_text[:n], 6) for n in (1, 64, 129, 300, 520)]
     result = run(engine_args(tiny_flash), [prompts], env=RUNNER_V2)
     assert result["workers"][0]["model_runner"].startswith("vllm.v1.worker.cpu.model_runner.")  # V1's is cpu_model_runner
+    assert_equal(result, flash_oracle)
+
+
+def test_two_pipeline_stages_equal_one(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    """On model runner V2; V1 cannot run stages on a CPU, with any model."""
+    engine = engine_args(tiny_flash, pipeline_parallel_size=2)
+    prompts = [request(flash_text[:n], 3) for n in (5, 130)]
+    result = run(engine, [prompts], env=RUNNER_V2 | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    assert len(result["workers"]) == 2
     assert_equal(result, flash_oracle)
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -62,46 +63,14 @@ def poison_unowned_pages(llm: Any) -> dict[str, int]:
 
 
 def record_quantised(llm: Any) -> dict[str, list[Any]]:
-    """Collect what the engine stores in each cache, dequantised, every index query, and every choice it makes.
+    """Start recording in this process. See `replay.record_quantised`."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from replay import record_quantised
 
-    {cache prefix: [rows], "query": [(values, weights)], "topk": [entries], "route": [experts]}; the last three hold one
-    item per layer and step, in layer order. Only meaningful while one request runs at a time.
-    """
-    from dsv4.ops import registry
-    from dsv4.ops.attention import reference as attention
-    from dsv4.ops.compressor import reference as compressor
-    from dsv4.ops.indexer import reference as indexer
-    from dsv4.ops.moe import reference as moe
-    from dsv4.ops.quant.reference import decode_row, encode_row
     from dsv4_vllm.attention import V4Cache
 
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    prefixes = {id(m.pages): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)}
-    recorded: dict[str, list[Any]] = {"query": [], "topk": [], "route": []}
-    store = attention.store_rows
-
-    def recorded_store(pages: Any, slots: Any, rows: Any, rope_dim: int) -> None:
-        store(pages, slots, rows, rope_dim)
-        if pages.packed:
-            values = decode_row(*encode_row(rows[slots >= 0], pages.format, rope_dim), pages.format, rope_dim)
-            recorded.setdefault(prefixes[id(pages)], []).append(values.clone())
-
-    def record_result(module: Any, name: str, key: str, keep: Any) -> None:
-        function = getattr(module, name)
-
-        def wrapped(*args: Any) -> Any:
-            result = function(*args)
-            recorded[key].append(keep(result))
-            return result
-
-        setattr(module, name, wrapped)
-
-    attention.store_rows = compressor.store_rows = recorded_store
-    record_result(indexer, "prepare_query", "query", lambda query: (query.values.clone(), query.weights.clone()))
-    record_result(indexer, "topk", "topk", lambda chosen: chosen.clone())
-    record_result(moe, "route_topk", "route", lambda result: result[1].clone())
-    registry.forget_choices()
-    return recorded
+    return record_quantised({id(m.pages): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)})
 
 
 def describe(output: Any) -> dict[str, Any]:
@@ -126,6 +95,11 @@ def main() -> None:
     os.dup2(2, 1)  # worker processes inherit file descriptor 1 and log there
     if plan.get("mutation"):
         mutate(*plan["mutation"])
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.path.append(str(Path(__file__).parents[1]))
+        import interpreter_bf16
+
+        interpreter_bf16.install()
     from vllm import LLM, SamplingParams
 
     start = time.monotonic()
