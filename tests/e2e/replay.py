@@ -28,6 +28,8 @@ from dsv4.reference_model import Quantisation, ReferenceModel
 MOST_NEIGHBOURS = 1e-2
 # One e4m3 step is at most 1/8 of a value; a scale that flips by a factor of two coarsens the step to 1/4 below it.
 STEP = 0.25
+# The widest e2m1 step is from 4 to 6 scales, and a scale is at most a third of its group's largest value.
+FP4_STEP = 2 / 3
 # Scores of equal codes differ by fp32 rounding only: 1e-5 of their spread, as between any two fp32 implementations.
 TIE = 1e-4
 
@@ -55,7 +57,10 @@ class Replayed(ReferenceModel):
         self.calls += 1
         own, engine = super()._stored(rows, row_format), self.rows[f"model.layers.{self.layer}.attn.{role}_cache"]
         assert own.shape == engine.shape, (self.layer, role, own.shape, engine.shape)
-        limit = STEP * torch.maximum(own.abs(), engine.abs()) + 1e-3 * own.abs().amax(-1, keepdim=True)
+        largest = own.abs().amax(-1, keepdim=True)
+        limit = STEP * torch.maximum(own.abs(), engine.abs()) + 1e-3 * largest
+        if row_format is IndexFormat.MXFP4:
+            limit = FP4_STEP * largest.expand_as(own)
         assert ((own - engine).abs() <= limit).all(), (self.layer, role)
         self.different += int((own != engine).sum())
         self.total += own.numel()
@@ -136,9 +141,11 @@ def record_quantised(names: dict[int, str]) -> dict[str, list[Any]]:
     return recorded
 
 
-def assert_equals_quantised_reference(output: dict[str, Any], record: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_equals_quantised_reference(
+    output: dict[str, Any], record: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, index: IndexFormat = IndexFormat.FP8
+) -> None:
     """One request's log-probabilities against the reference with fp8 pages, fed with what the engine recorded."""
-    base = ReferenceModel.from_folder(folder, Quantisation(KvFormat.FP8_DS_MLA, IndexFormat.FP8))
+    base = ReferenceModel.from_folder(folder, Quantisation(KvFormat.FP8_DS_MLA, index))
     model = Replayed(base, torch.load(record, weights_only=True))
     monkeypatch.setattr(moe, "route_topk", model.route)
     ids = output["prompt"] + output["tokens"]
