@@ -292,6 +292,8 @@ SHIPPED = (
     Shipped("index decode mxfp4", decode_logits_kernel, _TYPES, dict(_SHAPE, FORMAT=3), 4),
     Shipped("index decode bf16", decode_logits_kernel, _PLAIN, dict(_SHAPE, FORMAT=0), 4),
     Shipped("index prefill fp8", prefill_logits_kernel, _TYPES, dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=2), 4, spill={"sm80": 20}),
-    Shipped("index prefill mxfp4", prefill_logits_kernel, _TYPES, dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=3), 4, spill={"sm120": 24}),
+    Shipped(
+        "index prefill mxfp4", prefill_logits_kernel, _TYPES, dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=3), 4, spill={"sm86": 12, "sm120": 24}
+    ),
     *topk_kernels.SHIPPED,
 )
