@@ -115,7 +115,7 @@ def _judge(row: Row, shipped: Shipped, ttir: str) -> None:
     budget = shipped.spill.get(row.target, 0)
     if row.spill > budget:
         row.problems.append(f"spills {row.spill} bytes a lane, the budget beside the kernel is {budget}")
-    fp8 = set(re.findall(r"\bf8E\w+", ttir))
+    fp8 = set(re.findall(r"f8E\d\w+", ttir))
     if fp8:
         row.problems.append(f"uses {', '.join(sorted(fp8))}, which sm80 and sm86 do not have")
 
