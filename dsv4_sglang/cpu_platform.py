@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import psutil
@@ -48,6 +49,11 @@ class ReferenceCpuPlatform(SRTPlatform):
             server_args.attention_backend = "torch_native"
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
+        # Unset, SGLang wants a NUMA node per rank; here ranks share what cores there are, and the system places them.
+        ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size
+        if ranks > 1:
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([cores] * ranks))
 
     def get_quantization_config(self, quantization: str) -> type[Any] | None:
         from dsv4_sglang.quant import V4QuantConfig

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a plugin's loader puts each tensor of a checkpoint, seen from inside an engine's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+
+def record_mapping(weights: ModuleType) -> list[list[Any]]:
+    """Collect what `weights.load_weights` makes of each released name: [released name, parameter, shard]."""
+    mapped: list[list[Any]] = []
+
+    def watch(name: str, describe: Callable[[Any], list[Any]]) -> None:
+        function = getattr(weights, name)
+
+        def wrapped(released: str) -> Any:
+            result = function(released)
+            if result is not None:
+                mapped.append([released, *describe(result)])
+            return result
+
+        setattr(weights, name, wrapped)
+
+    watch("parameter_name", lambda found: [found[0], found[1]])
+    watch("expert_tensor", lambda e: [f"{e.layer}.{e.stem}_{'scale' if e.is_scale else 'weight'}", f"{e.expert} {e.linear}"])
+    return mapped
+
+
+def parameters(model: nn.Module) -> dict[str, list[int]]:
+    """Shapes of the loaded model's parameters by name; the wrapper that one engine puts around experts is left out."""
+    return {name.replace(".routed_experts.", "."): list(p.shape) for name, p in model.named_parameters()}

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one SGLang engine and prints what it generated: `python sglang_driver.py < plan.json > result.json`.
+
+The plan is {"engine": Engine arguments, "phases": [[request, ...], ...]} and options for `sglang_instruments`; a request is
+{"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases one
+after another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def describe(prompt: list[int], output: dict[str, Any], prompt_logprobs: bool) -> dict[str, Any]:
+    """A request's tokens and the log-probability of each prompt token (but the first) and each generated one."""
+    meta = output["meta_info"]
+    return {
+        "prompt": prompt,
+        "tokens": output["output_ids"],
+        "prompt_logprobs": [entry[0] for entry in meta["input_token_logprobs"]][1:] if prompt_logprobs else None,
+        "logprobs": [entry[0] for entry in meta["output_token_logprobs"]],
+        "cached": meta["cached_tokens"],
+        "retractions": meta["num_retractions"],
+    }
+
+
+def main() -> None:
+    plan = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # worker processes inherit file descriptor 1 and log there
+    import sglang
+
+    start = time.monotonic()
+    engine = sglang.Engine(**{"skip_tokenizer_init": True, "log_level": "info", **plan["engine"]})
+    ready = time.monotonic() - start
+    phases = []
+    for phase in plan["phases"]:
+        params = [{"max_new_tokens": r["max_tokens"], "temperature": 0, "ignore_eos": True} for r in phase]
+        outputs = engine.generate(
+            input_ids=[r["prompt"] for r in phase],
+            sampling_params=params,
+            return_logprob=[True] * len(phase),
+            # From 0, the whole prompt is computed again for its log-probabilities, and no cached prefix is used.
+            logprob_start_len=[0 if r["prompt_logprobs"] else -1 for r in phase],
+        )
+        phases.append([describe(r["prompt"], o, r["prompt_logprobs"]) for r, o in zip(phase, outputs, strict=True)])
+    states = engine.get_server_info()["internal_states"]
+    result = {
+        "ready_s": ready,
+        "phases": phases,
+        "retractions": sum(o["retractions"] for phase in phases for o in phase),
+        "workers": [worker for state in states for worker in state.get("dsv4", [])],
+        "counts": states[0].get("dsv4_test", {}),
+    }
+    json.dump(result, out)
+    out.flush()
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()
