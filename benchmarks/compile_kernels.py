@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -154,11 +156,19 @@ def shipped_kernels(only: str = "") -> Iterator[Shipped]:
         yield from (s for s in getattr(module, "SHIPPED", ()) if only in s.name)
 
 
+_queue: list[Shipped] = []  # what forked workers compile from: kernels cannot be pickled
+
+
+def _compile_queued(index: int, target: str, ones: bool) -> Row:
+    return compile_one(_queue[index], target, ones)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(ROUTINE), help="comma-separated; default: %(default)s")
     parser.add_argument("--full", action="store_true", help=f"every target: {', '.join(SHARED_LIMIT)}")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
     parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
     targets = list(SHARED_LIMIT) if args.full else args.targets.split(",")
@@ -169,16 +179,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         print(f"triton {triton.__version__}; registers / spilled bytes per lane / shared KiB", flush=True)
-        for shipped in shipped_kernels(args.only):
-            found = [compile_one(shipped, target) for target in targets if shipped.serves(target)]
+        _queue.extend(shipped_kernels(args.only))
+        pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("fork"))
+        for index, shipped in enumerate(_queue):
+            wanted = [(target, False) for target in targets if shipped.serves(target)]
             if ONES_ON in targets and shipped.serves(ONES_ON):
-                found.append(compile_one(shipped, ONES_ON, ones=True))
+                wanted.append((ONES_ON, True))
+            found = list(pool.map(_compile_queued, *zip(*((index, *w) for w in wanted), strict=True))) if wanted else []
             rows += found
             cells = (
                 f"{r.target}{r.kernel[len(shipped.name) :]} {r.registers}/{r.spill}/{r.shared / KIB:.0f}{' FAIL' if r.problems else ''}"
                 for r in found
             )
             print(f"{shipped.name:34s} {'  '.join(cells)}", flush=True)
+    pool.shutdown()
     failures = [f"{r.kernel} on {r.target}: {problem}" for r in rows for problem in r.problems]
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
