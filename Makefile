@@ -83,6 +83,6 @@ demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat questio
 	$(PYTHON) examples/demo_vllm.py
 .PHONY: kernels
 kernels: $(VENV)/.installed ## Compile every kernel for every GPU (FULL=1: sm89 and sm103 too), bound registers and memory
-	$(PYTHON) benchmarks/compile_kernels.py $(if $(FULL),--full)
+	$(PYTHON) benchmarks/compile_kernels.py --jobs 2 $(if $(FULL),--full)
 clean: ## Remove the environment and every cache
 	rm -rf $(ENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
