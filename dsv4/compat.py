@@ -141,6 +141,7 @@ PROBES: dict[Engine, tuple[Probe, ...]] = {
         ),
         Probe("sglang.srt.arg_groups.choices", "attribute", ("ATTENTION_BACKEND_CHOICES",)),
         Probe("sglang.srt.arg_groups.model_override_base", "attribute", ("register_model_override", "resolving_view")),
+        Probe("sglang.srt.arg_groups.overrides:declare_resolution", "parameter", ("server_args", "source")),
         Probe(
             "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.__init__",
             "parameter",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.arg_groups.model_override_base import register_model_override, resolving_view
+from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dsv4 import env
@@ -40,6 +41,7 @@ def parse_config(original: Callable[..., Any], parser: Any, model: Any, *args: A
 
     from dsv4_sglang.model import DeepseekV4PluginForCausalLM
 
+    released_config.check_folder(model)
     config = original(parser, model, *args, **kwargs)
     if getattr(config, "model_type", None) != MODEL_TYPE:
         return config
@@ -59,17 +61,21 @@ def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
     config = released_config.read(hf_config)
     check_deployment(server_args, args, config)
     check_checkpoint(args.model_path, args.load_format, config)
+    # Not open to providers; SGLang's own V4 sets them the same way.
+    resolved: dict[str, Any] = {}
+    if args.max_running_requests is None:
+        resolved["max_running_requests"] = MAX_RUNNING_REQUESTS
     found: dict[str, Any] = {"attention_backend": ATTENTION_BACKEND, "page_size": SGLANG_PAGE_TOKENS}
     if args.swa_full_tokens_ratio is None:
         found["swa_full_tokens_ratio"] = WINDOW_RATIO
-    if args.max_running_requests is None:
-        found["max_running_requests"] = MAX_RUNNING_REQUESTS
     if args.device != "cpu":
         # Prefill graphs would capture one step's metadata; decode graphs read kept buffers, but only kernels can be captured.
-        found["disable_prefill_cuda_graph"] = True
-        found["disable_cuda_graph"] = args.disable_cuda_graph or env.get("DSV4_OPS") == "reference"
+        resolved["disable_prefill_cuda_graph"] = True
+        resolved["disable_cuda_graph"] = args.disable_cuda_graph or env.get("DSV4_OPS") == "reference"
         if config.expert_dtype == "fp4":
             found["moe_runner_backend"] = "marlin"
+    if resolved:
+        declare_resolution(server_args, "dsv4", **resolved)
     return found
 
 

@@ -7,13 +7,26 @@ says can no longer be told from what it does not say.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from dsv4.config import V4Config
+from dsv4.config import MODEL_TYPE, V4Config
 
 _ATTRIBUTE = "dsv4_released"
+
+
+def check_folder(model: Any) -> None:
+    """Refuse a bad config.json of V4 in a local folder before SGLang reads it: its own errors say less. Raises ConfigError."""
+    file = Path(str(model)) / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return  # not a folder, or no JSON: SGLang's own to say
+    if isinstance(raw, dict) and raw.get("model_type") == MODEL_TYPE:
+        V4Config.from_dict(raw, str(file))
 
 
 def attach(config: Any, model: Any, revision: str | None) -> V4Config:

@@ -3,7 +3,8 @@
 
 Options of the plan: "poison": fill memory that nobody owns with NaN before every step; "record": a file for every row that
 was quantised, for replay through the reference model; "mutation": [module, old, new], break a module's source; "chunk":
-prefill chunks of that many tokens, whatever page they end in; "skip_hook": a hook target that silently does not apply; "mapping": report where tensors were loaded.
+prefill chunks of that many tokens, whatever page they end in; "skip_hook": a hook target that silently does not apply;
+"mapping": report where tensors were loaded. Under TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ def register() -> None:
     """sglang.srt.plugins entry point."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter_bf16
+
+        interpreter_bf16.install()
     if PLAN.get("mutation"):
         mutate(*PLAN["mutation"])
     if PLAN.get("skip_hook"):
