@@ -305,8 +305,8 @@ def state_mapping(vllm_config: VllmConfig) -> StateMapping:
 
 def _captures(vllm_config: VllmConfig) -> bool:
     """Whether a decode step is made of kernels alone; the operators of the state mapping that is not in use do not count."""
-    unused = frozenset({"summary.compress"}) if state_mapping(vllm_config) is StateMapping.PAGED else PAGED_STATE_OPS
-    return registry.all_kernels(torch.device(vllm_config.device_config.device_type), unused)
+    unused = {"summary.compress"} if state_mapping(vllm_config) is StateMapping.PAGED else {"compressor.update"}
+    return registry.all_kernels(torch.device(vllm_config.device_config.device_type), NEVER_CALLED_OPS | unused)
 
 
 def _storage(role: CacheRole, formats: CacheFormats, dtype: torch.dtype) -> tuple[RowsFormat, torch.dtype]:
@@ -317,7 +317,8 @@ def _storage(role: CacheRole, formats: CacheFormats, dtype: torch.dtype) -> tupl
     return row_format, dtype if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN) else torch.uint8
 
 
-PAGED_STATE_OPS = frozenset({"compressor.save_state", "compressor.compress_store", "compressor.update"})
+# Operators that the model does not call on a GPU: experts run in the engine, and the two halves of compressor.update.
+NEVER_CALLED_OPS = frozenset({"moe.experts", "moe.experts_mxfp4", "compressor.save_state", "compressor.compress_store"})
 _PACKED_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_ds_mla")
 
 

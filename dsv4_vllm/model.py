@@ -33,7 +33,6 @@ from vllm.sequence import IntermediateTensors
 from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
 from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, compressor, indexer, mhc, moe, summary
-from dsv4.ops.attention.plan import selected_slots
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.rope import cos_sin, inv_freq
 from dsv4_vllm.attention import EntryMetadata, SummaryMetadata, V4Cache, WindowMetadata, cache_formats, state_mapping
@@ -135,16 +134,15 @@ class V4Compressor(nn.Module):
         state, entry, tokens = metadata[self.state_cache.prefix], metadata[self.entries.prefix], step.tokens
         kv, gate = kv_gate.chunk(2, -1)
         ratio, overlap, cache = self.layer.compress_ratio, self.layer.overlap, self.entries.pages
-        finish = (entry.store_slots, ratio, overlap, self.norm.weight, self.eps, rope.entry[ratio], cache)
         if isinstance(state, SummaryMetadata):
             kept = self.state_cache.pages.data[:, 0].unflatten(-1, (overlap, 3, self.dim))
             tail = None if self.entries.tail is None else self.entries.tail.unflatten(-1, (3, self.dim))
             where = (tokens.request_of_token, tokens.positions, kept, state.pages, tail, entry.block_table, self.entries.spec.page_tokens)
+            finish = (entry.store_slots, ratio, overlap, self.norm.weight, self.eps, rope.entry[ratio], cache)
             summary.compress(kv, gate, self.ape, state.batch, *where, *finish)
             return
-        pages = self.state_cache.pages
-        compressor.save_state(kv, gate, self.ape, tokens.positions, pages, state.store_slots)
-        compressor.compress_store(pages, state.block_table, tokens.request_of_token, tokens.positions, *finish)
+        rows = (tokens.positions, tokens.request_of_token, self.state_cache.pages, state.store_slots, state.block_table, entry.store_slots)
+        compressor.update(kv, gate, self.ape, *rows, overlap, self.norm.weight, self.eps, rope.entry[ratio], cache)
 
 
 class V4Indexer(nn.Module):
@@ -162,11 +160,13 @@ class V4Indexer(nn.Module):
         self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor", state, keys)
         self.keys = keys
 
-    def forward(self, q: Tensor, weights: Tensor, tokens: WindowMetadata, entry: EntryMetadata, rope: RopeTables) -> Tensor:
+    def forward(
+        self, q: Tensor, weights: Tensor, tokens: WindowMetadata, entry: EntryMetadata, rope: RopeTables, cached: EntryMetadata, rows: int
+    ) -> Tensor:
+        """Cache slots [T, topk] of the chosen entries; `cached` and `rows` say where the compressed entries are."""
         query = indexer.prepare_query(q, weights, rope.compressed, self.keys.formats.index)
-        return indexer.select(
-            query, self.keys.pages, entry.block_table, tokens.tokens.request_of_token, entry.lens, entry.max_entries, self.topk
-        )
+        where = (self.keys.pages, entry.block_table, tokens.tokens.request_of_token, entry.lens, entry.max_entries)
+        return indexer.select(query, *where, self.topk, cached.block_table, rows)
 
 
 class V4Attention(nn.Module):
@@ -234,15 +234,14 @@ class V4Attention(nn.Module):
             index = (index_q, self.indexer.weights_proj(x)[0], self.indexer.compressor.project(x))
         o = torch.empty_like(q)
         self.attend(q, kv.contiguous(), kv_gate, index, rope, o)
-        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
         wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
-        return self.wo_b(attention.output_a(o, table, wo_a))[0]
+        return self.wo_b(attention.output_a(o, None, wo_a))[0]  # `attend` has rotated back already
 
     @eager_break_during_capture
     def attend(
         self, q: Tensor, kv: Tensor, kv_gate: Tensor | None, index: tuple[Tensor, Tensor, Tensor] | None, rope: RopeTables, out: Tensor
     ) -> None:
-        """Write the caches, select entries and attend; the result goes to `out` [T, H, 512].
+        """Write the caches, select entries, attend and rotate back; the result goes to `out` [T, H, 512].
 
         Mixed batches run it eagerly between captured graph segments, so that it reads the step's own metadata.
         """
@@ -267,11 +266,10 @@ class V4Attention(nn.Module):
             else:
                 self.indexer.compressor(index[2][:n], step, metadata, rope)
                 keys: EntryMetadata = metadata[self.indexer.keys.prefix]
-                chosen = self.indexer(index[0][:n], index[1][:n], step, keys, rope)
-                slots = selected_slots(chosen, entry.block_table, step.tokens.request_of_token, pages.rows)
+                slots = self.indexer(index[0][:n], index[1][:n], step, keys, rope, entry, pages.rows)
                 rows, lens = torch.arange(n, device=q.device), lens.clamp(max=self.config.index_topk)
         out[:n], _ = attention.sparse_attention(
-            q, self.window.pages, step.slots, step.lens, pages, slots, rows, lens, self.attn_sink, self.config.qk_rope_head_dim
+            q, self.window.pages, step.slots, step.lens, pages, slots, rows, lens, self.attn_sink, self.config.qk_rope_head_dim, table[:n]
         )
         out[n:].zero_()
 
@@ -284,6 +282,20 @@ class HyperConnection(nn.Module):
         self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
         self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Streams [T, 4, D] with a sublayer's output y [T, D] not yet mixed in, and the weights that will: post, comb."""
+
+    streams: Tensor
+    y: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def mix(self) -> Tensor:
+        """The streams with the output spread over them: [T, 4, D]."""
+        return mhc.post(self.streams, self.y, self.post, self.comb)
 
 
 class V4DecoderLayer(nn.Module):
@@ -299,15 +311,19 @@ class V4DecoderLayer(nn.Module):
         self.hc_attn = HyperConnection(config, mixes, 3)
         self.hc_ffn = HyperConnection(config, mixes, 3)
 
-    def forward(self, streams: Tensor, rope: RopeTables, input_ids: Tensor | None) -> Tensor:
-        y, post, comb = self._collapse(streams, self.hc_attn, self.attn_norm)
-        streams = mhc.post(streams, self.attn(y, rope), post, comb)
-        y, post, comb = self._collapse(streams, self.hc_ffn, self.ffn_norm)
-        return mhc.post(streams, self.ffn(y, input_ids), post, comb)
+    def forward(self, before: Tensor | Mixed, rope: RopeTables, input_ids: Tensor | None) -> Mixed:
+        """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
+        streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
+        after_attention = Mixed(streams, self.attn(y, rope), post, comb)
+        streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
+        return Mixed(streams, self.ffn(y, input_ids), post, comb)
 
-    def _collapse(self, streams: Tensor, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+    def _collapse(self, before: Tensor | Mixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c = self.config
-        return mhc.pre(streams, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        site = (hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        if isinstance(before, Mixed):
+            return mhc.post_pre(before.streams, before.y, before.post, before.comb, *site)
+        return before, *mhc.pre(before, *site)
 
 
 class V4Model(nn.Module):
@@ -342,6 +358,8 @@ class V4Model(nn.Module):
         rope = self.rope_tables(positions)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             streams = layer(streams, rope, input_ids)
+        if isinstance(streams, Mixed):
+            streams = streams.mix()
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": streams.flatten(1)})
         return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)

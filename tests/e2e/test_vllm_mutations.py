@@ -16,11 +16,18 @@ MUTATIONS = {
     ),
     "entry RoPE at j instead of j*m": ("dsv4_vllm.model", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
     "entry visible one token late": ("dsv4.ops.attention.plan", "(tokens.positions + 1) // ratio, 0)", "tokens.positions // ratio, 0)"),
-    "overlap window lost": ("dsv4.ops.compressor.reference", "missing = rows_at < 0", "missing = (rows_at < 0) | (back >= ratio)"),
+    "columns of the two windows exchanged": ("dsv4.ops.summary.reference", "x[..., :dim], x[..., dim:]", "x[..., dim:], x[..., :dim]"),
+    "what came before the step lost": ("dsv4.ops.summary.reference", "    return _merge(here, earlier)\n", "    return here\n"),
+    "overlap window lost, paged state": (
+        "dsv4.ops.compressor.reference",
+        "missing = rows_at < 0",
+        "missing = (rows_at < 0) | (back >= ratio)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_seen(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], name: str) -> None:
-    result = run(engine_args(tiny_flash), [[request(flash_text[:300], 2)]], mutation=MUTATIONS[name])
+    env = {"DSV4_STATE": "paged" if "paged" in name else "summary"}
+    result = run(engine_args(tiny_flash), [[request(flash_text[:300], 2)]], env=env, mutation=MUTATIONS[name])
     assert compare(result, flash_oracle).worst > 2 * TOLERANCE

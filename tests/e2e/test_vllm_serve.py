@@ -48,7 +48,7 @@ def test_status_proves_that_dsv4_serves(server: Server) -> None:
     assert status["engine"] == "vllm"
     worker = status["workers"][0]
     assert worker["model_class"] == "dsv4_vllm.model.DeepseekV4ForCausalLM"
-    assert worker["attention_backends"] == ["DSV4_ENTRY", "DSV4_STATE", "DSV4_WINDOW"]
+    assert worker["attention_backends"] == ["DSV4_ENTRY", "DSV4_SUMMARY", "DSV4_WINDOW"]
 
 
 def test_completion_logprobs_equal_hf(server: Server, flash_oracle: Oracle, flash_text: list[int]) -> None:

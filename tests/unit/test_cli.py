@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -122,7 +122,9 @@ def test_every_command_exists_and_takes_json(name):
         assert any("--json" in option.opts for option in leaf.params), leaf.name
 
 
-def test_help_starts_within_a_second():
-    start = time.perf_counter()
+def test_help_starts_within_a_second_of_cpu():
+    # CPU time, not the clock: other tests run beside this one.
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "dsv4.cli", "--help"], check=True, capture_output=True, cwd=GOLDEN.parents[1])
-    assert time.perf_counter() - start < 1.0
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 1.0
