@@ -81,6 +81,9 @@ recipes: env ## Check every recipe against every supported engine version
 	$(VENV)/bin/dsv4 recipes check
 demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat question, proof of who answered
 	$(PYTHON) examples/demo_vllm.py
+.PHONY: demo-sglang
+demo-sglang: $(VENV)/.installed ## The same through the real `sglang serve`
+	$(PYTHON) examples/demo_sglang.py
 .PHONY: kernels
 kernels: $(VENV)/.installed ## Compile every kernel for every GPU (FULL=1: sm89 and sm103 too), bound registers and memory
 	$(PYTHON) benchmarks/compile_kernels.py --jobs 2 $(if $(FULL),--full)

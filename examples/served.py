@@ -25,6 +25,12 @@ VLLM_CHAT_ARGS = (
     "--tokenizer-mode", "deepseek_v4", "--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice", "--reasoning-parser", "deepseek_v4",
 )  # fmt: skip
 
+SGLANG_CPU_ARGS = (
+    "--device", "cpu", "--context-length", "1200", "--max-running-requests", "16", "--max-total-tokens", "32768", "--swa-full-tokens-ratio", "0.5",
+    "--chunked-prefill-size", "512",
+)  # fmt: skip
+SGLANG_CHAT_ARGS = ("--tool-call-parser", "deepseekv4", "--reasoning-parser", "deepseek-v4")
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -35,6 +41,12 @@ def free_port() -> int:
 def vllm_serve(folder: str | Path, *args: str, dtype: str = "float32") -> list[str]:
     """The `vllm serve` command line for a tiny checkpoint, with the executable of this environment."""
     return [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--dtype", dtype, *VLLM_CPU_ARGS, *VLLM_CHAT_ARGS, *args]
+
+
+def sglang_serve(folder: str | Path, *args: str, dtype: str = "float32") -> list[str]:
+    """The `sglang serve` command line for a tiny checkpoint, with the executable of this environment."""
+    sglang = str(Path(sys.executable).with_name("sglang"))
+    return [sglang, "serve", "--model-path", str(folder), "--dtype", dtype, *SGLANG_CPU_ARGS, *SGLANG_CHAT_ARGS, *args]
 
 
 class Server:

@@ -100,6 +100,13 @@ def main() -> None:
         import interpreter_bf16
 
         interpreter_bf16.install()
+    mapped = []
+    if plan.get("mapping"):
+        import mapping
+
+        import dsv4_vllm.weights
+
+        mapped = mapping.record_mapping(dsv4_vllm.weights)
     from vllm import LLM, SamplingParams
 
     start = time.monotonic()
@@ -126,6 +133,9 @@ def main() -> None:
         "poisoned_pages": poisoned["pages"],
         "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
     }
+    if mapped:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        result["counts"] = {"mapped": mapped, "parameters": mapping.parameters(runner.get_model())}
     if recorded is not None:
         import torch
 
