@@ -69,13 +69,15 @@ def compress(
 
     if tail is not None:  # before anything reads one: a request may hit a page that another fills in this very step
         tokens = (valid & ((positions + 1) % page_tokens == 0)).nonzero().squeeze(-1)
-        request = request_of_token[tokens].long()
-        closed = _entry_so_far(chunk, request, positions[tokens] + 1, positions[tokens], state, state_page, None, block_table, page_tokens)
-        tail[block_table[request, positions[tokens] // page_tokens].long()] = closed
+        if tokens.numel():
+            request, last = request_of_token[tokens].long(), positions[tokens]
+            closed = _entry_so_far(chunk, request, last + 1, last, state, state_page, None, block_table, page_tokens)
+            tail[block_table[request, last // page_tokens].long()] = closed
 
     tokens = (entry_slots >= 0).nonzero().squeeze(-1)
-    request, last = request_of_token[tokens].long(), positions[tokens]
-    entries = _entry_so_far(chunk, request, last - ratio + 1, last, state, state_page, tail, block_table, page_tokens)
+    if tokens.numel():
+        request, last = request_of_token[tokens].long(), positions[tokens]
+        entries = _entry_so_far(chunk, request, last - ratio + 1, last, state, state_page, tail, block_table, page_tokens)
     window = end[active] // ratio * ratio
     carried = [_entry_so_far(chunk, active, window, end[active] - 1, state, state_page, tail, block_table, page_tokens)]
     if overlap == 2:
