@@ -43,7 +43,7 @@ VARIABLES = {
         Variable("DSV4_CHECK", _OFF, (_OFF, _ON), "check operator inputs and outputs at run time; slow, for debugging"),
         Variable(
             "DSV4_STATE", "auto", ("auto", "summary", "paged"),
-            "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary where it costs no speed",
+            "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary on a CPU and where it has a kernel",
         ),
         Variable(
             "DSV4_CPU_PLATFORM", "auto", ("auto", "on", "off"),

@@ -289,7 +289,7 @@ def view_tail(memory: Tensor, spec: CacheSpec) -> Tensor:
 
 
 def state_mapping(vllm_config: VllmConfig) -> StateMapping:
-    """DSV4_STATE, where auto takes the summaries wherever they cost no speed: on a CPU, and where they have a kernel.
+    """DSV4_STATE, where auto takes the summaries on a CPU, and where they have a kernel.
 
     Raises Dsv4Error for summaries on the V1 runner of a GPU, whose slot-mapping kernel would read past a request's one block.
     """
