@@ -40,7 +40,7 @@ VARIABLES = {
             "DSV4_OPS", "auto", ("auto", "triton", "reference"),
             "implementation of the operators: auto = the fastest that runs here, or force one",
         ),
-        Variable("DSV4_CHECK", _OFF, (_OFF, _ON), "check operator inputs and outputs at run time; slow, for debugging"),
+        Variable("DSV4_CHECK", _OFF, (_OFF, _ON), "check operators' slots, lengths and ids before each call; slow, without CUDA graphs, for debugging"),
         Variable(
             "DSV4_STATE", "auto", ("auto", "summary", "paged"),
             "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary on a CPU and where it has a kernel",

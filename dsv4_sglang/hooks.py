@@ -69,9 +69,9 @@ def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
     if args.swa_full_tokens_ratio is None:
         found["swa_full_tokens_ratio"] = WINDOW_RATIO
     if args.device != "cpu":
-        # Prefill graphs would capture one step's metadata; decode graphs read kept buffers, but only kernels can be captured.
+        # Prefill graphs would capture one step's metadata; decode graphs read kept buffers, but only kernels can be captured, unchecked.
         resolved["disable_prefill_cuda_graph"] = True
-        resolved["disable_cuda_graph"] = args.disable_cuda_graph or env.get("DSV4_OPS") == "reference"
+        resolved["disable_cuda_graph"] = args.disable_cuda_graph or env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK")
         if config.expert_dtype == "fp4":
             found["moe_runner_backend"] = "marlin"
     if resolved:

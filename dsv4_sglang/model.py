@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
 from dsv4.errors import Dsv4Error
 from dsv4.kv_layout import CacheRole
-from dsv4.ops import attention, indexer, mhc, moe
+from dsv4.ops import attention, check, indexer, mhc, moe
 from dsv4.ops.attention.plan import TokenPlan, selected_slots
 from dsv4.ops.compressor.ring import compress_step
 from dsv4.ops.linear import linear_fp32
@@ -171,7 +171,7 @@ class V4Attention(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
         tp = get_parallel().tp_size
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.prefix = config, layer, prefix
         self.num_heads, self.num_groups = config.num_attention_heads // tp, config.o_groups // tp
         eps = config.rms_norm_eps
         self.fused_wqa_wkv = MergedColumnParallelLinear(
@@ -223,6 +223,8 @@ class V4Attention(nn.Module):
         backend: V4AttentionBackend = get_attn_backend()
         pool, step = backend.pool, backend.plan
         assert step is not None
+        if check.enabled():
+            check.enter_layer(self.prefix, step.tokens.request_of_token)
         caches = pool.layers[self.layer.index]
         window = caches[CacheRole.WINDOW]
         q = attention.norm_rope_store(q, kv, self.kv_norm.weight, self.kv_norm.variance_epsilon, table, window, step.window_store)

@@ -32,7 +32,7 @@ from vllm.sequence import IntermediateTensors
 
 from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
 from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
-from dsv4.ops import attention, compressor, indexer, mhc, moe, summary
+from dsv4.ops import attention, check, compressor, indexer, mhc, moe, summary
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.rope import cos_sin, inv_freq
 from dsv4_vllm.attention import EntryMetadata, SummaryMetadata, V4Cache, WindowMetadata, cache_formats, state_mapping
@@ -175,7 +175,7 @@ class V4Attention(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         tp = get_tensor_model_parallel_world_size()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.prefix = config, layer, prefix
         self.num_heads, self.num_groups = config.num_attention_heads // tp, config.o_groups // tp
         quant, eps = vllm_config.quant_config, config.rms_norm_eps
         self.fused_wqa_wkv = MergedColumnParallelLinear(
@@ -250,6 +250,8 @@ class V4Attention(nn.Module):
             out.zero_()
             return
         step: WindowMetadata = metadata[self.window.prefix]
+        if check.enabled():
+            check.enter_layer(self.prefix, step.tokens.request_of_token)
         n = step.store_slots.shape[0]
         table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
         q = attention.norm_rope_store(

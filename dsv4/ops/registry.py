@@ -13,6 +13,7 @@ import torch
 
 from dsv4 import env
 from dsv4.errors import Dsv4Error
+from dsv4.ops import check
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,15 @@ def _choose(op: str, device: torch.device) -> Choice:
         refusal = _refuse_by_mode(offer, mode, device, has_kernel=len(offers) > 1) or offer.refuse(device)
         if refusal is None:
             module, _, function = offer.target.partition(":")
-            reason = "; ".join(refusals) or "preferred"
-            return Choice(op, offer.name, reason, getattr(importlib.import_module(module), function))
+            return _choice(op, offer.name, "; ".join(refusals) or "preferred", getattr(importlib.import_module(module), function))
         refusals.append(f"{offer.name}: {refusal}")
     raise OpUnavailableError(f"{op}: nothing runs on {device} with DSV4_OPS={mode} ({'; '.join(refusals)})")
+
+
+def _choice(op: str, impl: str, reason: str, function: Callable[..., Any]) -> Choice:
+    if check.enabled():
+        function, reason = check.guard(op, function), f"{reason}; checked"
+    return Choice(op, impl, reason, function)
 
 
 def _refuse_by_mode(offer: Implementation, mode: str, device: torch.device, has_kernel: bool) -> str | None:
@@ -106,5 +112,5 @@ def is_kernel(op: str, device: torch.device) -> bool:
 
 
 def all_kernels(device: torch.device, without: frozenset[str] = frozenset()) -> bool:
-    """True when no operator but those in `without` is served by its twin; twins read device values on the host."""
-    return all(is_kernel(op, device) for op in _implementations if op not in without)
+    """True when no operator but those in `without` reads device values on the host, as twins and DSV4_CHECK do."""
+    return not check.enabled() and all(is_kernel(op, device) for op in _implementations if op not in without)

@@ -73,7 +73,7 @@ def sparse_attention(
 def _gather(pages: Pages, slots: Tensor, lens: Tensor, dim: int, rope_dim: int) -> tuple[Tensor, Tensor]:
     """Rows [T, K, dim] fp32 and which are valid [T, K]; invalid rows are zero, since a page may hold NaN."""
     valid = (torch.arange(slots.shape[1], device=slots.device) < lens[:, None]) & (slots >= 0)
-    rows = load_rows(pages, slots.clamp(min=0).flatten(), dim, rope_dim).unflatten(0, slots.shape)
+    rows = load_rows(pages, torch.where(valid, slots, 0).flatten(), dim, rope_dim).unflatten(0, slots.shape)
     return rows.masked_fill_(~valid[..., None], 0.0), valid
 
 

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops import check
 from dsv4.ops.kernels import Shipped, on_amd, packed_decode, processors, register_limit
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import dequantize_e4m3, format_code, rotate_pairs, ue8m0_value
@@ -248,14 +247,11 @@ def sparse_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if num_tokens == 0:
         return out, lse
-    check.slots("attention.sparse", window_slots, window, window_lens)
     has_entries = False
     if entries is None or entry_slots is None or entry_row is None or entry_lens is None:
         entries, entry_slots, entry_row, entry_lens = window, window_slots[:, :0], window_lens, window_lens
     elif entry_slots.shape[1]:
         has_entries = True
-        if check.enabled():
-            check.slots("attention.sparse", entry_slots[entry_row.long()], entries, entry_lens, entry_row)
     tile = tile_for(num_heads, on_amd())
     head_blocks = triton.cdiv(num_heads, tile.heads)
     n_split = n_split or splits_for(num_tokens, head_blocks, window_slots.shape[1] + entry_slots.shape[1], q.device)

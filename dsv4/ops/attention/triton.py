@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops import check
 from dsv4.ops.attention import split_kv
 from dsv4.ops.attention.split_kv import sparse_attention
 from dsv4.ops.kernels import Shipped
@@ -74,7 +73,6 @@ def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_si
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
-    check.slots("attention.norm_rope_store", slots, window)
     grid = (num_tokens, 1 + triton.cdiv(num_heads, HEADS_PER_PROGRAM))
     norm_rope_store_kernel[grid](
         q,

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops import check
 from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import format_code, hadamard_sign, rotate_pairs, store_row
@@ -38,7 +37,6 @@ def save_state(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, state: 
     num_tokens, width = kv.shape
     if num_tokens == 0:
         return
-    check.slots("compressor.save_state", slots, state)
     save_state_kernel[(num_tokens,)](
         kv, kv.stride(0), gate, gate.stride(0), ape, positions, state.data, state.data.stride(0), state.data.shape[0] * state.rows, slots,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), RATIO=ape.shape[0], ROWS=state.rows, num_warps=4,
@@ -154,7 +152,6 @@ def compress_store(
     """See `reference.compress_store`."""
     if positions.numel() == 0:
         return
-    check.slots("compressor.compress_store", entry_slots, cache, request_of_token=request_of_token)
     _launch(
         None, state, state_block_table, request_of_token, positions, entry_slots, ratio, overlap, norm_weight, eps, entry_cos_sin, cache
     )
@@ -179,8 +176,6 @@ def update(
     """See `reference.update`."""
     if positions.numel() == 0:
         return
-    check.slots("compressor.update", state_slots, state, request_of_token=request_of_token)
-    check.slots("compressor.update", entry_slots, cache, request_of_token=request_of_token)
     _launch(
         (kv, gate, ape, state_slots), state, state_block_table, request_of_token, positions, entry_slots, ape.shape[0], overlap,
         norm_weight, eps, entry_cos_sin, cache,

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kv_layout import IndexFormat
-from dsv4.ops import check
 from dsv4.ops.indexer import topk as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.indexer.topk import topk
@@ -238,7 +237,6 @@ def logits(query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token
     out = torch.empty(num_tokens, width, dtype=torch.float32, device=query.values.device)[:, :max_entries]
     if num_tokens == 0 or max_entries == 0:
         return out
-    check.at_most("indexer.logits", "number of entries", entry_lens, min(max_entries, block_table.shape[1] * keys.rows), request_of_token)
     scales = query.values if query.scales is None else query.scales
     args = (
         query.values, scales, query.weights, keys.data, keys.data.stride(0), keys.data.shape[0],

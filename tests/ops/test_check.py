@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DSV4_CHECK=1 names the request and layer that held a bad slot, length or id, whoever serves the operator."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4.kv_layout import IndexFormat, KvFormat
+from dsv4.ops import attention, check, compressor, indexer, moe, registry, summary
+from dsv4.ops.pages import BatchView, Pages
+from kernel_cases import fill_pages, make_pages
+
+CPU = torch.device("cpu")
+Ints = tuple[Any, ...]
+LAYER = "model.layers.7.attn"
+# Arguments that index memory; a new operator that takes one needs a rule.
+INDEXING = ("slots", "lens", "input_ids", "state_page")
+
+
+def ints(*values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.fixture(params=["triton", "reference"])
+def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The mode is on, in a layer of a step whose first two tokens are of request 4 and whose third is of request 5."""
+    monkeypatch.setenv("DSV4_CHECK", "1")
+    monkeypatch.setenv("DSV4_OPS", request.param)
+    monkeypatch.setattr(check, "_place", None)
+    check.enabled.cache_clear()
+    registry.forget_choices()
+    check.enter_layer(LAYER, ints(4, 4, 5))
+    yield
+    check.enabled.cache_clear()
+
+
+def window() -> Pages:
+    pages = make_pages(KvFormat.FP8_DS_MLA, 1, 64, 512)
+    fill_pages(pages, torch.arange(64), torch.randn(64, 512), 64)
+    return pages
+
+
+def norm_rope_store(slots: Ints = (0, -1, 63)) -> None:
+    attention.norm_rope_store(
+        torch.randn(3, 8, 512).bfloat16(), torch.randn(3, 512).bfloat16(), torch.ones(512), 1e-6, torch.zeros(3, 64), window(), ints(*slots)
+    )
+
+
+def sparse(
+    slots: Ints = ((0, 63, 1 << 20), (1, -1, 2), (0, 0, 0)),
+    lens: Ints = (2, 3, 0),
+    entry_slots: Ints = ((0, 64), (5, -1)),
+    entry_row: Ints = (0, 1, 1),
+    entry_lens: Ints = (1, 2, 2),
+) -> None:
+    pages = window()
+    q = torch.randn(3, 8, 512).bfloat16()
+    where = (pages, ints(*slots), ints(*lens), pages, ints(*entry_slots), ints(*entry_row), ints(*entry_lens))
+    attention.sparse_attention(q, *where, torch.zeros(8), 64)
+
+
+def state_and_cache() -> tuple[Pages, Pages]:
+    state = make_pages(KvFormat.PLAIN, 4, 4, 4 * 512, torch.float32)
+    fill_pages(state, torch.arange(16), torch.randn(16, 4 * 512), 0)
+    return state, make_pages(KvFormat.FP8_DS_MLA, 1, 64, 512)
+
+
+def save_state(slots: Ints = (0, -1, 15)) -> None:
+    kv = torch.randn(3, 1024)
+    compressor.save_state(kv, kv, torch.randn(4, 1024), torch.tensor([1, 2, 3]), state_and_cache()[0], ints(*slots))
+
+
+def compress_store(slots: Ints = (-1, -1, 63)) -> None:
+    state, cache = state_and_cache()
+    args = (ints(1, 1, 0), torch.tensor([2, 3, 3]), ints(*slots), 4, 2, torch.ones(512), 1e-6, torch.zeros(3, 64), cache)
+    compressor.compress_store(state, ints([0, 1], [2, 3]), *args)
+
+
+def update(state_slots: Ints = (0, 1, 15), slots: Ints = (-1, -1, 63)) -> None:
+    state, cache = state_and_cache()
+    kv = torch.randn(3, 1024)
+    where = (torch.tensor([2, 3, 3]), ints(1, 1, 0), state, ints(*state_slots), ints([0, 1], [2, 3]), ints(*slots))
+    compressor.update(kv, kv, torch.randn(4, 1024), *where, 2, torch.ones(512), 1e-6, torch.zeros(3, 64), cache)
+
+
+def summarise(state_page: Ints = (1, 0), slots: Ints = (-1, -1, 63)) -> None:
+    kv, cache = torch.randn(3, 1024), make_pages(KvFormat.PLAIN, 2, 64, 512, torch.float32)
+    batch = BatchView(ints(0, 2, 3), ints(2, 4), 3, 2, 4)
+    state, tail = torch.zeros(2, 2, 3, 512), torch.zeros(2, 3, 512)
+    where = (ints(0, 0, 1), torch.tensor([0, 1, 3]), state, ints(*state_page), tail, ints([0], [1]), 256, ints(*slots))
+    summary.compress(kv, kv, torch.randn(4, 1024), batch, *where, 4, 2, torch.ones(512), 1e-6, torch.zeros(3, 64), cache)
+
+
+def select(lens: Ints = (64, 0, 3)) -> None:
+    keys = make_pages(IndexFormat.FP8, 2, 64, 128)
+    fill_pages(keys, torch.arange(128), torch.randn(128, 128), 0)
+    query = indexer.prepare_query(torch.randn(3, 16, 128).bfloat16(), torch.randn(3, 16), torch.zeros(3, 64), IndexFormat.FP8)
+    indexer.select(query, keys, ints([0], [1]), ints(0, 0, 1), ints(*lens), 64, 16)
+
+
+def choose(lens: Ints = (8, 0, 3)) -> None:
+    registry.resolve("indexer.topk", CPU)(torch.randn(3, 8), ints(*lens), 4)
+
+
+def route(ids: Ints = (0, 1, 2, 0)) -> None:
+    """Four tokens: the last is a graph's padding."""
+    moe.route_hash(torch.randn(4, 8), torch.randint(0, 8, (3, 2), dtype=torch.int32), torch.tensor(ids), 1.0)
+
+
+GOOD = [norm_rope_store, sparse, save_state, compress_store, update, summarise, select, choose, route]
+BAD: list[tuple[Callable[..., None], dict[str, Ints], str]] = [
+    (norm_rope_store, {"slots": (0, -1, 64)}, "attention.norm_rope_store in {}: slot out of range at request 5, token 2, place 0: 64"),
+    (norm_rope_store, {"slots": (0, -2, 63)}, "request 4, token 1, place 0: -2; allowed: -1 or 0 .. 63 (1 pages of 64 rows)"),
+    (sparse, {"lens": (3, 3, 0)}, f"attention.sparse in {{}}: slot out of range at request 4, token 0, place 2: {1 << 20}"),
+    (sparse, {"lens": (2, 4, 0)}, "length out of range at request 4, token 1, place 0: 4; allowed: 0 .. 3"),
+    (sparse, {"lens": (2, 3, -1)}, "length out of range at request 5, token 2, place 0: -1"),
+    (sparse, {"entry_lens": (2, 2, 2)}, "slot out of range at request 4, token 0, place 1: 64"),
+    (sparse, {"entry_row": (0, 1, 2)}, "row of slots out of range at request 5, token 2, place 0: 2; allowed: 0 .. 1"),
+    (save_state, {"slots": (0, -1, 16)}, "compressor.save_state in {}: slot out of range at request 5, token 2, place 0: 16"),
+    # Given whose tokens they are, an operator says that: a part of a step is counted from its own start.
+    (compress_store, {"slots": (-1, 64, -1)}, "compressor.compress_store in {}: slot out of range at request 1, token 1, place 0: 64"),
+    (update, {"state_slots": (0, 1, 99)}, "compressor.update in {}: slot out of range at request 0, token 2, place 0: 99"),
+    (update, {"slots": (-1, 64, -1)}, "compressor.update in {}: slot out of range at request 1, token 1, place 0: 64"),
+    (summarise, {"state_page": (1, 2)}, "summary.compress in {}: state page out of range at request 1, place 0: 2; allowed: 0 .. 1"),
+    (summarise, {"slots": (-1, -1, 128)}, "summary.compress in {}: slot out of range at request 1, token 2, place 0: 128"),
+    (select, {"lens": (64, 0, 65)}, "indexer.logits in {}: number of entries out of range at request 1, token 2, place 0: 65"),
+    (choose, {"lens": (9, 0, 3)}, "indexer.topk in {}: number of entries out of range at request 4, token 0, place 0: 9"),
+    (route, {"ids": (0, 3, 1, 0)}, "moe.route_hash in {}: token id out of range at request 4, token 1, place 0: 3"),
+    (route, {"ids": (0, 1, 1, -1)}, "token id out of range at token 3, place 0: -1"),
+]
+
+
+@pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("call", GOOD, ids=lambda call: call.__name__)
+def test_what_is_in_range_passes(call: Callable[[], None]) -> None:
+    call()
+
+
+@pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize(
+    ("call", "bad", "message"), BAD, ids=[f"{call.__name__}-{'-'.join(bad)}-{i}" for i, (call, bad, _) in enumerate(BAD)]
+)
+def test_what_is_not_is_reported_with_its_request_and_layer(call: Callable[..., None], bad: dict[str, Ints], message: str) -> None:
+    with pytest.raises(check.OpInputError) as raised:
+        call(**bad)
+    assert message.format(LAYER) in str(raised.value)
+
+
+@pytest.mark.usefixtures("checked")
+def test_many_bad_slots_are_counted() -> None:
+    pages, slots = make_pages(KvFormat.PLAIN, 1, 4, 16, torch.float32), torch.arange(4, 24, dtype=torch.int32)
+    kv = torch.randn(20, 8)
+    with pytest.raises(check.OpInputError, match="token 7, place 0: 11 and 12 more"):
+        compressor.save_state(kv, kv, torch.randn(4, 8), torch.arange(20), pages, slots)
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_graph_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(check.CheckImpossibleError, match=r"indexer\.topk: DSV4_CHECK=1 .* --enforce-eager.*--disable-cuda-graph"):
+        choose()
+
+
+@pytest.mark.usefixtures("checked")
+def test_no_graph_is_promised_and_the_choice_says_that_it_is_checked() -> None:
+    assert not registry.all_kernels(CPU, frozenset(registry._implementations))
+    route()
+    assert registry.report()["moe.route_hash"]["reason"].endswith("; checked")
+
+
+def test_without_the_mode_the_operators_own_functions_are_called() -> None:
+    for op in check.RULES:
+        function = registry.resolve(op, CPU)
+        assert function is inspect.unwrap(function), op
+    choose((9, 0, 3))
+
+
+def implementations() -> list[tuple[str, Callable[..., Any]]]:
+    return [
+        (op, getattr(importlib.import_module(offer.target.partition(":")[0]), offer.target.partition(":")[2]))
+        for op, offers in registry._implementations.items()
+        for offer in offers
+    ]
+
+
+def test_every_argument_that_indexes_memory_has_a_rule() -> None:
+    for op, function in implementations():
+        for name in inspect.signature(function).parameters:
+            if name.endswith(INDEXING):
+                named = {v for rule in check.RULES.get(op, ()) for v in vars(rule).values()}
+                assert name in named, f"{op}({name}): check.RULES has no rule for it"
+
+
+def test_rules_name_arguments_that_exist() -> None:
+    for op, function in implementations():
+        for rule in check.RULES.get(op, ()):
+            names = [rule.values] if isinstance(rule, check.Within) else [rule.slots, rule.pages, rule.lens, rule.row]
+            assert {n for n in names if n is not None} <= set(inspect.signature(function).parameters), (op, function)
