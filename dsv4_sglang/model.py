@@ -25,7 +25,7 @@ from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4C
 from dsv4.errors import Dsv4Error
 from dsv4.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.attention.plan import TokenPlan, selected_slots
+from dsv4.ops.attention.plan import TokenPlan
 from dsv4.ops.compressor.ring import compress_step
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.pages import Pages
@@ -157,12 +157,13 @@ class V4Indexer(nn.Module):
         self.weights_proj = ReplicatedLinear(config.hidden_size, self.num_heads, bias=False, prefix=add_prefix("weights_proj", prefix))
         self.compressor = V4Compressor(config, layer, self.dim, add_prefix("compressor", prefix))
 
-    def forward(self, x: Tensor, qr: Tensor, step: StepPlan, plan: EntryPlan, pool: V4Pool, rope: Tensor) -> Tensor:
-        """Indices of the chosen entries: [T, topk] int32, -1 in the tail."""
+    def forward(self, x: Tensor, qr: Tensor, step: StepPlan, plan: EntryPlan, pool: V4Pool, rope: Tensor, rows: int) -> Tensor:
+        """Cache slots of the chosen entries, of which a page has `rows`: [T, topk] int32, -1 in the tail."""
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, self.dim))
         query = indexer.prepare_query(q, self.weights_proj(x)[0], rope, pool.formats.index)
         keys = pool.layers[self.layer][CacheRole.INDEX_KEY]
-        return indexer.select(query, keys, step.block_table, step.tokens.request_of_token, plan.lens, plan.max_entries, self.topk)
+        where = (keys, step.block_table, step.tokens.request_of_token, plan.lens, plan.max_entries)
+        return indexer.select(query, *where, self.topk, step.block_table, rows)
 
 
 class V4Attention(nn.Module):
@@ -216,10 +217,10 @@ class V4Attention(nn.Module):
         table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
         o = self._attend(x, qr, q, kv.contiguous(), rope, table)
         wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
-        return self.wo_b(attention.output_a(o, table, wo_a))[0]
+        return self.wo_b(attention.output_a(o, None, wo_a))[0]  # `_attend` has rotated back already
 
     def _attend(self, x: Tensor, qr: Tensor, q: Tensor, kv: Tensor, rope: RopeTables, table: Tensor) -> Tensor:
-        """Write the caches, select entries and attend: [T, H, 512]."""
+        """Write the caches, select entries, attend and rotate back: [T, H, 512]."""
         backend: V4AttentionBackend = get_attn_backend()
         pool, step = backend.pool, backend.plan
         assert step is not None
@@ -238,8 +239,7 @@ class V4Attention(nn.Module):
             if self.indexer is not None:
                 keys = caches[CacheRole.INDEX_KEY]
                 self.indexer.compressor(x, step.tokens, plan, pool, caches[CacheRole.INDEX_STATE], keys, entry_rope)
-                chosen = self.indexer(x, qr, step, plan, pool, rope.compressed)
-                slots = selected_slots(chosen, step.block_table, step.tokens.request_of_token, pages.rows)
+                slots = self.indexer(x, qr, step, plan, pool, rope.compressed, pages.rows)
                 rows, lens = torch.arange(x.shape[0], device=x.device), lens.clamp(max=self.config.index_topk)
         return attention.sparse_attention(
             q,
@@ -252,6 +252,7 @@ class V4Attention(nn.Module):
             lens,
             self.attn_sink,
             self.config.qk_rope_head_dim,
+            table,
         )[0]
 
 
@@ -263,6 +264,20 @@ class HyperConnection(nn.Module):
         self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
         self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Streams [T, 4, D] with a sublayer's output y [T, D] not yet mixed in, and the weights that will: post, comb."""
+
+    streams: Tensor
+    y: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def mix(self) -> Tensor:
+        """The streams with the output spread over them: [T, 4, D]."""
+        return mhc.post(self.streams, self.y, self.post, self.comb)
 
 
 class V4DecoderLayer(nn.Module):
@@ -277,15 +292,19 @@ class V4DecoderLayer(nn.Module):
         self.hc_attn = HyperConnection(config, mixes, 3)
         self.hc_ffn = HyperConnection(config, mixes, 3)
 
-    def forward(self, streams: Tensor, rope: RopeTables, input_ids: Tensor) -> Tensor:
-        y, post, comb = self._collapse(streams, self.hc_attn, self.attn_norm)
-        streams = mhc.post(streams, self.attn(y, rope), post, comb)
-        y, post, comb = self._collapse(streams, self.hc_ffn, self.ffn_norm)
-        return mhc.post(streams, self.ffn(y, input_ids), post, comb)
+    def forward(self, before: Tensor | Mixed, rope: RopeTables, input_ids: Tensor) -> Mixed:
+        """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
+        streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
+        after_attention = Mixed(streams, self.attn(y, rope), post, comb)
+        streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
+        return Mixed(streams, self.ffn(y, input_ids), post, comb)
 
-    def _collapse(self, streams: Tensor, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+    def _collapse(self, before: Tensor | Mixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c = self.config
-        return mhc.pre(streams, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        site = (hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        if isinstance(before, Mixed):
+            return mhc.post_pre(before.streams, before.y, before.post, before.comb, *site)
+        return before, *mhc.pre(before, *site)
 
 
 class V4Model(nn.Module):
@@ -307,10 +326,12 @@ class V4Model(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         c = self.config
-        streams = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
+        streams: Tensor | Mixed = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
         rope = self.rope_tables(positions)
         for layer in self.layers:
             streams = layer(streams, rope, input_ids)
+        if isinstance(streams, Mixed):
+            streams = streams.mix()
         return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
 
 
