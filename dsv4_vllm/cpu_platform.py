@@ -24,6 +24,7 @@ class ReferenceCpuPlatform(CpuPlatform):
     def register_triton_kernel_overrides(cls) -> None:
         from vllm.triton_utils import HAS_TRITON
 
+        patches.keep_plain_linears()
         if HAS_TRITON:
             return  # under TRITON_INTERPRET=1 vLLM's own kernels run
         super().register_triton_kernel_overrides()

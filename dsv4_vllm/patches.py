@@ -88,6 +88,17 @@ def repair_slot_mapping() -> None:
         register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": _slot_mapping_kernel})
 
 
+def keep_plain_linears() -> None:
+    """Half-precision weights stay as PyTorch reads them: on a CPU with AMX vLLM would repack them with its C++ extension.
+
+    Until the published wheel contains its CPU extension; then delete.
+    """
+    if not hasattr(torch.ops._C, "convert_weight_packed"):
+        from vllm.model_executor.layers import utils
+
+        utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
+
+
 def add_status() -> None:
     """Let a server prove who serves V4: a worker method, and `GET /dsv4/status` that asks every worker.
 
