@@ -121,13 +121,11 @@ RULES: Mapping[str, tuple[Slots | Within, ...]] = {
 
 
 def guard(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which serves `op`, behind the rules of `op`; itself where there are none.
+    """`function`, which serves `op`, behind the rules of `op`.
 
-    The result raises OpInputError for what breaks a rule, and CheckImpossibleError while a CUDA graph is captured.
+    It raises OpInputError for what breaks a rule, and CheckImpossibleError while a CUDA graph is captured.
     """
-    rules = RULES.get(op)
-    if rules is None:
-        return function
+    rules = RULES[op]
     parameters = inspect.signature(function)
 
     @functools.wraps(function)

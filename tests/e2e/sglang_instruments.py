@@ -4,7 +4,8 @@
 Options of the plan: "poison": fill memory that nobody owns with NaN before every step; "record": a file for every row that
 was quantised, for replay through the reference model; "mutation": [module, old, new], break a module's source; "chunk":
 prefill chunks of that many tokens, whatever page they end in; "skip_hook": a hook target that silently does not apply;
-"mapping": report where tensors were loaded. Under TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
+"mapping": report where tensors were loaded; "launches": report the kernels that each layer launched. Under
+TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 PLAN: dict[str, Any] = json.loads(Path(os.environ["TEST_SGLANG_PLAN"]).read_text()) if "TEST_SGLANG_PLAN" in os.environ else {}
 RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
-COUNTS = {"poisoned_pages": 0, "prefill_steps": 0, "largest_prefill": 0}
+COUNTS: dict[str, Any] = {"poisoned_pages": 0, "prefill_steps": 0, "largest_prefill": 0}
 RECORDED: list[dict[str, list[Any]]] = []
 MAPPED: list[list[list[Any]]] = []
 
@@ -70,6 +71,12 @@ def before_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         COUNTS["largest_prefill"] = max(COUNTS["largest_prefill"], sum(batch.extend_lens))
     if PLAN.get("poison"):
         COUNTS["poisoned_pages"] += poison(scheduler)
+    if PLAN.get("launches") and "launches" not in COUNTS:
+        from launches import record_launches
+
+        from dsv4_sglang.model import V4DecoderLayer
+
+        COUNTS["launches"] = record_launches(V4DecoderLayer)
     if PLAN.get("record") and not RECORDED:
         from replay import record_quantised
 

@@ -2,9 +2,9 @@
 """Runs one vLLM engine in this process and prints what it generated: `python vllm_driver.py < plan.json > result.json`.
 
 The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record": file or None,
-"mutation": [module, old, new]}; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of
-a phase are submitted together, phases one after another. `record` saves every row that was quantised, for replay through
-the reference model; `mutation` breaks a module's source on purpose.
+"mutation": [module, old, new], "launches": bool}; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}.
+The requests of a phase are submitted together, phases one after another. `record` saves every row that was quantised, for replay through
+the reference model; `mutation` breaks a module's source on purpose; `launches` reports the kernels that each layer launched.
 """
 
 from __future__ import annotations
@@ -114,6 +114,13 @@ def main() -> None:
     ready = time.monotonic() - start
     poisoned = poison_unowned_pages(llm) if plan.get("poison") else {"pages": 0}
     recorded = record_quantised(llm) if plan.get("record") else None
+    launched = []
+    if plan.get("launches"):
+        from launches import record_launches
+
+        from dsv4_vllm.model import V4DecoderLayer
+
+        launched = record_launches(V4DecoderLayer)
     phases = []
     for phase in plan["phases"]:
         params = [
@@ -132,6 +139,7 @@ def main() -> None:
         "preemptions": metrics.get("vllm:num_preemptions", 0),
         "poisoned_pages": poisoned["pages"],
         "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
+        "launches": launched,
     }
     if mapped:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

@@ -13,6 +13,7 @@ from comparison import ENV_DIR, TIE_MARGIN, TOLERANCE, Oracle, assert_equal, cle
 
 __all__ = [
     "ENV_DIR", "RUNNER_V2", "TIE_MARGIN", "TOLERANCE", "Oracle", "assert_equal", "compare", "engine_args", "environment", "request", "run",
+    "start",
 ]  # fmt: skip
 
 DRIVER = Path(__file__).with_name("vllm_driver.py")
@@ -34,13 +35,19 @@ def engine_args(folder: Path, **overrides: Any) -> dict[str, Any]:
 
 
 def run(engine: dict[str, Any], phases: list[list[dict[str, Any]]], env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
-    """Run `phases` in a fresh engine process. Fails with the end of its log when it does not exit 0."""
-    plan = {"engine": engine, "phases": phases, **options}
-    done = subprocess.run(
-        [sys.executable, str(DRIVER)], input=json.dumps(plan), capture_output=True, text=True, env=environment(**(env or {})), timeout=900
-    )
+    """Run `phases` in a fresh engine process. Fails with the end of its log when it does not exit 0. options: see `vllm_driver`."""
+    done = start(engine, phases, env, **options)
     assert done.returncode == 0, done.stderr[-6000:]
     result = json.loads(done.stdout)
     for worker in result["workers"]:
         assert worker["model_class"] == "dsv4_vllm.model.DeepseekV4ForCausalLM", worker
     return result
+
+
+def start(
+    engine: dict[str, Any], phases: list[list[dict[str, Any]]], env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run `phases` in a fresh engine process, whatever becomes of it."""
+    plan = json.dumps({"engine": engine, "phases": phases, **options})
+    variables = environment(**(env or {}))
+    return subprocess.run([sys.executable, str(DRIVER)], input=plan, capture_output=True, text=True, env=variables, timeout=900)

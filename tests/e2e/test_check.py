@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DSV4_CHECK=1 in the real engines: a sound step passes, and a bad slot ends in a message with its layer and request."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import sglang_engine
+import vllm_engine
+from comparison import Oracle, assert_equal, request
+
+from dsv4.ops import check
+
+CHECKED = {"DSV4_CHECK": "1"}
+# Entries of the second request of a step go where no page is.
+BAD_SLOT = [
+    "dsv4.ops.attention.plan",
+    "(entry % rows_per_page).int(), -1)",
+    "(entry % rows_per_page).int() + (tokens.request_of_token == 1) * (1 << 20), -1)",
+]
+ENGINES = {"vllm": (vllm_engine, "summary.compress"), "sglang": (sglang_engine, "compressor.update")}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> tuple[ModuleType, str]:
+    """An engine, and its operator that stores entries."""
+    return ENGINES[request.param]
+
+
+def test_a_sound_run_is_not_bothered(engine: tuple[ModuleType, str], tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+    module, _ = engine
+    result = module.run(module.engine_args(tiny_flash), [[request(flash_text[:n], 6) for n in (150, 9)]], env=CHECKED)
+    assert_equal(result, flash_oracle)
+    reasons = {op: choice["reason"] for worker in result["workers"] for op, choice in worker["ops"].items()}
+    assert {"attention.norm_rope_store", "attention.sparse", "indexer.logits", "indexer.topk"} < set(reasons)
+    assert {op for op, reason in reasons.items() if reason.endswith("; checked")} == set(reasons) & set(check.RULES), reasons
+
+
+def test_a_bad_slot_is_reported_with_its_layer_and_request(engine: tuple[ModuleType, str], tiny_flash: Path, flash_text: list[int]) -> None:
+    """Layer 2 is the first that stores entries."""
+    module, op = engine
+    done = module.start(module.engine_args(tiny_flash), [[request(flash_text[:n], 6) for n in (150, 9)]], env=CHECKED, mutation=BAD_SLOT)
+    assert done.returncode != 0
+    message = rf"OpInputError: {re.escape(op)} in model\.layers\.2\.attn: slot out of range at request 1, token \d+, place 0: 1\d{{6}}"
+    assert re.search(message, done.stderr), done.stderr[-6000:]

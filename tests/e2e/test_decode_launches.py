@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decode step of the real engines launches, per layer, no more of our kernels than docs/kernels.md says.
+
+Only what layers launch is counted, without what a step builds once; see `tests/ops/test_launches.py` for which they are.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import sglang_engine
+import vllm_engine
+from comparison import request
+from launches import assert_decode_limits
+
+IDS = random.Random(0)
+PHASES = [[request([IDS.randrange(100, 250) for _ in range(n)], max_tokens=3, prompt_logprobs=False) for n in (130, 9)]]
+
+
+@pytest.fixture
+def long_selection(tiny_flash: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint, choosing 128 entries: with the window enough keys for attention to be split and joined."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_flash, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"index_topk": 128}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["paged", "summary"])
+def test_vllm(long_selection: Path, state: str) -> None:
+    """A context of 16384 tokens may hold 128 HCA entries, for which vLLM keeps room from the start."""
+    engine = vllm_engine.engine_args(long_selection, max_model_len=16_384)
+    env = {"DSV4_OPS": "triton", "DSV4_STATE": state, "TRITON_INTERPRET": "1"}
+    calls = vllm_engine.run(engine, PHASES, env=env, launches=True)["launches"]
+    assert_decode_limits(calls, requests=2)
+    assert all("combine" in c["kernels"] for c in calls if c["tokens"] == 2 and c["kind"] != "swa"), "attention was not split"
+
+
+@pytest.mark.slow
+def test_sglang(long_selection: Path) -> None:
+    """An eager step of SGLang has room for the entries it has, so that attention is split in CSA layers only."""
+    engine = sglang_engine.engine_args(long_selection, context_length=512, max_total_tokens=2048)
+    result = sglang_engine.run(engine, PHASES, env={"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}, launches=True)
+    calls = result["counts"]["launches"]
+    assert_decode_limits(calls, requests=2)
+    assert all("combine" in c["kernels"] for c in calls if c["tokens"] == 2 and c["kind"] == "csa"), "attention was not split"
