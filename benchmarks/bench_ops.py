@@ -1,169 +1,381 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel on this GPU: first equal to its twin at full size, eagerly and from a captured graph, then timed.
+"""Every kernel on this GPU: first all of them equal to their twins at full size, then those that are timed.
 
-    python benchmarks/bench_ops.py --json benchmarks/results/ops_h200.json [--only TEXT]
+    python benchmarks/bench_ops.py --json benchmarks/results/ops_h200.json [--peers FOLDER] [--only TEXT] [--compare]
     TRITON_INTERPRET=1 python benchmarks/bench_ops.py --interpret     # the same comparisons, tiny, without a GPU
 
-Times are medians of triton's do_bench, which clears the L2 cache before every run. Ceilings (copy bandwidth, bf16 matrix
-product) and peers (FlashMLA, DeepGEMM, torch.topk, the twin) are measured in the same run; a peer that is not there is
-recorded with the reason.
+Results are compared as called and out of a captured CUDA graph. Times are medians of triton's do_bench, which clears the L2 cache before every run: of a replayed CUDA graph, as engines
+decode, or of the call itself where it cannot be captured, and a ratio compares like with like. Ceilings (copy bandwidth,
+bf16 matrix product) and peers are measured in the same run; a peer that is not there is recorded with the reason.
+
+Cases run in a process beside this one. One that raises, hangs, kills its process or leaves the GPU in an error is recorded as
+failed, and the others go on. The record is written after every case. Exit status: 0 when every case ran and was right, 1
+otherwise; 2 for bad usage. Missed targets do not change it: they are in the record and in the last lines.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import op_targets
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # A kernel's bf16 output may differ from the twin's by what one rounding at bf16 does to values and to probabilities.
 CLOSE = 2.0**-6
 SAME_BYTES = 0.995  # fp32 sums in another order flip roundings of single elements
+SLOW_MS = 200.0  # a call this long is timed three times, without clearing the cache: it reads far more than the cache holds
+START_LIMIT_S = 180.0  # a process may take this long to import torch and measure the ceilings
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
 
 
 def flat(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [x for x in result if isinstance(x, Tensor)]
 
 
-def disagreement(case: Any, got: Iterable[Tensor], expected: Iterable[Tensor]) -> str | None:
-    """How the kernel's result is not the twin's, or None."""
+def disagreement(compare: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """How results are not the expected ones, or None."""
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if case.compare == "sets":
-            if not torch.equal(a.sort(-1).values, b.sort(-1).values):
+        if a.shape != b.shape:
+            return f"output {i}: shape {tuple(a.shape)}, not {tuple(b.shape)}"
+        if compare == "sets":
+            if not torch.equal(a.long().sort(-1).values, b.long().sort(-1).values):
                 return f"output {i}: another set"
-        elif a.dtype is torch.uint8:
-            same = (a == b).float().mean().item()
-            if same < SAME_BYTES:
-                return f"output {i}: {same:.4f} of the bytes agree"
         elif not a.is_floating_point():
             same = (a == b).float().mean().item()
             if same < SAME_BYTES:
-                return f"output {i}: {same:.4f} of the integers agree"
+                return f"output {i}: {same:.4f} of the {'bytes' if a.dtype is torch.uint8 else 'integers'} agree"
         else:
             if not torch.equal(a.isfinite(), b.isfinite()):
                 return f"output {i}: NaN or infinity elsewhere"
-            worst = (
-                (a.double() - b.double()).abs().nan_to_num(0, 0, 0).amax() / b.double().abs().nan_to_num(0, 0, 0).amax().clamp(min=1e-30)
-            ).item()
+            largest = b.double().abs().nan_to_num(0, 0, 0).amax().clamp(min=1e-30)
+            worst = ((a.double() - b.double()).abs().nan_to_num(0, 0, 0).amax() / largest).item()
             if worst > CLOSE:
                 return f"output {i}: error {worst:.2e} of the largest value"
     return None
 
 
-def measure(case: Any, ceilings: dict[str, float]) -> dict[str, Any]:
+def stays_on_device(call: Callable[[], Any]) -> bool:
+    """Whether `call` reads nothing on the host, without which it cannot be captured. Twins do in places."""
+    call()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        call()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
+def capture(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """Replay of a CUDA graph of `call`, which has run before, and its results, which a replay fills."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def median_us(call: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
-    def median_us(call: Any) -> float:
-        return do_bench(call, return_mode="median") * 1e3
+    spans = []
+    for _ in range(4):  # the first may compile
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        spans.append(start.elapsed_time(end))
+        if len(spans) == 2 and spans[1] < SLOW_MS:
+            return do_bench(call, return_mode="median") * 1e3
+    return statistics.median(spans[1:]) * 1e3
 
-    kernel_us, twin_us = median_us(case.timed or case.kernel), median_us(case.twin)
-    row: dict[str, Any] = {"us": kernel_us, "twin_us": twin_us, "bytes": case.bytes_moved, "flops": case.flops, "peers": {}}
-    row["gb_per_s"] = case.bytes_moved / kernel_us / 1e3
-    row["of_copy_bandwidth"] = row["gb_per_s"] / ceilings["copy_gb_per_s"]
-    row["of_matmul"] = case.flops / kernel_us / 1e6 / ceilings["bf16_tflops"]
+
+@dataclass(frozen=True)
+class Times:
+    """us of a call as it is, and replayed from a graph; None where it cannot be captured."""
+
+    eager_us: float
+    graph_us: float | None
+
+    @property
+    def us(self) -> float:
+        return self.eager_us if self.graph_us is None else self.graph_us
+
+    def over(self, other: Times) -> float:
+        """How many times longer, from graphs where both have one."""
+        if self.graph_us is not None and other.graph_us is not None:
+            return self.graph_us / other.graph_us
+        return self.eager_us / other.eager_us
+
+
+def time_call(call: Callable[[], Any]) -> Times:
+    eager = median_us(call)
+    if not stays_on_device(call):
+        return Times(eager, None)
+    replay, kept = capture(call)
+    graph_us = median_us(replay)
+    del kept
+    return Times(eager, graph_us)
+
+
+def measure(case: Any, expected: list[Tensor], ceilings: dict[str, float]) -> dict[str, Any]:
+    kernel, twin = time_call(case.kernel), time_call(case.twin)
+    gb_per_s = case.bytes_moved / kernel.us / 1e3
+    row: dict[str, Any] = {
+        "us": kernel.us, "eager_us": kernel.eager_us, "twin_us": twin.us, "twin_eager_us": twin.eager_us, "over_twin": kernel.over(twin),
+        "bytes": case.bytes_moved, "flops": case.flops, "gb_per_s": gb_per_s, "of_copy_bandwidth": gb_per_s / ceilings["copy_gb_per_s"],
+        "of_matmul": case.flops / kernel.us / 1e6 / ceilings["bf16_tflops"], "peers": {},
+    }  # fmt: skip
     for name, peer in case.peers.items():
         try:
-            peer()
-            row["peers"][name] = {"us": median_us(peer)}
-            row["peers"][name]["ratio"] = kernel_us / row["peers"][name]["us"]
-        except (ImportError, OSError, RuntimeError, AttributeError, ValueError, AssertionError) as e:
-            row["peers"][name] = {"absent": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:200]}
+            result = peer.call()
+            got = flat(case.read(result)) if peer.compared else []
+            wrong = disagreement(case.compare, got, expected[: len(got)])
+            theirs = time_call(peer.call)
+        except Exception as e:
+            row["peers"][name] = {"not_measured": one_line(e)}
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:  # the peer has left the GPU in an error; what was measured before it stands
+                break
+            continue
+        row["peers"][name] = {"us": theirs.us, "eager_us": theirs.eager_us, "ratio": kernel.over(theirs), "wrong": wrong}
     return row
 
 
 def measure_ceilings() -> dict[str, float]:
-    from triton.testing import do_bench
-
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 256, (2 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    a = torch.randn(8192, 8192, device="cuda").bfloat16()
-    copy_ms = do_bench(lambda: target.copy_(source), return_mode="median")
-    product_ms = do_bench(lambda: a @ a, return_mode="median")
-    return {"copy_gb_per_s": 2 * source.numel() / copy_ms / 1e6, "bf16_tflops": 2 * 8192**3 / product_ms / 1e9}
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    copy_us, product_us = median_us(lambda: target.copy_(source)), median_us(lambda: a @ b)
+    return {"copy_gb_per_s": 2 * source.numel() / copy_us / 1e3, "bf16_tflops": 2 * 8192**3 / product_us / 1e6}
 
 
-def replay(case: Any) -> list[Tensor]:
-    """The kernel's result out of a captured and replayed CUDA graph."""
-    case.kernel()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = flat(case.kernel())
-    graph.replay()
-    torch.cuda.synchronize()
-    return result
+# ---- one case, in a process of its own kind --------------------------------------------------------------------------
 
 
-def machine() -> dict[str, str]:
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def build(plan: Any) -> Any:
+    torch.manual_seed(0)
+    return plan.build()
+
+
+def run_case(plan: Any, device: str, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Compare one case, or, given ceilings, time it."""
+    case = build(plan)
+    expected = [x.clone() for x in flat(case.read(case.twin()))]
+    problem = disagreement(case.compare, flat(case.read(case.kernel())), expected)
+    if problem is None and ceilings:
+        return measure(case, expected, ceilings)
+    if problem is None and device == "cuda":
+        case = build(plan)  # anew, so that nothing is right already because the call above wrote it
+        replay, result = capture(case.kernel)
+        replay()
+        torch.cuda.synchronize()
+        problem = disagreement(case.compare, flat(case.read(result)), expected)
+        problem = f"from a graph: {problem}" if problem else None
+    return {"wrong": problem, "served": case.served}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Which cases of which module to run where; timed: time them, which measures the ceilings first."""
+
+    source: str
+    device: str
+    names: Sequence[str]
+    timed: bool
+
+
+def work(connection: Connection, todo: Work, start: int, ceilings: dict[str, float]) -> None:
+    """Send {"ceilings"}, then one row for each case from number `start` on."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter_bf16
+
+        interpreter_bf16.install()
+    torch.set_float32_matmul_precision("highest")
+    plans = {str(plan): plan for plan in importlib.import_module(todo.source).plans(todo.device, small=todo.device == "cpu")}
+    if todo.timed and not ceilings:
+        ceilings = measure_ceilings()
+    connection.send({"ceilings": ceilings})
+    for name in todo.names[start:]:
+        try:
+            row = run_case(plans[name], todo.device, ceilings)
+        except Exception as e:
+            row = {"failed": one_line(e)}
+        connection.send(row)
+        gc.collect()
+        if todo.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:  # an illegal access, say: nothing runs in this process any more
+                os._exit(1)
+
+
+def run_all(todo: Work, limit_s: float, until: float) -> Iterator[dict[str, Any]]:
+    """{"ceilings"} from each process that was started, and one row for each case, whatever becomes of those processes."""
+    done, ceilings, failed = 0, {}, ""
+    while done < len(todo.names):
+        if failed or time.monotonic() > until:
+            yield {"failed": failed or "not run: the time given by --minutes was over"}
+            done += 1
+            continue
+        mine, theirs = get_context("spawn").Pipe(duplex=False)
+        process = get_context("spawn").Process(target=work, args=(theirs, todo, done, ceilings), daemon=True)
+        process.start()
+        theirs.close()
+        said = receive(mine, process, START_LIMIT_S)
+        if "ceilings" in said:
+            ceilings = said["ceilings"]
+            yield said
+        else:
+            failed = f"could not start: {said['failed']}"
+        while not failed and done < len(todo.names) and time.monotonic() <= until:
+            said = receive(mine, process, limit_s)
+            done += 1
+            yield {k: v for k, v in said.items() if k != "gone"}
+            if "gone" in said:
+                break
+        process.kill()
+        process.join(30)
+
+
+def receive(connection: Connection, process: Any, limit_s: float) -> dict[str, Any]:
+    """The next message; {"failed", "gone"} when the process ends or does not speak in time."""
+    try:
+        if connection.poll(limit_s):
+            return connection.recv()
+    except (EOFError, OSError):
+        process.join(10)
+        return {"failed": f"its process ended with {process.exitcode}", "gone": True}
+    return {"failed": f"nothing came back in {limit_s:.0f} s", "gone": True}
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def said_by(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip().partition("\n")[0] or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def machine(commit: str) -> dict[str, Any]:
     import triton
 
     return {
-        "gpu": torch.cuda.get_device_name(), "driver": driver.stdout.strip().splitlines()[0] if driver.stdout else "unknown",
-        "commit": commit.stdout.strip(), "torch": torch.__version__, "triton": triton.__version__,
+        "gpu": torch.cuda.get_device_name(), "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": commit or said_by("git", "rev-parse", "HEAD"), "torch": torch.__version__, "triton": triton.__version__,
+        "python": sys.version.split()[0], "command": " ".join(sys.argv),
     }  # fmt: skip
+
+
+def describe(row: dict[str, Any]) -> str:
+    sizes = " ".join(f"{k}={v}" for k, v in row["sizes"].items())
+    text = f"{row['kernel']:26s} {row['model']:6s} {sizes:20s} {row.get('failed') or row.get('wrong') or 'equal'}"
+    if "us" in row:
+        peers = " ".join(
+            f"{n} {p['ratio']:.2f}x{' WRONG' if p['wrong'] else ''}" if "us" in p else f"no {n}" for n, p in row["peers"].items()
+        )
+        text += f"  {row['us']:9.1f} us  {row['of_copy_bandwidth']:4.0%} of copy {row['of_matmul']:4.0%} of matmul"
+        text += f"  {row['over_twin']:.2f}x twin  {peers}"
+    return text
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The last lines of a run: what was wrong or failed, and every target that was missed or could not be judged."""
+    judged = [(row, t) for row in rows for t in row.get("targets", ())]
+    lines = []
+    for row, t in judged:
+        if t["met"] is not True:
+            found = "not measured" if t["value"] is None else f"missed: {t['value']:.3g}"
+            sizes = " ".join(f"{k}={v}" for k, v in row["sizes"].items())
+            bound = "at least" if t["at_least"] else "at most"
+            lines.append(f"target {row['kernel']} {row['model']} {sizes}: {t['what']} {bound} {t['limit']} {found}")
+    met, missed = (sum(t["met"] is x for _, t in judged) for x in (True, False))
+    if judged:
+        lines.append(f"{len(judged)} targets: {met} met, {missed} missed, {len(judged) - met - missed} not measured")
+    wrong, failed = (sum(bool(row.get(key)) for row in rows) for key in ("wrong", "failed"))
+    return "\n".join([*lines, f"{len(rows)} cases, {wrong} wrong, {failed} failed"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the record here")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the record here, after every case")
+    parser.add_argument("--only", default="", help="cases whose name, model and sizes contain this")
+    parser.add_argument("--peers", type=Path, help="a folder that holds vllm/ with the peers' libraries")
+    parser.add_argument("--compare", action="store_true", help="compare only, time nothing")
+    parser.add_argument("--case-s", type=float, default=120.0, help="a case that takes longer has failed (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no case after this long")
+    parser.add_argument("--commit", default="", help="what to record as the commit, where git cannot say")
     parser.add_argument("--interpret", action="store_true", help="compare tiny cases in Triton's interpreter, time nothing")
+    parser.add_argument("--source", default="op_cases", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.interpret:
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            parser.error("set TRITON_INTERPRET=1: Triton reads it when kernels are defined")
-        import interpreter_bf16
-
-        interpreter_bf16.install()
-    elif not torch.cuda.is_available():
+    if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("set TRITON_INTERPRET=1: Triton reads it when kernels are defined")
+    if not args.interpret and not torch.cuda.is_available():
         print("bench_ops: no GPU here, so nothing was measured; --interpret compares tiny cases without one")
         return 0
-    import op_cases
-
-    device = torch.device("cpu" if args.interpret else "cuda")
-    models = [op_cases.TINY] if args.interpret else [op_cases.FLASH, op_cases.PRO]
-    torch.manual_seed(0)
-    ceilings = {} if args.interpret else measure_ceilings()
-    rows, wrong = [], 0
-    for build in op_cases.cases(models, device, small=args.interpret):
-        case = build()
-        if args.only not in case.name:
-            continue
-        expected = [x.clone() for x in flat(case.twin())]
-        problem = disagreement(case, flat(case.kernel()), expected)
-        if problem is None and not args.interpret:
-            problem = disagreement(case, replay(case), expected)
-            problem = f"from a graph: {problem}" if problem else None
-        row = {"kernel": case.name, "model": case.model, "size": case.size, "wrong": problem}
-        wrong += problem is not None
-        if problem is None and not args.interpret:
-            row |= measure(case, ceilings)
-        rows.append(row)
-        timing = (
-            f"{row['us']:9.1f} us  {row['of_copy_bandwidth']:5.0%} of copy  twin {row['twin_us']:9.1f} us  {row['peers']}"
-            if "us" in row
-            else ""
-        )
-        print(f"{case.name:24s} {case.model:6s} {case.size:24s} {problem or 'equal'}  {timing}", flush=True)
-        del case, expected
-    record = {"what": "dsv4 kernels against their twins, ceilings and peers", "ceilings": ceilings, "rows": rows}
-    if args.json and not args.interpret:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**machine(), **record}, indent=1) + "\n")
-    print(f"{len(rows)} cases, {wrong} wrong")
-    return bool(wrong)
+    if args.peers:
+        sys.path.insert(0, str(args.peers.resolve()))
+    device = "cpu" if args.interpret else "cuda"
+    plans = [plan for plan in importlib.import_module(args.source).plans(device, args.interpret) if args.only in str(plan)]
+    if not plans:
+        parser.error(f"no case contains {args.only!r}")
+    record: dict[str, Any] = {"what": "dsv4 kernels against their twins, ceilings and peers", "ceilings": {}}
+    rows = {str(p): {"kernel": p.name, "model": p.model, "sizes": dict(p.sizes), "failed": "not run", "wrong": None} for p in plans}
+    if not args.interpret:
+        record = machine(args.commit) | record
+    until = time.monotonic() + 60 * args.minutes
+    for timed in (False,) if args.interpret or args.compare else (False, True):
+        names = [name for name, row in rows.items() if not timed or not (row["failed"] or row["wrong"])]
+        left = iter(names)
+        for found in run_all(Work(args.source, device, names, timed), args.case_s, until):
+            if "ceilings" in found:
+                record["ceilings"] = found["ceilings"]
+                continue
+            row = rows[next(left)]
+            row |= {"failed": None, "wrong": None} | found if not timed else found
+            if "us" in found:
+                row["targets"] = [t.record() for t in op_targets.targets(row)]
+            print(describe(row), flush=True)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(record | {"rows": list(rows.values())}, indent=1) + "\n")
+    print(summary(list(rows.values())))
+    return int(any(row["wrong"] or row["failed"] for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import op_peers
 import torch
 from torch import Tensor
 
 from dsv4.kv_layout import IndexFormat, KvFormat, round_up
 from dsv4.ops.attention import reference as attention_twin
 from dsv4.ops.attention import triton as attention
-from dsv4.ops.attention import vendor
 from dsv4.ops.compressor import reference as compressor_twin
 from dsv4.ops.compressor import triton as compressor
 from dsv4.ops.indexer import reference as indexer_twin
 from dsv4.ops.indexer import triton as indexer
 from dsv4.ops.mhc import reference as mhc_twin
 from dsv4.ops.mhc import triton as mhc
+from dsv4.ops.moe import mxfp4
 from dsv4.ops.moe import reference as moe_twin
 from dsv4.ops.moe import triton as moe
 from dsv4.ops.pages import Pages, RowsFormat
@@ -47,79 +48,136 @@ TINY = Model("tiny", 256, 8, 16, 8, 256)
 
 @dataclass
 class Case:
-    """One measurement. kernel, twin: without arguments, returning tensors; compare: how the two must agree.
+    """One measurement. kernel, twin: without arguments; what they return is compared after `read`, as `compare` says.
 
     bytes_moved: what must be read and written once; flops: of matrix products; peers: other implementations by name.
+    served: whether the kernel ever serves on this device; of one that does not, no speed is asked.
     """
 
-    name: str
-    model: str
-    size: str
     kernel: Call
     twin: Call
     bytes_moved: int
     flops: int = 0
-    peers: dict[str, Call] = field(default_factory=dict)
+    peers: dict[str, op_peers.Peer] = field(default_factory=dict)
     compare: str = "close"  # close | bytes | sets
-    timed: Call | None = None  # what is timed, where the comparison needs more than the kernel
+    read: Callable[[Any], Any] = lambda result: result
+    served: bool = True
 
 
-def make_pages(row_format: RowsFormat, num_pages: int, rows: int, row_bytes: int, device: torch.device) -> Pages:
-    """Random but finite packed pages: codes below the NaN codes, scales near 1."""
-    data = torch.randint(0, 120, (num_pages, round_up(rows * row_bytes, 576)), dtype=torch.uint8, device=device)
-    values = rows * (576 if row_format is KvFormat.FP8_DS_MLA else 128)
+@dataclass(frozen=True)
+class Plan:
+    """A case by name, model and sizes (T tokens, N entries, K keys, R ratio), built only when its turn comes."""
+
+    name: str
+    model: str
+    sizes: Mapping[str, int]
+    build: Callable[[], Case]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.model} {' '.join(f'{k}={v}' for k, v in self.sizes.items())}"
+
+
+def plans(device: str, small: bool) -> list[Plan]:
+    """Every case, in the order of the run. small: sizes for Triton's interpreter."""
+    return [plan for m in ((TINY,) if small else (FLASH, PRO)) for plan in _plans(m, torch.device(device), small)]
+
+
+def _plans(m: Model, device: torch.device, small: bool) -> Iterator[Plan]:
+    def plan(build: Callable[..., Case], name: str, *args: Any, **sizes: int) -> Plan:
+        return Plan(name, m.name, sizes, lambda: build(m, *sizes.values(), *args, device))
+
+    fp8, mxfp4_keys, plain_keys = IndexFormat.FP8, IndexFormat.MXFP4, IndexFormat.PLAIN
+    for t in (2,) if small else (1, 64, 257, 8192):
+        yield plan(_norm_rope_store, "norm_rope_store", KvFormat.FP8_DS_MLA, T=t)
+        yield plan(_prepare_query, "prepare_query", fp8, T=t)
+        yield plan(_mhc_pre, "mhc.pre", T=t)
+        yield plan(_mhc_post, "mhc.post", T=t)
+        yield plan(_mhc_post_pre, "mhc.post_pre", T=t)
+        yield plan(_mhc_head, "mhc.head", T=t)
+        yield plan(_route_topk, "route_topk", T=t)
+        yield plan(_route_hash, "route_hash", T=t)
+        yield plan(_swiglu, "swiglu", T=t)
+        yield plan(_output_a, "output_a", T=t)
+    yield plan(_norm_rope_store, "norm_rope_store plain", KvFormat.PLAIN, T=2 if small else 257)
+    for index_format in (mxfp4_keys, plain_keys):
+        yield plan(_prepare_query, f"prepare_query {index_format.value}", index_format, T=2 if small else 257)
+    for t, ratio, dim in ((8, 4, 512), (8, 4, 128), (128, 128, 512)) if small else ((8192, 4, 512), (8192, 4, 128), (8192, 128, 512)):
+        yield plan(_compressor, f"compressor.update {'csa' if ratio == 4 else 'hca'}{'' if dim == 512 else ' index'}", ratio, dim, T=t)
+    decode = ((2, 70),) if small else ((1, 262_144), (8, 262_144), (8, 32_768), (64, 8192))
+    for t, n in decode:
+        yield plan(_logits, "index.logits decode", fp8, T=t, N=n)
+        yield plan(_topk, "topk", T=t, N=n)
+    for index_format in (mxfp4_keys, plain_keys):
+        t, n = decode[-1]
+        yield plan(_logits, f"index.logits decode {index_format.value}", index_format, T=t, N=n)
+    t, n = (16, 70) if small else (1024, 32_768)
+    yield plan(_prefill_logits, "index.logits prefill", fp8, T=t, N=n)
+    yield plan(_prefill_logits, f"index.logits prefill {mxfp4_keys.value}", mxfp4_keys, T=t, N=n)
+    for t in (2,) if small else (1, 8, 64, 256, 4096):
+        yield plan(_sparse, "sparse csa", KvFormat.FP8_DS_MLA, T=t, K=m.topk)
+    for t in (2,) if small else (1, 8, 64):
+        yield plan(_sparse, "sparse hca", KvFormat.FP8_DS_MLA, T=t, K=40 if small else 8192)
+    yield plan(_sparse, "sparse csa plain", KvFormat.PLAIN, T=2 if small else 64, K=m.topk)
+    for t in (2,) if small else (1, 64, 257):
+        yield plan(_ragged_sparse, "sparse ragged", T=t, K=m.topk)
+        yield plan(_ragged_logits, "index.logits ragged", T=t, N=200 if small else 8192)
+    for t in (2,) if small else (1, 64, 1024):
+        yield plan(_experts, "experts_mxfp4", T=t)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+NAN = 0xFF  # as a byte of every number of a format, NaN
+
+
+def make_pages(row_format: RowsFormat, num_pages: int, rows: int, device: torch.device) -> Pages:
+    """Pages of random rows, about normally distributed."""
+    dim = 512 if isinstance(row_format, KvFormat) else 128
+    if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN):
+        return Pages(torch.randn(num_pages, rows, dim, device=device).bfloat16(), rows, row_format)
     if row_format is KvFormat.FP8_DS_MLA:
-        data[:, values : values + rows * 8] = 122
-        rope = data[:, :values].view(num_pages, rows, 576)[:, :, 448:]
-        rope.copy_(torch.randn(num_pages, rows, 64, device=device).bfloat16().view(torch.uint8))
+        values = torch.cat([_codes((num_pages, rows, 448), device), _bf16_bytes((num_pages, rows, 64), device)], -1)
+        scales = torch.full((num_pages, rows, 8), 127, dtype=torch.uint8, device=device)
+    elif row_format is IndexFormat.FP8:
+        values = _codes((num_pages, rows, 128), device)
+        scales = torch.full((num_pages, rows, 1), 0.5, device=device).view(torch.uint8)
     else:
-        data[:, values : values + rows * 4] = torch.tensor([0.0625], device=device).view(torch.uint8).repeat(rows)
+        values = torch.randint(0, 256, (num_pages, rows, 64), dtype=torch.uint8, device=device)
+        scales = torch.randint(125, 129, (num_pages, rows, 4), dtype=torch.uint8, device=device)
+    page = torch.cat([values.flatten(1), scales.flatten(1)], 1)
+    data = torch.zeros(num_pages, round_up(page.shape[1], 576), dtype=torch.uint8, device=device)
+    data[:, : page.shape[1]] = page
     return Pages(data, rows, row_format)
+
+
+def _codes(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _bf16_bytes(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).bfloat16().view(torch.uint8)
 
 
 def table_rows(num_tokens: int, device: torch.device) -> Tensor:
     return cos_sin(torch.randint(0, 1_000_000, (num_tokens,), device=device), 1e4 ** (-torch.arange(0, 64, 2, device=device) / 64))
 
 
-def cases(models: list[Model], device: torch.device, small: bool) -> Iterator[Callable[[], Case]]:
-    """Builders, so that one case's memory is gone before the next. small: sizes for Triton's interpreter."""
-    for m in models:
-        for tokens in (2,) if small else (1, 64, 8192):
-            yield lambda m=m, t=tokens: _norm_rope_store(m, t, device)
-            yield lambda m=m, t=tokens: _prepare_query(m, t, device)
-            yield lambda m=m, t=tokens: _mhc_pre(m, t, device)
-            yield lambda m=m, t=tokens: _mhc_post(m, t, device)
-            yield lambda m=m, t=tokens: _mhc_post_pre(m, t, device)
-            yield lambda m=m, t=tokens: _mhc_head(m, t, device)
-            yield lambda m=m, t=tokens: _route(m, t, device)
-            yield lambda m=m, t=tokens: _swiglu(m, t, device)
-            yield lambda m=m, t=tokens: _output_a(m, t, device)
-        for tokens, ratio, dim in (
-            ((8, 4, 512), (8, 4, 128), (128, 128, 512)) if small else ((8192, 4, 512), (8192, 4, 128), (8192, 128, 512))
-        ):
-            yield lambda m=m, t=tokens, r=ratio, d=dim: _compressor(m, t, r, d, device)
-        for batch, entries in ((2, 70),) if small else ((1, 262_144), (8, 32_768), (64, 8192)):
-            yield lambda m=m, b=batch, n=entries: _logits(m, b, n, device, prefill=False)
-            yield lambda m=m, b=batch, n=entries: _topk(m, b, n, device)
-        yield lambda m=m: _logits(m, 16 if small else 1024, 70 if small else 32_768, device, prefill=True)
-        for batch in (2,) if small else (1, 8, 64, 256, 4096):
-            yield lambda m=m, b=batch: _sparse(m, b, m.topk, "csa", device)
-        for batch in (2,) if small else (1, 8, 64):
-            yield lambda m=m, b=batch: _sparse(m, b, 40 if small else 8192, "hca", device)
+# ---- cases: each takes the model, its sizes, what else it needs, and the device --------------------------------------
 
 
-def _norm_rope_store(m: Model, t: int, device: torch.device) -> Case:
+def _norm_rope_store(m: Model, t: int, row_format: KvFormat, device: torch.device) -> Case:
     q, kv = torch.randn(t, m.heads, 512, device=device).bfloat16(), torch.randn(t, 512, device=device).bfloat16()
-    pages, again = (make_pages(KvFormat.FP8_DS_MLA, t // 64 + 1, 64, 584, device) for _ in range(2))
-    again.data.copy_(pages.data)
+    pages = make_pages(row_format, t // 64 + 1, 64, device)
+    again = Pages(pages.data.clone(), 64, row_format)
     slots, weight, table = torch.randperm(t, device=device).int(), torch.rand(512, device=device), table_rows(t, device)
 
     def run(op: Callable[..., Tensor], to: Pages) -> tuple[Tensor, Tensor]:
         return op(q, kv, weight, 1e-6, table, to, slots), to.data
 
+    row_bytes = 584 if row_format is KvFormat.FP8_DS_MLA else 1024
     return Case(
-        "norm_rope_store", m.name, f"T={t}", lambda: run(attention.norm_rope_store, pages), lambda: run(attention_twin.norm_rope_store, again),
-        4 * q.numel() + 2 * kv.numel() + t * (584 + 256 + 4), compare="bytes",
+        lambda: run(attention.norm_rope_store, pages), lambda: run(attention_twin.norm_rope_store, again),
+        4 * q.numel() + 2 * kv.numel() + t * (row_bytes + 256 + 4), compare="bytes",
     )  # fmt: skip
 
 
@@ -128,22 +186,19 @@ def _output_a(m: Model, t: int, device: torch.device) -> Case:
     wo_a = torch.randn(m.heads // 8, 1024, 8 * 512, device=device).bfloat16() / 64
     args = (o, table, wo_a)
     moved = 2 * (o.numel() + wo_a.numel() + t * wo_a.shape[0] * 1024)
-    return Case(
-        "output_a", m.name, f"T={t}", lambda: attention.output_a(*args), lambda: attention_twin.output_a(*args), moved, 2 * t * wo_a.numel()
-    )
+    return Case(lambda: attention.output_a(*args), lambda: attention_twin.output_a(*args), moved, 2 * t * wo_a.numel())
 
 
-def _prepare_query(m: Model, t: int, device: torch.device) -> Case:
+def _prepare_query(m: Model, t: int, index_format: IndexFormat, device: torch.device) -> Case:
     q, w, table = torch.randn(t, 64, 128, device=device).bfloat16(), torch.randn(t, 64, device=device).bfloat16(), table_rows(t, device)
 
-    def run(op: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-        query = op(q, w, table, IndexFormat.FP8)
-        return query.values, query.weights
+    def run(op: Callable[..., Any]) -> list[Tensor]:
+        query = op(q, w, table, index_format)
+        return [x for x in (query.values, query.weights, query.scales) if x is not None]
 
-    return Case(
-        "prepare_query", m.name, f"T={t}", lambda: run(indexer.prepare_query), lambda: run(indexer_twin.prepare_query),
-        3 * q.numel() + 6 * w.numel() + 256 * t, compare="bytes",
-    )  # fmt: skip
+    out = {IndexFormat.FP8: 128, IndexFormat.MXFP4: 68, IndexFormat.PLAIN: 256}[index_format]
+    moved = t * 64 * (256 + out + 2 + 4) + 256 * t
+    return Case(lambda: run(indexer.prepare_query), lambda: run(indexer_twin.prepare_query), moved, compare="bytes")
 
 
 def _mhc_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -155,8 +210,7 @@ def _mhc_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, ...]:
 def _mhc_pre(m: Model, t: int, device: torch.device) -> Case:
     args = (*_mhc_inputs(m, t, device), 1e-6, 1e-6, 20)
     moved = t * m.hidden * 2 * 5 + args[1].numel() * 4 + t * 80
-    flops = 2 * t * 24 * 4 * m.hidden
-    return Case("mhc.pre", m.name, f"T={t}", lambda: mhc.pre(*args), lambda: mhc_twin.pre(*args), moved, flops)
+    return Case(lambda: mhc.pre(*args), lambda: mhc_twin.pre(*args), moved, 2 * t * 24 * 4 * m.hidden)
 
 
 def _post_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,129 +218,183 @@ def _post_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _mhc_post(m: Model, t: int, device: torch.device) -> Case:
-    args = (_mhc_inputs(m, t, device)[0], *_post_inputs(m, t, device))
-    return Case("mhc.post", m.name, f"T={t}", lambda: mhc.post(*args), lambda: mhc_twin.post(*args), t * (m.hidden * 2 * 9 + 80))
+    args = (torch.randn(t, 4, m.hidden, device=device).bfloat16(), *_post_inputs(m, t, device))
+    return Case(lambda: mhc.post(*args), lambda: mhc_twin.post(*args), t * (m.hidden * 2 * 9 + 80))
 
 
 def _mhc_post_pre(m: Model, t: int, device: torch.device) -> Case:
     streams, *rest = _mhc_inputs(m, t, device)
     args = (streams, *_post_inputs(m, t, device), *rest, 1e-6, 1e-6, 20)
     moved = t * (m.hidden * 2 * 10 + 160) + rest[0].numel() * 4
-    flops = 2 * t * 24 * 4 * m.hidden
-    return Case("mhc.post_pre", m.name, f"T={t}", lambda: mhc.post_pre(*args), lambda: mhc_twin.post_pre(*args), moved, flops)
+    return Case(lambda: mhc.post_pre(*args), lambda: mhc_twin.post_pre(*args), moved, 2 * t * 24 * 4 * m.hidden)
 
 
 def _mhc_head(m: Model, t: int, device: torch.device) -> Case:
     streams, fn, base, scale, weight = _mhc_inputs(m, t, device)
     args = (streams, fn[:4].contiguous(), base[:4], scale[:1], weight, 1e-6, 1e-6)
-    return Case("mhc.head", m.name, f"T={t}", lambda: mhc.head(*args), lambda: mhc_twin.head(*args), t * m.hidden * 10 + 64 * m.hidden)
+    return Case(lambda: mhc.head(*args), lambda: mhc_twin.head(*args), t * m.hidden * 10 + 64 * m.hidden)
 
 
-def _route(m: Model, t: int, device: torch.device) -> Case:
+def _route_topk(m: Model, t: int, device: torch.device) -> Case:
     args = (torch.randn(t, m.experts, device=device), torch.randn(m.experts, device=device), 6, 2.5)
-    return Case("route_topk", m.name, f"T={t}", lambda: moe.route_topk(*args), lambda: moe_twin.route_topk(*args), t * (4 * m.experts + 48))
+    return Case(lambda: moe.route_topk(*args), lambda: moe_twin.route_topk(*args), t * (4 * m.experts + 48))
+
+
+def _route_hash(m: Model, t: int, device: torch.device) -> Case:
+    table = torch.randint(0, m.experts, (129_280, 6), dtype=torch.int32, device=device)
+    args = (torch.randn(t, m.experts, device=device), table, torch.randint(0, 129_280, (t,), device=device), 2.5)
+    return Case(lambda: moe.route_hash(*args), lambda: moe_twin.route_hash(*args), t * (8 + 4 * 32 + 24 + 48))
 
 
 def _swiglu(m: Model, t: int, device: torch.device) -> Case:
     gate, up = torch.randn(t, 2 * m.intermediate, device=device).bfloat16().chunk(2, -1)
-    moved = 6 * t * m.intermediate
-    return Case("swiglu", m.name, f"T={t}", lambda: moe.swiglu(gate, up, 10.0), lambda: moe_twin.swiglu(gate, up, 10.0), moved)
+    return Case(lambda: moe.swiglu(gate, up, 10.0), lambda: moe_twin.swiglu(gate, up, 10.0), 6 * t * m.intermediate)
+
+
+def _experts(m: Model, t: int, device: torch.device) -> Case:
+    """On NVIDIA its kernels only have to be right: there the engines serve by Marlin, which is the peer."""
+    e, d, i, k = m.experts, m.hidden, m.intermediate, min(6, m.experts)
+    w13, w2 = (torch.randint(0, 256, s, dtype=torch.uint8, device=device) for s in ((e, 2 * i, d // 2), (e, d, i // 2)))
+    s13, s2 = (torch.randint(117, 121, s, dtype=torch.uint8, device=device) for s in ((e, 2 * i, d // 32), (e, d, i // 32)))
+    x, weights = torch.randn(t, d, device=device).bfloat16(), torch.rand(t, k, device=device)
+    ids = torch.rand(t, e, device=device).argsort(-1)[:, :k].int()
+    args = (x, w13, s13, w2, s2, weights, ids, 10.0)
+    moved = ids.unique().numel() * 3 * i * d * 17 // 32 + 4 * t * d
+    return Case(
+        lambda: mxfp4.experts_mxfp4(*args), lambda: moe_twin.experts_mxfp4(*args), moved, 6 * t * k * d * i,
+        {"marlin": op_peers.marlin(x, e, i, weights, ids, 10.0)}, served=torch.version.hip is not None,
+    )  # fmt: skip
 
 
 def _compressor(m: Model, t: int, ratio: int, dim: int, device: torch.device) -> Case:
     """A prefill of one request from its first token."""
     overlap, state_rows = (2, 4) if ratio == 4 else (1, 8)
     width = overlap * dim
-    row_format, row_bytes = (KvFormat.FP8_DS_MLA, 584) if dim == 512 else (IndexFormat.FP8, 132)
+    row_format: RowsFormat = KvFormat.FP8_DS_MLA if dim == 512 else IndexFormat.FP8
     rows = 256 // ratio
     states = [Pages(torch.zeros(t // state_rows, state_rows, 2 * width, device=device), state_rows, KvFormat.PLAIN) for _ in range(2)]
-    caches = [make_pages(row_format, t // 256 + 1, rows, row_bytes, device) for _ in range(2)]
+    caches = [make_pages(row_format, t // 256 + 1, rows, device) for _ in range(2)]
     caches[1].data.copy_(caches[0].data)
     kv, gate, ape = (torch.randn(n, width, device=device) for n in (t, t, ratio))
     positions = torch.arange(t, device=device)
+    state_slots = positions.int()
     request, table = torch.zeros(t, dtype=torch.int32, device=device), torch.arange(t // state_rows, dtype=torch.int32, device=device)[None]
     entry_slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1).int()
     entry_table = cos_sin(positions // ratio * ratio, 1.6e5 ** (-torch.arange(0, 64, 2, device=device) / 64))
     weight = torch.rand(dim, device=device)
 
     def run(op: Callable[..., None], i: int) -> tuple[Tensor, Tensor]:
-        op(kv, gate, ape, positions, request, states[i], positions.int(), table, entry_slots, overlap, weight, 1e-6, entry_table, caches[i])
+        op(kv, gate, ape, positions, request, states[i], state_slots, table, entry_slots, overlap, weight, 1e-6, entry_table, caches[i])
         return states[i].data, caches[i].data
 
-    moved = t * width * 4 * 4 + t // ratio * row_bytes
-    name = f"compressor.update {'csa' if ratio == 4 else 'hca'}{'' if dim == 512 else ' index'}"
-    return Case(name, m.name, f"T={t}", lambda: run(compressor.update, 0), lambda: run(compressor_twin.update, 1), moved, compare="bytes")
+    moved = t * width * 4 * 4 + t // ratio * (584 if dim == 512 else 132)
+    return Case(lambda: run(compressor.update, 0), lambda: run(compressor_twin.update, 1), moved, compare="bytes")
 
 
-def _logits(m: Model, t: int, entries: int, device: torch.device, prefill: bool) -> Case:
-    """Decode: a request per token. Prefill: the last t tokens of one request."""
-    requests = 1 if prefill else t
-    pages = make_pages(IndexFormat.FP8, requests * (entries // 64 + 1), 64, 132, device)
-    table = torch.randperm(pages.data.shape[0], device=device).int().view(requests, -1)
-    query = indexer.prepare_query(
-        torch.randn(t, 64, 128, device=device).bfloat16(), torch.randn(t, 64, device=device), table_rows(t, device), IndexFormat.FP8
-    )
-    lens = (
-        entries - (t - 1 - torch.arange(t, device=device, dtype=torch.int32)) // 4 if prefill else torch.full((t,), entries, device=device)
-    )
-    lens, owner = lens.int(), torch.zeros(t, device=device).int() if prefill else torch.arange(t, device=device).int()
-    valid = torch.arange(entries, device=device) < lens[:, None]
+def _index_query(t: int, index_format: IndexFormat, device: torch.device) -> Any:
+    weights = torch.randn(t, 64, device=device)
+    return indexer.prepare_query(torch.randn(t, 64, 128, device=device).bfloat16(), weights, table_rows(t, device), index_format)
 
-    def run(op: Callable[..., Tensor]) -> Tensor:
-        return op(query, pages, table, owner, lens, entries)
 
-    def masked(op: Callable[..., Tensor]) -> Tensor:
-        return torch.where(valid, run(op), 0.0)
+def _index_bytes(index_format: IndexFormat) -> int:
+    return {IndexFormat.FP8: 132, IndexFormat.MXFP4: 68, IndexFormat.PLAIN: 256}[index_format]
 
-    case = Case(
-        f"index.logits {'prefill' if prefill else 'decode'}", m.name, f"T={t} N={entries}", lambda: masked(indexer.logits),
-        lambda: masked(indexer_twin.logits), requests * entries * 132 + t * entries * 4, 2 * t * 64 * 128 * entries,
-    )  # fmt: skip
-    case.timed = lambda: run(indexer.logits)
-    if not prefill:
-        case.peers["deep_gemm"] = _deep_gemm(query, pages, table, lens, entries)
+
+def _logits_case(query: Any, pages: Pages, table: Tensor, owner: Tensor, lens: Tensor, entries: int, moved: int, flops: int) -> Case:
+    """Only what lies within each token's length is compared: the kernels leave the rest as it was."""
+    valid = torch.arange(entries, device=lens.device) < lens[:, None]
+    args = (query, pages, table, owner, lens, entries)
+    case = Case(lambda: indexer.logits(*args), lambda: indexer_twin.logits(*args), moved, flops)
+    case.read = lambda scores: torch.where(valid, scores, 0.0)
     return case
 
 
-def _deep_gemm(query: Any, pages: Pages, table: Tensor, lens: Tensor, entries: int) -> Call:
-    state: dict[str, Any] = {}
+def _logits(m: Model, t: int, entries: int, index_format: IndexFormat, device: torch.device) -> Case:
+    """A request per token."""
+    pages = make_pages(index_format, t * (entries // 64 + 1), 64, device)
+    table = torch.randperm(pages.data.shape[0], device=device).int().view(t, -1)
+    query, owner = _index_query(t, index_format, device), torch.arange(t, dtype=torch.int32, device=device)
+    lens = torch.full((t,), entries, dtype=torch.int32, device=device)
+    moved = t * entries * (_index_bytes(index_format) + 4)
+    case = _logits_case(query, pages, table, owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
+    if index_format is IndexFormat.FP8:
+        case.peers["deep_gemm"] = op_peers.deep_gemm(query, pages, table, lens, entries)
+    return case
 
-    def run() -> Tensor:
-        if not state:
-            from vllm.third_party import deep_gemm
 
-            keys = pages.data.as_strided((pages.data.shape[0], 64, 1, 132), (pages.data.stride(0), 132, 132, 1))
-            plan = deep_gemm.get_paged_mqa_logits_metadata(lens[:, None], 64, deep_gemm.get_num_sms())
-            q = query.values.view(torch.float8_e4m3fn)[:, None]
-            state["call"] = lambda: deep_gemm.fp8_fp4_paged_mqa_logits(
-                (q, None), keys, query.weights, lens[:, None], table, plan, entries, clean_logits=False
-            )
-        return state["call"]()
+def _prefill_logits(m: Model, t: int, entries: int, index_format: IndexFormat, device: torch.device) -> Case:
+    """The last t tokens of one request."""
+    pages = make_pages(index_format, entries // 64 + 1, 64, device)
+    table = torch.randperm(pages.data.shape[0], device=device).int()[None]
+    query, owner = _index_query(t, index_format, device), torch.zeros(t, dtype=torch.int32, device=device)
+    lens = entries - (t - 1 - torch.arange(t, device=device, dtype=torch.int32)) // 4
+    moved = entries * _index_bytes(index_format) + t * entries * 4
+    return _logits_case(query, pages, table, owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
 
-    return run
+
+def _ragged_logits(m: Model, t: int, entries: int, device: torch.device) -> Case:
+    """Any lengths, none and exact page ends among them; pages behind a request's last are NaN."""
+    pages = make_pages(IndexFormat.FP8, t * (entries // 64 + 1), 64, device)
+    table = torch.randperm(pages.data.shape[0], device=device).int().view(t, -1)
+    lens = torch.randint(0, entries + 1, (t,), dtype=torch.int32, device=device)
+    for i, n in enumerate((65, 0, 64, 1, entries)[:t]):
+        lens[i] = n
+    behind = torch.arange(table.shape[1], device=device) * 64 >= lens[:, None]
+    pages.data[table[behind].long()] = NAN
+    query, owner = _index_query(t, IndexFormat.FP8, device), torch.arange(t, dtype=torch.int32, device=device)
+    total = int(lens.sum())
+    return _logits_case(query, pages, table, owner, lens, entries, total * 136, 2 * total * 64 * 128)
 
 
 def _topk(m: Model, t: int, n: int, device: torch.device) -> Case:
-    scores, lens = torch.randn(t, n, device=device), torch.full((t,), n, dtype=torch.int32, device=device)
+    """Scores without ties, which any choice would be right for."""
+    scores = torch.stack([torch.randperm(n, device=device) for _ in range(t)]).float() - n / 2
+    lens = torch.full((t,), n, dtype=torch.int32, device=device)
     case = Case(
-        "topk", m.name, f"T={t} N={n} K={m.topk}", lambda: indexer.topk(scores, lens, m.topk), lambda: indexer_twin.topk(scores, lens, m.topk),
+        lambda: indexer.topk(scores, lens, m.topk), lambda: indexer_twin.topk(scores, lens, m.topk),
         scores.numel() * 4 + t * m.topk * 4, compare="sets",
     )  # fmt: skip
-    case.peers["torch.topk"] = lambda: torch.topk(scores, min(m.topk, n), dim=-1).indices
+    case.peers["torch.topk"] = op_peers.Peer(lambda: torch.topk(scores, m.topk, dim=-1).indices)
     return case
 
 
-def _sparse(m: Model, t: int, keys: int, kind: str, device: torch.device) -> Case:
-    """csa: every token its own entries; hca: every entry of the token's request, a request per token."""
-    rows = 64 if kind == "csa" else 2
-    window = make_pages(KvFormat.FP8_DS_MLA, 2 * t, 64, 584, device)
-    entries = make_pages(KvFormat.FP8_DS_MLA, min(t, 64) * keys // rows + 1, rows, 584, device)
+def _sparse(m: Model, t: int, keys: int, row_format: KvFormat, device: torch.device) -> Case:
+    """Every token its own window and its own entries: 64 rows to a page, or 2 for the many entries of HCA."""
+    rows = 64 if keys == m.topk else 2
+    window = make_pages(row_format, 2 * t, 64, device)
+    entries = make_pages(row_format, min(t, 256) * keys // rows + 1, rows, device)
     window_slots = torch.arange(128 * t, dtype=torch.int32, device=device).view(t, 128)
     entry_slots = torch.randint(0, entries.data.shape[0] * rows, (t, keys), dtype=torch.int32, device=device)
     lens = [torch.full((t,), n, dtype=torch.int32, device=device) for n in (128, keys)]
     q, sink = torch.randn(t, m.heads, 512, device=device).bfloat16(), torch.randn(m.heads, device=device)
     args = (q, window, window_slots, lens[0], entries, entry_slots, torch.arange(t, dtype=torch.int32, device=device), lens[1], sink, 64)
+    row_bytes = 584 if row_format is KvFormat.FP8_DS_MLA else 1024
+    case = Case(
+        lambda: attention.sparse_attention(*args), lambda: attention_twin.sparse_attention(*args),
+        t * (128 + keys) * row_bytes + 4 * q.numel(), 4 * t * m.heads * 512 * (128 + keys),
+    )  # fmt: skip
+    if row_format is KvFormat.FP8_DS_MLA:
+        case.peers["flash_mla"] = op_peers.flash_mla(*args)
+    return case
+
+
+def _ragged_sparse(m: Model, t: int, keys: int, device: torch.device) -> Case:
+    """Any lengths, none among them, a fifth of the places empty, and a page of NaN behind every length."""
+    window, entries = (make_pages(KvFormat.FP8_DS_MLA, 2 * t + 1, 64, device) for _ in range(2))
+    lists = []
+    for pages, width in ((window, 128), (entries, keys)):
+        pages.data[-1] = NAN
+        lens = torch.randint(0, width + 1, (t,), dtype=torch.int32, device=device)
+        for i, n in enumerate((width, 0, 1, 64)[:t]):
+            lens[i] = n
+        slots = torch.randint(0, 128 * t, (t, width), dtype=torch.int32, device=device)
+        slots = torch.where(torch.rand(t, width, device=device) < 0.2, -1, slots)
+        lists += [torch.where(torch.arange(width, device=device) < lens[:, None], slots, 128 * t).int(), lens]
+    q, sink = torch.randn(t, m.heads, 512, device=device).bfloat16(), torch.randn(m.heads, device=device)
+    row, table = torch.arange(t, dtype=torch.int32, device=device), table_rows(t, device)
+    args = (q, window, lists[0], lists[1], entries, lists[2], row, lists[3], sink, 64, table)
+    total = int(lists[1].sum() + lists[3].sum())
     return Case(
-        f"sparse {kind}", m.name, f"T={t} K={keys}", lambda: attention.sparse_attention(*args), lambda: attention_twin.sparse_attention(*args),
-        t * (128 + keys) * 584 + 4 * q.numel(), 4 * t * m.heads * 512 * (128 + keys), {"flash_mla": lambda: vendor.flash_mla(*args)},
+        lambda: attention.sparse_attention(*args), lambda: attention_twin.sparse_attention(*args),
+        total * 584 + 4 * q.numel(), 4 * total * m.heads * 512,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's comparisons run without a GPU, and without one it measures nothing and says so."""
+"""The benchmark's comparisons run without a GPU, no case ends the run, and its targets are judged as they are meant."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,18 +12,50 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/bench_ops.py"
+HERE = Path(__file__).parent
+BENCHMARKS = HERE.parents[1] / "benchmarks"
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DSV4_OPS")}
-    return subprocess.run([sys.executable, str(SCRIPT), *args], env={**clean, **env}, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(BENCHMARKS / "bench_ops.py"), *args]
+    return subprocess.run(command, env={**clean, **env}, capture_output=True, text=True, timeout=600)
 
 
 def test_every_case_equals_its_twin_in_the_interpreter() -> None:
     done = run("--interpret", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].endswith(" cases, 0 wrong")
+    assert done.stdout.splitlines()[-1].endswith(" cases, 0 wrong, 0 failed")
+
+
+def test_a_case_that_goes_wrong_is_recorded_and_the_others_run(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    args = ("--interpret", "--source", "broken_cases", "--case-s", "5", "--json", str(record))
+    done = run(*args, TRITON_INTERPRET="1", PYTHONPATH=str(HERE))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "8 cases, 2 wrong, 4 failed"
+    rows = {row["kernel"]: row["failed"] or row["wrong"] for row in json.loads(record.read_text())["rows"]}
+    assert rows == {
+        "first": None,
+        "wrong": "output 0: error 1.00e+00 of the largest value",
+        "nan": "output 0: NaN or infinity elsewhere",
+        "raises": "RuntimeError: no such kernel",
+        "unbuilt": "ZeroDivisionError: integer division or modulo by zero",
+        "dies": "its process ended with 3",
+        "hangs": "nothing came back in 5 s",
+        "last": None,
+    }
+
+
+def test_a_process_that_cannot_start_fails_every_case_at_once(tmp_path: Path) -> None:
+    (tmp_path / "unstarted_cases.py").write_text(
+        "import multiprocessing\nfrom broken_cases import plans\nassert multiprocessing.parent_process() is None\n"
+    )
+    args = ("--interpret", "--source", "unstarted_cases")
+    done = run(*args, TRITON_INTERPRET="1", PYTHONPATH=f"{HERE}:{tmp_path}")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "8 cases, 0 wrong, 8 failed"
+    assert done.stdout.count("could not start: its process ended with 1") == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
@@ -30,3 +63,57 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     done = run()
     assert done.returncode == 0
     assert done.stdout == "bench_ops: no GPU here, so nothing was measured; --interpret compares tiny cases without one\n"
+
+
+def judged(kernel: str, sizes: dict[str, int], **measured: object) -> dict[str, bool | None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    import op_targets
+
+    row = {"kernel": kernel, "sizes": sizes, "served": True, "over_twin": 0.5, "of_copy_bandwidth": 0.0, "us": 1.0, "peers": {}, **measured}
+    return {t.what: t.met for t in op_targets.targets(row)}
+
+
+TWIN = "time over the twin's"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "measured", "expected"),
+    [
+        ("swiglu", {"T": 64}, {"over_twin": 1.0}, {TWIN: True}),
+        ("swiglu", {"T": 64}, {"over_twin": 1.01}, {TWIN: False}),
+        ("experts_mxfp4", {"T": 64}, {"over_twin": 9.0, "served": False}, {}),
+        ("index.logits decode", {"T": 8, "N": 32_768}, {}, {TWIN: True}),
+        (
+            "index.logits decode", {"T": 8, "N": 262_144}, {"of_copy_bandwidth": 0.7, "peers": {"deep_gemm": {"ratio": 1.31, "wrong": None}}},
+            {TWIN: True, "share of copy bandwidth": True, "time over DeepGEMM's": False},
+        ),
+        (
+            "index.logits decode", {"T": 1, "N": 262_144}, {"of_copy_bandwidth": 0.69, "peers": {"deep_gemm": {"not_measured": "not there"}}},
+            {TWIN: True, "share of copy bandwidth": False, "time over DeepGEMM's": None},
+        ),
+        ("sparse csa", {"T": 256, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": None}}}, {TWIN: True, "time over FlashMLA's": True}),
+        ("sparse csa", {"T": 64, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": "bad"}}}, {TWIN: True, "time over FlashMLA's": None}),
+        ("sparse csa", {"T": 4096, "K": 512}, {}, {TWIN: True}),
+        ("topk", {"T": 1, "N": 8192}, {"peers": {"torch.topk": {"ratio": 0.51, "wrong": None}}}, {TWIN: True, "time over torch.topk's": False}),
+        ("norm_rope_store", {"T": 8192}, {"of_copy_bandwidth": 0.6}, {TWIN: True, "share of copy bandwidth": True}),
+        ("compressor.update csa index", {"T": 8192}, {"of_copy_bandwidth": 0.59}, {TWIN: True, "share of copy bandwidth": False}),
+        ("mhc.post", {"T": 8192}, {"of_copy_bandwidth": 0.61}, {TWIN: True, "share of copy bandwidth": True}),
+        ("mhc.post_pre", {"T": 1}, {"us": 10.1}, {TWIN: True, "us": False}),
+        ("mhc.post_pre", {"T": 64}, {}, {TWIN: True}),
+    ],
+)  # fmt: skip
+def test_targets(kernel: str, sizes: dict[str, int], measured: dict[str, object], expected: dict[str, bool | None]) -> None:
+    assert judged(kernel, sizes, **measured) == expected
+
+
+def test_marlins_blocks_hold_every_pair_once_and_one_expert_each() -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    import op_peers
+
+    ids = torch.rand(50, 8).argsort(-1)[:, :3]
+    pairs, experts, padded = op_peers.aligned_pairs(ids, 8, 16)
+    assert padded.tolist() == [pairs.numel()] == [16 * experts.numel()]
+    real = pairs[pairs < 150]
+    assert real.sort().values.tolist() == list(range(150))
+    owner = experts.repeat_interleave(16)[pairs < 150]
+    assert torch.equal(owner.long(), ids.flatten()[real.long()])

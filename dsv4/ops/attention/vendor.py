@@ -64,9 +64,9 @@ def flash_mla(
     torch.ops.load_library(str(library()))
     extra: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if entries is not None and entry_slots is not None and entry_row is not None and entry_lens is not None:
-        extra = _rows(entries), entry_slots[entry_row.long(), None].contiguous(), entry_lens
+        extra = rows_of(entries), entry_slots[entry_row.long(), None].contiguous(), entry_lens
     out, lse, _, _ = torch.ops._flashmla_C.sparse_decode_fwd(
-        q[:, None], _rows(window), window_slots[:, None].contiguous(), window_lens, sink, None, None,
+        q[:, None], rows_of(window), window_slots[:, None].contiguous(), window_lens, sink, None, None,
         extra[0], extra[1], extra[2], q.shape[-1], q.shape[-1] ** -0.5, None,
     )  # fmt: skip
     out = out[:, 0]
@@ -75,7 +75,7 @@ def flash_mla(
     return out, lse[:, :, 0]
 
 
-def _rows(pages: Pages) -> Tensor:
+def rows_of(pages: Pages) -> Tensor:
     """Pages as the library's [P, rows, 1, 584]; it takes values and scales apart itself."""
     stride = pages.data.stride(0)
     return pages.data.as_strided((pages.data.shape[0], pages.rows, 1, ROW_BYTES), (stride, ROW_BYTES, ROW_BYTES, 1))
