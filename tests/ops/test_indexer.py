@@ -26,8 +26,7 @@ def queries(num_tokens: int, num_heads: int, dtype: torch.dtype = torch.bfloat16
     return torch.randn(num_tokens, num_heads, 128).to(dtype), torch.randn(num_tokens, num_heads).to(dtype), table
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 63])
-@pytest.mark.parametrize("num_heads", [16, 64])
+@pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 64), (2, 16), (63, 16), (63, 64), (257, 8)])
 @pytest.mark.parametrize("index_format", list(IndexFormat))
 def test_prepared_queries_are_the_twins(num_tokens: int, num_heads: int, index_format: IndexFormat) -> None:
     q, weights, table = queries(num_tokens, num_heads)
@@ -106,6 +105,16 @@ def test_prefill_scores_share_keys_between_neighbours(index_format: IndexFormat)
     check_scores(query, keys, table, request, lens, 106)
 
 
+@pytest.mark.parametrize("index_format", list(IndexFormat))
+@pytest.mark.parametrize("requests", [1, 64], ids=["prefill", "decode"])
+def test_scores_of_257_tokens(index_format: IndexFormat, requests: int) -> None:
+    """64 requests are too many for neighbours to share keys. Lengths around page ends, empty rows and rows of one among them."""
+    lens = torch.arange(257, dtype=torch.int32) * 7 % 131
+    request = (torch.arange(257) * requests // 257).int()
+    keys, table = keys_of(index_format, [130] * requests)
+    check_scores(reference.prepare_query(*queries(257, 8), index_format), keys, table, request, lens, 130)
+
+
 def test_prefill_scores_stay_inside_their_rows() -> None:
     """Rows of 112 lie side by side, and the last tile of keys reaches over the end."""
     keys, table = keys_of(IndexFormat.FP8, [112])
@@ -160,6 +169,10 @@ def test_the_largest_are_chosen_exactly(n: int, k: int, lens: list[int]) -> None
     at = torch.arange(n) >= torch.tensor(lens)[:, None]
     scores[at] = float("nan")  # what lies beyond a row's length means nothing
     check_topk(scores, torch.tensor(lens, dtype=torch.int32), k)
+
+
+def test_257_rows_at_once() -> None:
+    check_topk(torch.randn(257, 70), torch.arange(257, dtype=torch.int32) % 71, 16)
 
 
 @pytest.mark.parametrize("k", [512, 1024])

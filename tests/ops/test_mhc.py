@@ -71,7 +71,7 @@ def test_post_is_the_twins(num_tokens: int, dim: int) -> None:
     assert_within(mhc.post(streams, y, weight, comb), exact, reference.post(streams, y, weight, comb))
 
 
-@pytest.mark.parametrize(("num_tokens", "dim"), [(1, 7168), (2, 4096), (63, 256)])
+@pytest.mark.parametrize(("num_tokens", "dim"), [(1, 7168), (2, 4096), (63, 256), (257, 64)])
 def test_head_is_the_twins(num_tokens: int, dim: int) -> None:
     fn, base, scale, weight = parameters(4, dim, 1)
     streams = torch.randn(num_tokens, 4, dim).bfloat16()
@@ -85,7 +85,9 @@ def test_no_tokens() -> None:
     assert [tuple(x.shape) for x in mhc.pre(torch.zeros(0, 4, 64), *args)] == [(0, 64), (0, 4), (0, 4, 4)]
 
 
-@pytest.mark.parametrize(("num_tokens", "dim"), [(1, 4096), (2, 7168), (17, 256)])
+@pytest.mark.parametrize(
+    ("num_tokens", "dim"), [(1, 4096), (2, 7168), (63, 256), (257, 64), pytest.param(63, 7168, marks=pytest.mark.slow)]
+)
 def test_post_and_the_next_pre_in_one_read(num_tokens: int, dim: int) -> None:
     fn, base, scale, weight = parameters(24, dim, 3)
     streams, y = torch.randn(num_tokens, 4, dim).bfloat16(), torch.randn(num_tokens, dim).bfloat16()

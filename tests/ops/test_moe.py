@@ -41,10 +41,10 @@ def test_scores_of_very_low_and_very_high_logits() -> None:
     torch.testing.assert_close(weights, twin_weights, rtol=2 * TEN, atol=0)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63])
-def test_experts_of_hash_layers_come_from_the_table(num_tokens: int) -> None:
-    logits = torch.randn(num_tokens, 32) * 4
-    table = torch.stack([torch.randperm(32)[:6] for _ in range(50)]).int()
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 256), (2, 384), (63, 32), (257, 8)])
+def test_experts_of_hash_layers_come_from_the_table(num_tokens: int, num_experts: int) -> None:
+    logits = torch.randn(num_tokens, num_experts) * 4
+    table = torch.stack([torch.randperm(num_experts)[:6] for _ in range(50)]).int()
     input_ids = torch.randint(0, 50, (num_tokens,))
     weights, ids = moe.route_hash(logits, table, input_ids, 1.5)
     twin_weights, twin_ids = reference.route_hash(logits, table, input_ids, 1.5)
@@ -66,10 +66,22 @@ def test_swiglu_clamps_both_sides_of_up_and_the_top_of_gate(num_tokens: int, wid
     assert_within(moe.swiglu(gate, up, 10.0), reference.swiglu(gate.double(), up.double(), 10.0), reference.swiglu(gate, up, 10.0))
 
 
-@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, torch.bfloat16), (7, torch.bfloat16), (63, torch.bfloat16), (3, torch.float32)])
-def test_experts_from_packed_weights(num_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "dim", "inner", "dtype"),
+    [
+        (1, 160, 96, torch.bfloat16),
+        (2, 160, 96, torch.bfloat16),
+        (63, 160, 96, torch.bfloat16),
+        (257, 160, 96, torch.bfloat16),
+        (3, 160, 96, torch.float32),
+        # A tile of each product at Pro's width.
+        (2, 7168, 64, torch.bfloat16),
+        (2, 64, 3072, torch.bfloat16),
+    ],
+)
+def test_experts_from_packed_weights(num_tokens: int, dim: int, inner: int, dtype: torch.dtype) -> None:
     """Experts with none, one and more than a block of tokens, ids that live elsewhere, and widths that are no multiple of a tile."""
-    num_experts, dim, inner = 6, 160, 96
+    num_experts = 6
     w13, w2 = (torch.randint(0, 256, s, dtype=torch.uint8) for s in ((num_experts, 2 * inner, dim // 2), (num_experts, dim, inner // 2)))
     s13, s2 = (
         torch.randint(118, 124, s, dtype=torch.uint8) for s in ((num_experts, 2 * inner, dim // 32), (num_experts, dim, inner // 32))

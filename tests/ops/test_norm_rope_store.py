@@ -34,7 +34,7 @@ def pages_for(row_format: KvFormat, num_tokens: int, rows: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_heads", "rows"), [(1, 8, 64), (2, 16, 2), (63, 3, 64), (5, 64, 256), (2, 128, 64), (257, 2, 64)]
+    ("num_tokens", "num_heads", "rows"), [(1, 8, 64), (2, 16, 2), (63, 3, 64), (5, 64, 256), (2, 128, 64), (257, 8, 64)]
 )
 @pytest.mark.parametrize("row_format", list(KvFormat))
 def test_rotated_queries_and_stored_rows_are_the_twins(num_tokens: int, num_heads: int, rows: int, row_format: KvFormat) -> None:
@@ -99,8 +99,9 @@ def test_slots_beyond_the_pages_write_nothing() -> None:
     q, kv, weight, table, _ = inputs(3, 1, torch.bfloat16, 4)
     pages = make_pages(KvFormat.FP8_DS_MLA, 2, 4, 512)
     before = memory(pages).clone()
-    attention.norm_rope_store(q, kv, weight, EPS, table, pages, torch.tensor([8, 1 << 30, -1], dtype=torch.int32))
-    assert torch.equal(memory(pages), before)
+    for slots in ([8, 1 << 30, -1], [-1, -1, -1]):
+        attention.norm_rope_store(q, kv, weight, EPS, table, pages, torch.tensor(slots, dtype=torch.int32))
+        assert torch.equal(memory(pages), before)
 
 
 def test_no_tokens_is_no_launch() -> None:
@@ -108,10 +109,10 @@ def test_no_tokens_is_no_launch() -> None:
     assert attention.norm_rope_store(q, kv, weight, EPS, table, pages_for(KvFormat.PLAIN, 0, 4, torch.bfloat16), slots).shape == (0, 8, 512)
 
 
-@pytest.mark.parametrize("num_heads", [8, 64])
-def test_outputs_rotate_back_before_the_grouped_product(num_heads: int) -> None:
-    groups, rank = num_heads // 4, 16
-    o, wo_a = torch.randn(5, num_heads, 512).bfloat16(), (torch.randn(groups, rank, 4 * 512) / 45).bfloat16()
-    table = cos_sin(torch.randint(0, 1000, (5,)), FREQ)
+@pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 128), (2, 64), (63, 8), (257, 16)])
+def test_outputs_rotate_back_before_the_grouped_product(num_tokens: int, num_heads: int) -> None:
+    """Groups of 8 heads, as in both models."""
+    o, wo_a = torch.randn(num_tokens, num_heads, 512).bfloat16(), (torch.randn(num_heads // 8, 16, 8 * 512) / 64).bfloat16()
+    table = cos_sin(torch.randint(0, 1000, (num_tokens,)), FREQ)
     exact = reference.output_a(o.float(), table, wo_a.float())
     assert_within(attention.output_a(o, table, wo_a), exact, reference.output_a(o, table, wo_a))

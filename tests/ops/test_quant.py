@@ -106,6 +106,29 @@ def test_any_fp32_encodes_to_the_nearest_e4m3(values: list[float]) -> None:
     assert torch.equal(run("encode_e4m3", x, torch.uint8), expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=64))
+def test_any_fp32_encodes_to_the_nearest_e2m1(values: list[float]) -> None:
+    """The nearer of the two neighbours, the even code between them: chosen here by comparing distances."""
+    x = torch.tensor(values, dtype=torch.float32)
+    codes = run("encode_e2m1", x, torch.uint8)
+    table = torch.tensor(reference._E2M1[:8], dtype=torch.float64)
+    distance = (x.double().abs().clamp(max=6.0)[:, None] - table).abs()
+    nearest = distance == distance.amin(-1, keepdim=True)  # one code, or two neighbours of which one is even
+    even = torch.arange(8) % 2 == 0
+    expected = torch.where(nearest.sum(-1) == 1, nearest.int().argmax(-1), (nearest & even).int().argmax(-1))
+    assert torch.equal((codes & 7).long(), expected)
+    assert torch.equal(codes >> 3, x.signbit().to(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=64))
+@pytest.mark.parametrize("number", ["e4m3", "e2m1"])
+def test_decoding_what_was_encoded_encodes_to_the_same_code(number: str, values: list[float]) -> None:
+    codes = run(f"encode_{number}", torch.tensor(values, dtype=torch.float32), torch.uint8)
+    assert torch.equal(run(f"encode_{number}", run(f"decode_{number}", codes, torch.float32), torch.uint8), codes)
+
+
 @InterpretedFunction
 def _store(x, pages, FORMAT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     t = tl.program_id(0)
