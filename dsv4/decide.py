@@ -13,11 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsv4.errors import Dsv4Error
+
 DeviceKind = Literal["cpu", "cuda", "rocm"]
 
 # Families whose attention kernels (FlashMLA, DeepGEMM or FlashInfer) native V4 has: sm90, sm100 and sm103, sm120 and sm121.
 NATIVE_CUDA_MAJORS = (9, 10, 12)
 OLDEST_CAPABILITY = (8, 0)  # bf16 and asynchronous copies, which our kernels need
+
+
+class UnsupportedDeviceError(Dsv4Error):
+    """No V4, neither dsv4's nor native, runs on the device."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,18 @@ def decide(mode: str, device: Device, benchmark_record: str | None = None) -> De
     """Who serves V4 on `device`.
 
     mode: DSV4_MODE, one of auto, on, off. benchmark_record: the committed record that shows dsv4 at least as fast as
-    native on this device, None when there is none.
+    native on this device, None when there is none. Raises UnsupportedDeviceError, unless mode is off, for a device that
+    serves no V4 at all.
     """
     if mode == "off":
         return Decision(False, "DSV4_MODE=off: the engine's native V4 is left in place")
+    if device.capability is not None and device.capability < OLDEST_CAPABILITY:
+        raise UnsupportedDeviceError(
+            f"{device.name} is {device.arch}; dsv4's kernels need sm80 or newer and native V4 sm90: use an A100, L20, L40S, RTX 4090 or"
+            " a newer GPU, or hide this one from the process with CUDA_VISIBLE_DEVICES"
+        )
     if mode == "on":
         return Decision(True, f"DSV4_MODE=on: dsv4 serves on {device.arch}")
-    if device.capability is not None and device.capability < OLDEST_CAPABILITY:
-        return Decision(False, f"{device.arch} is older than sm80, which dsv4's kernels need; no V4 runs here, use a newer GPU")
     if not runs_native(device):
         return Decision(True, f"native V4 does not run on {device.arch}: dsv4 serves")
     if benchmark_record:

@@ -96,7 +96,12 @@ def _check_environment(result: Diagnosis, environ: Mapping[str, str]) -> None:
 
 def _check_engine(result: Diagnosis, engine: Engine, version: str, environ: Mapping[str, str]) -> None:
     mode = result.environment.get("DSV4_MODE", env.VARIABLES["DSV4_MODE"].default)
-    decision = decide.decide(mode, decide.weakest(result.devices))
+    try:
+        decision = decide.decide(mode, decide.weakest(result.devices))
+    except decide.UnsupportedDeviceError as e:
+        decision = decide.Decision(False, str(e))
+        if str(e) not in result.problems:
+            result.problems.append(str(e))
     supported = compat.is_supported(engine, version)
     entry_points = {f"{group}:{name}": _entry_point(group, name) for group, name in ENTRY_POINTS[engine]}
     has_plugin = importlib.util.find_spec(f"dsv4_{engine}") is not None

@@ -92,6 +92,8 @@ def _refuse_by_mode(offer: Implementation, mode: str, device: torch.device, has_
         return "DSV4_OPS=triton"
     if mode == "auto" and device.type == "cpu" and not is_twin:
         return "no accelerator"
+    if mode == "auto" and device.type != "cpu" and is_twin and has_kernel:
+        return "slow on an accelerator; DSV4_OPS=reference asks for it"
     return None
 
 

@@ -63,6 +63,15 @@ def test_gpus_are_refused_by_what_they_lack(
     kernels._refuse_gpu.cache_clear()
 
 
+def test_no_accelerator_falls_back_to_a_twin_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("DSV4_OPS", "auto")
+    with pytest.raises(
+        registry.OpUnavailableError, match=r"mhc\.pre.*on xpu:0.*needs an NVIDIA or AMD GPU, not xpu.*DSV4_OPS=reference asks"
+    ):
+        registry.resolve("mhc.pre", torch.device("xpu", 0))
+
+
 def test_other_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     assert kernels.refuse_triton(torch.device("xpu", 0)) == "needs an NVIDIA or AMD GPU, not xpu"

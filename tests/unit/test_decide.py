@@ -38,9 +38,12 @@ def test_auto_serves_where_a_benchmark_record_shows_us_as_fast_and_names_it():
     assert "benchmarks/results/h100.json" in decision.reason
 
 
+@pytest.mark.parametrize("mode", ["auto", "on"])
 @pytest.mark.parametrize("device", [cuda(7, 0), cuda(7, 5)])
-def test_auto_refuses_gpus_older_than_ampere(device):
-    assert not decide.decide("auto", device).serve
+def test_a_gpu_older_than_ampere_is_refused_with_its_name_the_need_and_a_way_out(device, mode):
+    with pytest.raises(decide.UnsupportedDeviceError, match=rf"{device.name} is {device.arch}; .* need sm80 .*: use an A100, .*CUDA_VIS"):
+        decide.decide(mode, device)
+    assert not decide.decide("off", device).serve
 
 
 @pytest.mark.parametrize("device", [CPU, cuda(8, 0), cuda(9, 0), ROCM])

@@ -66,6 +66,13 @@ def test_a_machine_in_order_has_no_problem_and_says_who_serves(machine):
     assert "native V4 does not run on cpu" in result.engines["vllm"].reason
 
 
+def test_a_gpu_that_serves_no_v4_is_a_problem(machine):
+    machine.devices = (Device("cuda", "Tesla T4", (7, 5)),)
+    result = diagnose()
+    assert "Tesla T4 is sm75" in only_problem(result)
+    assert not result.engines["vllm"].serves
+
+
 def test_native_is_left_in_place_where_it_runs(machine):
     machine.devices = (Device("cuda", "H100", (9, 0)),)
     result = diagnose()
