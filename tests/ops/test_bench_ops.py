@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -71,6 +74,106 @@ def judged(kernel: str, sizes: dict[str, int], **measured: object) -> dict[str, 
 
     row = {"kernel": kernel, "sizes": sizes, "served": True, "over_twin": 0.5, "of_copy_bandwidth": 0.0, "us": 1.0, "peers": {}, **measured}
     return {t.what: t.met for t in op_targets.targets(row)}
+
+
+class Clock:
+    """A stand-in for torch.cuda that counts a call as 8 us, a replay as 2 us, and lets nobody read on the host."""
+
+    now_us = 0.0
+    strict = False
+
+    def __init__(self, enable_timing: bool = True) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = Clock.now_us
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Clock) -> float:
+        return (end.at - self.at) / 1e3
+
+
+class Graph:
+    def replay(self) -> None:
+        Clock.now_us += 2.0
+
+
+@pytest.fixture
+def bench_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark as a module, on a device without a device."""
+    sys.path[:0] = [str(BENCHMARKS), str(HERE)]
+    import bench_ops
+    import triton.testing
+
+    def do_bench(call: Callable[[], object], return_mode: str) -> float:
+        assert return_mode == "median"
+        before = Clock.now_us
+        call()
+        return (Clock.now_us - before) / 1e3
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    for name, value in {
+        "Event": Clock, "CUDAGraph": Graph, "graph": lambda graph: contextlib.nullcontext(), "synchronize": lambda: None,
+        "set_sync_debug_mode": lambda mode: setattr(Clock, "strict", mode == "error"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return bench_ops
+
+
+def takes(us: float, reads: bool = False) -> Callable[[], torch.Tensor]:
+    def call() -> torch.Tensor:
+        if reads and Clock.strict:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        Clock.now_us += us
+        return torch.ones(3)
+
+    return call
+
+
+def test_a_case_is_timed_like_with_like_and_a_peer_may_be_missing_or_wrong(bench_ops: ModuleType) -> None:
+    def missing() -> torch.Tensor:
+        raise FileNotFoundError("no vllm/_flashmla_C*.so on the path")
+
+    import op_peers
+    from op_cases import Case
+
+    peers = {
+        "same": op_peers.Peer(takes(16.0, reads=True)),
+        "wrong": op_peers.Peer(lambda: torch.zeros(3)),
+        "other": op_peers.Peer(lambda: torch.zeros(7), compared=False),
+        "missing": op_peers.Peer(missing),
+    }
+    case = Case(takes(8.0), takes(40.0, reads=True), bytes_moved=4_000, flops=6_000_000, peers=peers)
+    row = bench_ops.measure(case, [torch.ones(3)], {"copy_gb_per_s": 4.0, "bf16_tflops": 6.0})
+    # The kernel is replayed in 2 us; twin and first peer read on the host, so that they are compared as called.
+    assert (row["us"], row["eager_us"], row["twin_us"], row["over_twin"]) == pytest.approx((2.0, 8.0, 40.0, 0.2))
+    assert (row["gb_per_s"], row["of_copy_bandwidth"], row["of_matmul"]) == pytest.approx((2.0, 0.5, 0.5))
+    assert row["peers"]["same"]["ratio"] == pytest.approx(0.5)
+    assert row["peers"]["same"]["wrong"] is None
+    assert row["peers"]["wrong"]["wrong"] == "output 0: error 1.00e+00 of the largest value"
+    assert row["peers"]["other"]["wrong"] is None
+    assert row["peers"]["missing"] == {"not_measured": "FileNotFoundError: no vllm/_flashmla_C*.so on the path"}
+
+
+def test_calls_longer_than_the_cache_matters_are_timed_three_times(bench_ops: ModuleType) -> None:
+    before = Clock.now_us
+    assert bench_ops.median_us(takes(300_000.0)) == pytest.approx(300_000.0)
+    assert Clock.now_us - before == pytest.approx(4 * 300_000.0)
+
+
+def test_what_was_captured_is_compared_too(bench_ops: ModuleType) -> None:
+    """A graph whose replay writes nothing leaves what the capture left."""
+    from broken_cases import Case, Plan
+
+    made: list[int] = []
+
+    def kernel() -> torch.Tensor:
+        made.append(1)
+        return torch.ones(3) if len(made) == 1 else torch.zeros(3)
+
+    row = bench_ops.run_case(Plan("kernel", lambda: Case(kernel)), "cuda", {})
+    assert row["wrong"] == "from a graph: output 0: error 1.00e+00 of the largest value"
 
 
 TWIN = "time over the twin's"
