@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From released tensor names to the parameters of the served model, which both plugins name alike."""
+"""From released tensors to the parameters of the served model, which both plugins name alike."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dsv4.errors import CheckpointError
 from dsv4.ops.quant.reference import scale_value
 
 _EXPERT = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.(weight|scale)$")
@@ -79,3 +81,61 @@ def as_stored(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     if tensor.dtype is torch.float8_e8m0fnu and dtype is torch.float32:
         return scale_value(tensor)
     return tensor.view(torch.uint8) if tensor.dtype is torch.int8 and dtype is torch.uint8 else tensor
+
+
+def load_released(
+    params: Mapping[str, nn.Parameter],
+    weights: Iterable[tuple[str, Tensor]],
+    tp_rank: int,
+    elsewhere: Callable[[str], bool] = lambda name: False,
+) -> set[str]:
+    """Hand each released tensor of the backbone to the sharding loader that the engine put on its parameter.
+
+    params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`; weights: in any order, `mtp.*` is
+    left out; elsewhere: whether another pipeline rank has that parameter. Returns the names of the loaded parameters.
+    Raises CheckpointError naming what is missing or unknown.
+    """
+    loaded: set[str] = set()
+    unknown: list[str] = []
+    for name, tensor in weights:
+        if name.startswith("mtp."):
+            continue
+        expert = expert_tensor(name)
+        target, shard = parameter_name(name) if expert is None else (_expert_parameter(expert, params), None)
+        if elsewhere(target):
+            continue
+        if target not in params:
+            unknown.append(name)
+            continue
+        param = params[target]
+        tensor = as_stored(param.dtype, tensor)
+        if expert is None:
+            _load(param, tensor, shard, tp_rank)
+        else:  # an expert that lives on another expert-parallel rank is left out by the engine's loader
+            param.weight_loader(param, tensor, target, shard_id=expert.linear, expert_id=expert.expert)
+        loaded.add(target)
+    missing = sorted(set(params) - loaded)
+    if unknown or missing:
+        raise CheckpointError(f"no parameter for {unknown}, no tensor for {missing}; is the download complete?")
+    return loaded
+
+
+def _expert_parameter(expert: ExpertTensor, params: Mapping[str, nn.Parameter]) -> str:
+    weight = f"{expert.layer}.{expert.stem}_weight"
+    if not expert.is_scale:
+        return weight
+    # Engines disagree on the name of MXFP4 scales; block-FP8 ones are _scale_inv in both.
+    return f"{weight}_scale" if f"{weight}_scale" in params else f"{weight}_scale_inv"
+
+
+def _load(param: nn.Parameter, tensor: Tensor, shard: int | None, tp_rank: int) -> None:
+    loader = getattr(param, "weight_loader", None)
+    if loader is None:
+        if param.shape != tensor.shape and param.dim():
+            local = param.shape[0]  # only attn_sink is sharded and belongs to no linear: one logit per head
+            tensor = tensor[tp_rank * local : (tp_rank + 1) * local]
+        param.data.copy_(tensor.view(param.shape))
+    elif shard is None:
+        loader(param, tensor)
+    else:
+        loader(param, tensor, shard)

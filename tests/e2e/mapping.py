@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from dsv4 import parameters as core
 
-def record_mapping(weights: ModuleType) -> list[list[Any]]:
-    """Collect what `weights.load_weights` makes of each released name: [released name, parameter, shard]."""
+
+def record_mapping() -> list[list[Any]]:
+    """Collect what the loading of weights makes of each released name: [released name, parameter, shard]."""
     mapped: list[list[Any]] = []
 
     def watch(name: str, describe: Callable[[Any], list[Any]]) -> None:
-        function = getattr(weights, name)
+        function = getattr(core, name)
 
         def wrapped(released: str) -> Any:
             result = function(released)
@@ -23,7 +24,7 @@ def record_mapping(weights: ModuleType) -> list[list[Any]]:
                 mapped.append([released, *describe(result)])
             return result
 
-        setattr(weights, name, wrapped)
+        setattr(core, name, wrapped)
 
     watch("parameter_name", lambda found: [found[0], found[1]])
     watch("expert_tensor", lambda e: [f"{e.layer}.{e.stem}_{'scale' if e.is_scale else 'weight'}", f"{e.expert} {e.linear}"])

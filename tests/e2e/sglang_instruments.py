@@ -4,6 +4,7 @@
 Options of the plan: "poison": fill memory that nobody owns with NaN before every step; "record": a file for every row that
 was quantised, for replay through the reference model; "mutation": [module, old, new], break a module's source; "chunk":
 prefill chunks of that many tokens, whatever page they end in; "skip_hook": a hook target that silently does not apply;
+"allow_fp4_indexer": mxfp4 index keys on any device;
 "mapping": report where tensors were loaded; "launches": report the kernels that each layer launched. Under
 TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
 """
@@ -37,12 +38,14 @@ def register() -> None:
         HookRegistry._patched.add(PLAN["skip_hook"])  # what SGLang believes it has patched, it leaves alone
     if PLAN.get("chunk"):
         HookRegistry.register("sglang.srt.managers.schedule_policy.PrefillAdder.__init__", chunks_of_any_size, HookType.AROUND)
+    if PLAN.get("allow_fp4_indexer"):
+        from sglang.srt.arg_groups import serving_hook
+
+        serving_hook.is_gfx95_supported = lambda: True  # one of the devices that its check lets through
     if PLAN.get("mapping"):
         from mapping import record_mapping
 
-        import dsv4_sglang.weights
-
-        MAPPED.append(record_mapping(dsv4_sglang.weights))
+        MAPPED.append(record_mapping())
     HookRegistry.register(RUN_BATCH, before_batch, HookType.BEFORE)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_counts, HookType.AFTER)
 

@@ -104,9 +104,7 @@ def main() -> None:
     if plan.get("mapping"):
         import mapping
 
-        import dsv4_vllm.weights
-
-        mapped = mapping.record_mapping(dsv4_vllm.weights)
+        mapped = mapping.record_mapping()
     from vllm import LLM, SamplingParams
 
     start = time.monotonic()
