@@ -153,9 +153,10 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
 
 
 class UngatedMarlinExpertsMethod(Mxfp4MarlinMoEMethod, FusedMoEMethodBase):
-    """SGLang's MXFP4 Marlin experts from sm80 on. Not run: no such GPU was at hand.
+    """SGLang's MXFP4 Marlin experts from sm80 on.
 
-    Until SGLang's `process_weights_after_loading` lets Ampere and Ada through (sglang#33589); then delete.
+    Not run: no such GPU was at hand. tests/plugins/test_sglang_quant.py shows what its kernels would be handed. Until SGLang's
+    `process_weights_after_loading` lets Ampere and Ada through (sglang#33589); then delete.
     """
 
     def process_weights_after_loading(self, layer: FusedMoE) -> None:

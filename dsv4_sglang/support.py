@@ -10,6 +10,7 @@ import torch
 
 from dsv4.checkpoint import validate
 from dsv4.config import V4Config
+from dsv4.decide import Device, detect_devices, weakest
 from dsv4.errors import Dsv4Error
 from dsv4.kv_layout import SGLANG_PAGE_TOKENS
 from dsv4_sglang.pool import cache_formats
@@ -39,17 +40,26 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         (args.dcp_size > 1, "--dcp-size", "decode context parallelism is not wired: the caches are replicated"),
         (args.enable_dp_attention or args.attn_dp_size > 1, "--enable-dp-attention (--attn-dp-size)", "DP attention is not wired"),
         (args.pp_size > 1, "--pp-size", "pipeline parallelism is not wired"),
+        (args.moe_a2a_backend != "none", f"--moe-a2a-backend {args.moe_a2a_backend}", "the experts' all-to-all is not wired"),
         (args.enable_two_batch_overlap, "--enable-two-batch-overlap", "it needs a model split in two batches"),
         (args.enable_pdmux, "--enable-pdmux", "it needs two attention backends at once"),
-        (args.enable_eplb, "--enable-eplb", "expert load balancing is not wired"),
+        (
+            args.enable_eplb or args.ep_num_redundant_experts > 0 or args.init_expert_location != "trivial",
+            "--enable-eplb (--ep-num-redundant-experts, --init-expert-location)",
+            "each expert is expected once, in its place",
+        ),
         (args.json_model_override_args not in (None, "", "{}"), "--json-model-override-args", "dsv4 reads config.json itself"),
         (bool(args.enable_lora or args.lora_paths), "--enable-lora", "LoRA is not wired"),
     )
     for refused, flag, reason in refusals:
         if refused:
             raise DeploymentError(f"{flag}: {reason}; leave it out, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4")
+    if config.expert_dtype == "fp4" and asked.moe_runner_backend not in ("auto", "marlin"):
+        raise DeploymentError(f"--moe-runner-backend {asked.moe_runner_backend}: dsv4 runs FP4 experts with marlin alone; leave it out")
     if args.dtype not in _DTYPES:
         raise DeploymentError(f"--dtype {args.dtype}: dsv4 runs V4 in bfloat16, and in float32 on a CPU; use one of them")
+    if args.device != "cpu":
+        check_gpu(config, _DTYPES[args.dtype], weakest(detect_devices()))
     for what, count in (("num_attention_heads", config.num_attention_heads), ("o_groups", config.o_groups)):
         if count % args.tp_size:
             fits = [n for n in range(1, count + 1) if config.o_groups % n == 0 and config.num_attention_heads % n == 0]
@@ -65,6 +75,17 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
     if chunk is not None and chunk > 0 and chunk % SGLANG_PAGE_TOKENS:
         raise DeploymentError(f"--chunked-prefill-size {chunk}: SGLang wants a multiple of V4's page of {SGLANG_PAGE_TOKENS} tokens")
     cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer)
+
+
+def check_gpu(config: V4Config, dtype: torch.dtype, gpu: Device) -> None:
+    """Refuse what SGLang's GPU kernels lack, before they fail to compile in the first step. Raises DeploymentError."""
+    if dtype is torch.float32:
+        raise DeploymentError("--dtype float32: V4 is served in float32 on a CPU alone; leave it out")
+    if config.expert_dtype == "fp8" and gpu.capability is not None and gpu.capability < (8, 9):
+        raise DeploymentError(
+            f"expert_dtype fp8: SGLang runs FP8 experts by kernels that multiply in fp8, which {gpu.arch} cannot;"
+            " serve a checkpoint with FP4 experts, or this one on sm89 or newer"
+        )
 
 
 def check_checkpoint(folder: str, load_format: str, config: V4Config) -> None:
