@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import op_peers
@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv4.kv_layout import IndexFormat, KvFormat, round_up
 from dsv4.ops.attention import reference as attention_twin
 from dsv4.ops.attention import triton as attention
+from dsv4.ops.attention.plan import entry_store_slots, plan_tokens
 from dsv4.ops.compressor import reference as compressor_twin
 from dsv4.ops.compressor import triton as compressor
 from dsv4.ops.indexer import reference as indexer_twin
@@ -23,8 +24,10 @@ from dsv4.ops.mhc import triton as mhc
 from dsv4.ops.moe import mxfp4
 from dsv4.ops.moe import reference as moe_twin
 from dsv4.ops.moe import triton as moe
-from dsv4.ops.pages import Pages, RowsFormat
+from dsv4.ops.pages import BatchView, Pages, RowsFormat
 from dsv4.ops.rope import cos_sin
+from dsv4.ops.summary import reference as summary_twin
+from dsv4.ops.summary import triton as summary
 
 Call = Callable[[], Any]
 
@@ -101,8 +104,11 @@ def _plans(m: Model, device: torch.device, small: bool) -> Iterator[Plan]:
     yield plan(_norm_rope_store, "norm_rope_store plain", KvFormat.PLAIN, T=2 if small else 257)
     for index_format in (mxfp4_keys, plain_keys):
         yield plan(_prepare_query, f"prepare_query {index_format.value}", index_format, T=2 if small else 257)
-    for t, ratio, dim in ((8, 4, 512), (8, 4, 128), (128, 128, 512)) if small else ((8192, 4, 512), (8192, 4, 128), (8192, 128, 512)):
-        yield plan(_compressor, f"compressor.update {'csa' if ratio == 4 else 'hca'}{'' if dim == 512 else ' index'}", ratio, dim, T=t)
+    for kind, ratio in (("csa", 4), ("hca", 128)):
+        yield plan(_compressor, f"compressor.update {kind}", ratio, T=2 * ratio if small else 8192)
+        yield plan(_summary, f"summary.compress {kind}", ratio, T=2 * ratio if small else 8192)
+        for t in (2,) if small else (1, 64, 257):
+            yield plan(_summary_decode, f"summary.compress decode {kind}", ratio, T=t)
     decode = ((2, 70),) if small else ((1, 262_144), (8, 262_144), (8, 32_768), (64, 8192))
     for t, n in decode:
         yield plan(_logits, "index.logits decode", fp8, T=t, N=n)
@@ -266,29 +272,89 @@ def _experts(m: Model, t: int, device: torch.device) -> Case:
     )  # fmt: skip
 
 
-def _compressor(m: Model, t: int, ratio: int, dim: int, device: torch.device) -> Case:
-    """A prefill of one request from its first token."""
+# Head dim, format and row bytes of the caches that a layer pools into.
+_POOLED: dict[int, list[tuple[int, RowsFormat, int]]] = {
+    4: [(512, KvFormat.FP8_DS_MLA, 584), (128, IndexFormat.FP8, 132)],
+    128: [(512, KvFormat.FP8_DS_MLA, 584)],
+}
+
+
+def _projected(t: int, ratio: int, dim: int, device: torch.device) -> tuple[Tensor, ...]:
+    """kv, gate, ape and norm weight."""
+    width = (2 if ratio == 4 else 1) * dim
+    return *(torch.randn(n, width, device=device) for n in (t, t, ratio)), torch.rand(dim, device=device)
+
+
+def _entry_table(positions: Tensor, ratio: int) -> Tensor:
+    return cos_sin(positions // ratio * ratio, 1.6e5 ** (-torch.arange(0, 64, 2, device=positions.device) / 64))
+
+
+def _copy(pages: Pages) -> Pages:
+    return Pages(pages.data.clone(), pages.rows, pages.format)
+
+
+def _pooled_bytes(t: int, ratio: int, factor: int) -> int:
+    """factor: how often a token's fp32 row of one projection is read or written."""
+    overlap = 2 if ratio == 4 else 1
+    return sum(t * overlap * dim * 4 * factor + t // ratio * row_bytes for dim, _, row_bytes in _POOLED[ratio])
+
+
+def _compressor(m: Model, t: int, ratio: int, device: torch.device) -> Case:
+    """A prefill of one request from its first token, into all caches of a layer."""
     overlap, state_rows = (2, 4) if ratio == 4 else (1, 8)
-    width = overlap * dim
-    row_format: RowsFormat = KvFormat.FP8_DS_MLA if dim == 512 else IndexFormat.FP8
-    rows = 256 // ratio
-    states = [Pages(torch.zeros(t // state_rows, state_rows, 2 * width, device=device), state_rows, KvFormat.PLAIN) for _ in range(2)]
-    caches = [make_pages(row_format, t // 256 + 1, rows, device) for _ in range(2)]
-    caches[1].data.copy_(caches[0].data)
-    kv, gate, ape = (torch.randn(n, width, device=device) for n in (t, t, ratio))
     positions = torch.arange(t, device=device)
-    state_slots = positions.int()
     request, table = torch.zeros(t, dtype=torch.int32, device=device), torch.arange(t // state_rows, dtype=torch.int32, device=device)[None]
     entry_slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1).int()
-    entry_table = cos_sin(positions // ratio * ratio, 1.6e5 ** (-torch.arange(0, 64, 2, device=device) / 64))
-    weight = torch.rand(dim, device=device)
+    args = (positions, request, overlap, 1e-6, _entry_table(positions, ratio))
+    ours = []
+    for dim, row_format, _ in _POOLED[ratio]:
+        rows = torch.zeros(t // state_rows, state_rows, 2 * overlap * dim, device=device)
+        where = (Pages(rows, state_rows, KvFormat.PLAIN), positions.int(), table, entry_slots)
+        cache = make_pages(row_format, t // 256 + 1, 256 // ratio, device)
+        ours.append(compressor.Pooling(*_projected(t, ratio, dim, device), *where, cache))
+    twins = [replace(to, state=_copy(to.state), cache=_copy(to.cache)) for to in ours]
 
-    def run(op: Callable[..., None], i: int) -> tuple[Tensor, Tensor]:
-        op(kv, gate, ape, positions, request, states[i], state_slots, table, entry_slots, overlap, weight, 1e-6, entry_table, caches[i])
-        return states[i].data, caches[i].data
+    def run(op: Callable[..., None], poolings: list[compressor.Pooling]) -> list[Tensor]:
+        op(poolings, *args)
+        return [x for to in poolings for x in (to.state.data, to.cache.data)]
 
-    moved = t * width * 4 * 4 + t // ratio * (584 if dim == 512 else 132)
-    return Case(lambda: run(compressor.update, 0), lambda: run(compressor_twin.update, 1), moved, compare="bytes")
+    moved = _pooled_bytes(t, ratio, 4)
+    return Case(lambda: run(compressor.update, ours), lambda: run(compressor_twin.update, twins), moved, compare="bytes")
+
+
+def _summary(m: Model, t: int, ratio: int, device: torch.device) -> Case:
+    """The same with open windows kept as summaries."""
+    return _summarise(ratio, torch.tensor([0, t], device=device), torch.tensor([t], device=device), t)
+
+
+def _summary_decode(m: Model, t: int, ratio: int, device: torch.device) -> Case:
+    """One token of each request, at a page's start: elsewhere a call changes what the next one reads, and none could be compared."""
+    return _summarise(ratio, torch.arange(t + 1, device=device), torch.full((t,), 257, device=device), 1)
+
+
+def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Case:
+    num_reqs, t, device = seq_lens.shape[0], int(starts[-1]), starts.device
+    context = int(seq_lens.max())
+    batch = BatchView(starts.int(), seq_lens.int(), t, num_reqs, context, longest)
+    tokens = plan_tokens(batch)
+    pages = context // 256 + 1
+    table = torch.arange(num_reqs * pages, dtype=torch.int32, device=device).view(num_reqs, pages)
+    overlap, entry_slots = (2 if ratio == 4 else 1), entry_store_slots(table, tokens, 256 // ratio, ratio)
+    args = (batch, tokens.request_of_token, tokens.positions, 256, ratio, overlap, 1e-6, _entry_table(tokens.positions, ratio))
+    ours = []
+    for dim, row_format, _ in _POOLED[ratio]:
+        tail = torch.zeros(num_reqs * pages, 3, dim, device=device) if overlap == 2 else None
+        kept = (torch.zeros(num_reqs, overlap, 3, dim, device=device), torch.arange(num_reqs, dtype=torch.int32, device=device), tail)
+        cache = make_pages(row_format, num_reqs * pages, 256 // ratio, device)
+        ours.append(summary.Pooling(*_projected(t, ratio, dim, device), *kept, table, entry_slots, cache))
+    twins = [replace(to, state=to.state.clone(), tail=None if to.tail is None else to.tail.clone(), cache=_copy(to.cache)) for to in ours]
+
+    def run(op: Callable[..., None], poolings: list[summary.Pooling]) -> list[Tensor]:
+        op(poolings, *args)
+        return [x for to in poolings for x in (to.state, to.tail, to.cache.data) if x is not None]
+
+    moved = _pooled_bytes(t, ratio, 2) + sum(num_reqs * overlap * dim * 12 for dim, *_ in _POOLED[ratio])
+    return Case(lambda: run(summary.compress, ours), lambda: run(summary_twin.compress, twins), moved, compare="bytes")
 
 
 def _index_query(t: int, index_format: IndexFormat, device: torch.device) -> Any:

@@ -164,10 +164,11 @@ def _batch_view(fb: ForwardBatch, max_seq_len: int) -> tuple[BatchView, int]:
     num_reqs, device = fb.batch_size, fb.seq_lens.device
     if fb.forward_mode.is_decode():
         starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
-        return BatchView(starts, fb.seq_lens.int(), num_reqs, num_reqs, max_seq_len), 0
+        return BatchView(starts, fb.seq_lens.int(), num_reqs, num_reqs, max_seq_len, 1), 0
     starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
     starts[1:] = fb.extend_seq_lens.cumsum(0)
-    return BatchView(starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len), max(fb.extend_seq_lens_cpu)
+    longest = max(fb.extend_seq_lens_cpu)
+    return BatchView(starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len, longest), longest
 
 
 def register_backend() -> None:

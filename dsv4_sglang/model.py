@@ -25,8 +25,7 @@ from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4C
 from dsv4.errors import Dsv4Error
 from dsv4.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.attention.plan import TokenPlan
-from dsv4.ops.compressor.ring import compress_step
+from dsv4.ops.compressor.ring import RingPooling, compress_step
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.pages import Pages
 from dsv4.ops.rope import cos_sin, inv_freq
@@ -114,7 +113,6 @@ class V4Compressor(nn.Module):
 
     def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
         super().__init__()
-        self.layer, self.eps = layer, config.rms_norm_eps
         width = layer.overlap * dim
         self.fused_wkv_wgate = MergedColumnParallelLinear(
             config.hidden_size, [width, width], bias=False, prefix=add_prefix("fused_wkv_wgate", prefix), parallel_group="replicated"
@@ -122,26 +120,11 @@ class V4Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, state: Pages, entries: Pages, entry_rope: Tensor
-    ) -> None:
+    def pooling(self, x: Tensor, plan: EntryPlan, pool: V4Pool, rings: Pages, entries: Pages) -> RingPooling:
+        """The step's projections of x [T, hidden], and where they go."""
         kv, gate = linear_fp32(x, self.fused_wkv_wgate.weight).chunk(2, -1)
-        scratch = pool.scratch(state, plan.rings.num_pages) if plan.rings.num_pages else None
-        compress_step(
-            kv,
-            gate,
-            self.ape,
-            plan.rings,
-            state,
-            scratch,
-            tokens.request_of_token,
-            plan.store_slots,
-            self.layer.overlap,
-            self.norm.weight,
-            self.eps,
-            entry_rope,
-            entries,
-        )
+        scratch = pool.scratch(rings, plan.rings.num_pages) if plan.rings.num_pages else None
+        return RingPooling(kv, gate, self.ape, self.norm.weight, rings, scratch, plan.store_slots, entries)
 
 
 class V4Indexer(nn.Module):
@@ -234,11 +217,14 @@ class V4Attention(nn.Module):
             ratio = self.layer.compress_ratio
             plan, entry_rope = step.entries[ratio], rope.entry[ratio]
             pages, lens = caches[CacheRole.COMPRESSED], plan.lens
-            self.compressor(x, step.tokens, plan, pool, caches[CacheRole.STATE], pages, entry_rope)
+            poolings = [self.compressor.pooling(x, plan, pool, caches[CacheRole.STATE], pages)]
+            if self.indexer is not None:
+                where = (caches[CacheRole.INDEX_STATE], caches[CacheRole.INDEX_KEY])
+                poolings.append(self.indexer.compressor.pooling(x, plan, pool, *where))
+            request = step.tokens.request_of_token
+            compress_step(poolings, plan.rings, request, self.layer.overlap, self.config.rms_norm_eps, entry_rope)
             slots, rows = plan.request_slots, step.tokens.request_of_token
             if self.indexer is not None:
-                keys = caches[CacheRole.INDEX_KEY]
-                self.indexer.compressor(x, step.tokens, plan, pool, caches[CacheRole.INDEX_STATE], keys, entry_rope)
                 slots = self.indexer(x, qr, step, plan, pool, rope.compressed, pages.rows)
                 rows, lens = torch.arange(x.shape[0], device=x.device), lens.clamp(max=self.config.index_topk)
         return attention.sparse_attention(

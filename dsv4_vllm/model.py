@@ -33,6 +33,7 @@ from vllm.sequence import IntermediateTensors
 from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
 from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, compressor, indexer, mhc, moe, summary
+from dsv4.ops.attention.plan import TokenPlan
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.rope import cos_sin, inv_freq
 from dsv4_vllm.attention import EntryMetadata, SummaryMetadata, V4Cache, WindowMetadata, cache_formats, state_mapping
@@ -129,20 +130,34 @@ class V4Compressor(nn.Module):
         """kv and gate side by side: [T, 2 * overlap * dim] fp32."""
         return linear_fp32(x, self.fused_wkv_wgate.weight)
 
-    def forward(self, kv_gate: Tensor, step: WindowMetadata, metadata: dict[str, Any], rope: RopeTables) -> None:
-        """Pool, store, and carry open windows on: kv_gate [T, 2 * overlap * dim] fp32, the step's projections."""
-        state, entry, tokens = metadata[self.state_cache.prefix], metadata[self.entries.prefix], step.tokens
+    def paged(self, kv_gate: Tensor, metadata: dict[str, Any]) -> compressor.Pooling:
+        """The step's projections kv_gate [T, 2 * overlap * dim] fp32, with open windows kept as rows."""
+        state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
         kv, gate = kv_gate.chunk(2, -1)
-        ratio, overlap, cache = self.layer.compress_ratio, self.layer.overlap, self.entries.pages
-        if isinstance(state, SummaryMetadata):
-            kept = self.state_cache.pages.data[:, 0].unflatten(-1, (overlap, 3, self.dim))
-            tail = None if self.entries.tail is None else self.entries.tail.unflatten(-1, (3, self.dim))
-            where = (tokens.request_of_token, tokens.positions, kept, state.pages, tail, entry.block_table, self.entries.spec.page_tokens)
-            finish = (entry.store_slots, ratio, overlap, self.norm.weight, self.eps, rope.entry[ratio], cache)
-            summary.compress(kv, gate, self.ape, state.batch, *where, *finish)
-            return
-        rows = (tokens.positions, tokens.request_of_token, self.state_cache.pages, state.store_slots, state.block_table, entry.store_slots)
-        compressor.update(kv, gate, self.ape, *rows, overlap, self.norm.weight, self.eps, rope.entry[ratio], cache)
+        kept = (self.state_cache.pages, state.store_slots, state.block_table)
+        return compressor.Pooling(kv, gate, self.ape, self.norm.weight, *kept, entry.store_slots, self.entries.pages)
+
+    def summarised(self, kv_gate: Tensor, metadata: dict[str, Any]) -> summary.Pooling:
+        """The same with open windows kept as summaries."""
+        state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
+        kv, gate = kv_gate.chunk(2, -1)
+        kept = self.state_cache.pages.data[:, 0].unflatten(-1, (self.layer.overlap, 3, self.dim))
+        tail = None if self.entries.tail is None else self.entries.tail.unflatten(-1, (3, self.dim))
+        where = (kept, state.pages, tail, entry.block_table, entry.store_slots, self.entries.pages)
+        return summary.Pooling(kv, gate, self.ape, self.norm.weight, *where)
+
+
+def pool(projected: list[tuple[V4Compressor, Tensor]], tokens: TokenPlan, metadata: dict[str, Any], rope: RopeTables) -> None:
+    """Pool and store the entries of all caches of a layer, and carry its open windows on."""
+    first = projected[0][0]
+    state, ratio, overlap = metadata[first.state_cache.prefix], first.layer.compress_ratio, first.layer.overlap
+    finish = (overlap, first.eps, rope.entry[ratio])
+    if isinstance(state, SummaryMetadata):
+        poolings = [c.summarised(kv_gate, metadata) for c, kv_gate in projected]
+        where = (tokens.request_of_token, tokens.positions, first.entries.spec.page_tokens)
+        summary.compress(poolings, state.batch, *where, ratio, *finish)
+    else:
+        compressor.update([c.paged(kv_gate, metadata) for c, kv_gate in projected], tokens.positions, tokens.request_of_token, *finish)
 
 
 class V4Indexer(nn.Module):
@@ -260,13 +275,15 @@ class V4Attention(nn.Module):
         pages = slots = rows = lens = None
         if self.compressor is not None and kv_gate is not None and self.entries is not None:
             rope = RopeTables(rope.window[:n], rope.compressed[:n], {m: t[:n] for m, t in rope.entry.items()})
-            self.compressor(kv_gate[:n], step, metadata, rope)
+            projected = [(self.compressor, kv_gate[:n])]
+            if self.indexer is not None and index is not None:
+                projected.append((self.indexer.compressor, index[2][:n]))
+            pool(projected, step.tokens, metadata, rope)
             entry: EntryMetadata = metadata[self.entries.prefix]
             pages, lens = self.entries.pages, entry.lens
             if self.indexer is None or index is None:
                 slots, rows = entry.request_slots, step.tokens.request_of_token
             else:
-                self.indexer.compressor(index[2][:n], step, metadata, rope)
                 keys: EntryMetadata = metadata[self.indexer.keys.prefix]
                 slots = self.indexer(index[0][:n], index[1][:n], step, keys, rope, entry, pages.rows)
                 rows, lens = torch.arange(n, device=q.device), lens.clamp(max=self.config.index_topk)

@@ -102,15 +102,33 @@ class Within:
         _report(op, self.what, rows, (rows < 0) | (rows > most), f"0 .. {most}", given, self.of_requests)
 
 
-RULES: Mapping[str, tuple[Slots | Within, ...]] = {
+@dataclass(frozen=True)
+class Each:
+    """The rules hold for every element of the argument `items`, a sequence of dataclasses, whose fields they name."""
+
+    items: str
+    rules: tuple[Slots | Within, ...]
+
+    def __call__(self, op: str, given: Arguments) -> None:
+        for item in given[self.items]:
+            for rule in self.rules:
+                rule(op, {**given, **vars(item)})
+
+
+RULES: Mapping[str, tuple[Slots | Within | Each, ...]] = {
     "attention.norm_rope_store": (Slots("slots", "window"),),
     "attention.sparse": (Slots("window_slots", "window", "window_lens"), Slots("entry_slots", "entries", "entry_lens", "entry_row")),
     "compressor.save_state": (Slots("slots", "state"),),
     "compressor.compress_store": (Slots("entry_slots", "cache"),),
-    "compressor.update": (Slots("state_slots", "state"), Slots("entry_slots", "cache")),
+    "compressor.update": (Each("poolings", (Slots("state_slots", "state"), Slots("entry_slots", "cache"))),),
     "summary.compress": (
-        Within("state_page", "state page", lambda a: a["state"].shape[0] - 1, of_requests=True),
-        Slots("entry_slots", "cache"),
+        Each(
+            "poolings",
+            (
+                Within("state_page", "state page", lambda a: a["state"].shape[0] - 1, of_requests=True),
+                Slots("entry_slots", "cache"),
+            ),
+        ),
     ),
     "indexer.logits": (
         Within("entry_lens", "number of entries", lambda a: min(a["max_entries"], a["block_table"].shape[1] * a["keys"].rows)),

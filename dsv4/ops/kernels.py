@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-KERNEL_MODULES = tuple(f"dsv4.ops.{family}.triton" for family in ("attention", "compressor", "indexer", "mhc", "moe", "quant"))
+KERNEL_MODULES = tuple(f"dsv4.ops.{family}.triton" for family in ("attention", "compressor", "indexer", "mhc", "moe", "quant", "summary"))
 
 MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions; bf16 converts are emulated below
 AMD_ARCHS = ("gfx942", "gfx950")  # the ones the kernels are compiled for in CI

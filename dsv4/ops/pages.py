@@ -44,7 +44,8 @@ class BatchView:
     """One engine step, as the core sees it. Padding tokens come last and belong to no request.
 
     query_start_loc: [R+1] int32; seq_lens: [R] int32, context including this step's tokens.
-    num_tokens, num_reqs, max_seq_len: host integers; num_tokens counts padding, max_seq_len may be an upper bound.
+    num_tokens, num_reqs, max_seq_len, max_query_len: host integers; num_tokens counts padding, the last two may be upper
+    bounds, of the context and of the step's tokens of a request.
     """
 
     query_start_loc: Tensor
@@ -52,3 +53,4 @@ class BatchView:
     num_tokens: int
     num_reqs: int
     max_seq_len: int
+    max_query_len: int

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -85,16 +86,17 @@ def compress_store(slots: Ints = (-1, -1, 63)) -> None:
 def update(state_slots: Ints = (0, 1, 15), slots: Ints = (-1, -1, 63)) -> None:
     state, cache = state_and_cache()
     kv = torch.randn(3, 1024)
-    where = (torch.tensor([2, 3, 3]), ints(1, 1, 0), state, ints(*state_slots), ints([0, 1], [2, 3]), ints(*slots))
-    compressor.update(kv, kv, torch.randn(4, 1024), *where, 2, torch.ones(512), 1e-6, torch.zeros(3, 64), cache)
+    rows = (state, ints(*state_slots), ints([0, 1], [2, 3]))
+    to = compressor.Pooling(kv, kv, torch.randn(4, 1024), torch.ones(512), *rows, ints(*slots), cache)
+    compressor.update([to], torch.tensor([2, 3, 3]), ints(1, 1, 0), 2, 1e-6, torch.zeros(3, 64))
 
 
 def summarise(state_page: Ints = (1, 0), slots: Ints = (-1, -1, 63)) -> None:
     kv, cache = torch.randn(3, 1024), make_pages(KvFormat.PLAIN, 2, 64, 512, torch.float32)
-    batch = BatchView(ints(0, 2, 3), ints(2, 4), 3, 2, 4)
-    state, tail = torch.zeros(2, 2, 3, 512), torch.zeros(2, 3, 512)
-    where = (ints(0, 0, 1), torch.tensor([0, 1, 3]), state, ints(*state_page), tail, ints([0], [1]), 256, ints(*slots))
-    summary.compress(kv, kv, torch.randn(4, 1024), batch, *where, 4, 2, torch.ones(512), 1e-6, torch.zeros(3, 64), cache)
+    batch = BatchView(ints(0, 2, 3), ints(2, 4), 3, 2, 4, 2)
+    kept = (torch.zeros(2, 2, 3, 512), ints(*state_page), torch.zeros(2, 3, 512), ints([0], [1]))
+    to = summary.Pooling(kv, kv, torch.randn(4, 1024), torch.ones(512), *kept, ints(*slots), cache)
+    summary.compress([to], batch, ints(0, 0, 1), torch.tensor([0, 1, 3]), 256, 4, 2, 1e-6, torch.zeros(3, 64))
 
 
 def select(lens: Ints = (64, 0, 3)) -> None:
@@ -190,16 +192,30 @@ def implementations() -> list[tuple[str, Callable[..., Any]]]:
     ]
 
 
+def arguments(op: str, function: Callable[..., Any]) -> set[str]:
+    """Names of the arguments, and of the fields of what a sequence of poolings holds."""
+    names = set(inspect.signature(function).parameters)
+    if "poolings" in names:
+        names |= {f.name for f in fields(importlib.import_module(f"dsv4.ops.{op.partition('.')[0]}").Pooling)}
+    return names
+
+
+def rules_of(op: str) -> list[check.Slots | check.Within]:
+    rules: list[check.Slots | check.Within] = []
+    for rule in check.RULES.get(op, ()):
+        rules += rule.rules if isinstance(rule, check.Each) else [rule]
+    return rules
+
+
 def test_every_argument_that_indexes_memory_has_a_rule() -> None:
     for op, function in implementations():
-        for name in inspect.signature(function).parameters:
-            if name.endswith(INDEXING):
-                named = {v for rule in check.RULES.get(op, ()) for v in vars(rule).values()}
-                assert name in named, f"{op}({name}): check.RULES has no rule for it"
+        named = {v for rule in rules_of(op) for v in vars(rule).values()}
+        missing = {name for name in arguments(op, function) if name.endswith(INDEXING)} - named
+        assert not missing, f"{op}: check.RULES has no rule for {missing}"
 
 
 def test_rules_name_arguments_that_exist() -> None:
     for op, function in implementations():
-        for rule in check.RULES.get(op, ()):
+        for rule in rules_of(op):
             names = [rule.values] if isinstance(rule, check.Within) else [rule.slots, rule.pages, rule.lens, rule.row]
-            assert {n for n in names if n is not None} <= set(inspect.signature(function).parameters), (op, function)
+            assert {n for n in names if n is not None} <= arguments(op, function), (op, function)

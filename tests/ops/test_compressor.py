@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from dsv4.kv_layout import IndexFormat, KvFormat
 from dsv4.ops import compressor
-from dsv4.ops.compressor import reference
+from dsv4.ops.compressor import Pooling, reference
 from dsv4.ops.mhc.reference import rms_norm
 from dsv4.ops.pages import Pages, RowsFormat
 from dsv4.ops.quant.reference import hadamard, load_rows, row_widths
@@ -148,34 +150,45 @@ def test_slots_and_pages_out_of_range_touch_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "overlap", "dim", "row_format"),
-    [(4, 2, 512, KvFormat.FP8_DS_MLA), (4, 2, 128, IndexFormat.FP8), (128, 1, 512, KvFormat.PLAIN)],
+    ("ratio", "caches"),
+    [
+        (4, [(512, KvFormat.FP8_DS_MLA), (128, IndexFormat.FP8)]),
+        (4, [(128, IndexFormat.MXFP4), (512, KvFormat.PLAIN)]),
+        (4, [(512, KvFormat.FP8_DS_MLA)]),
+        (128, [(512, KvFormat.PLAIN)]),
+    ],
+    ids=["csa-pair", "pair-the-other-way", "csa", "hca"],
 )
 @pytest.mark.parametrize("already", [0, 3, 130], ids=["whole", "open-window", "later"])
-def test_one_launch_writes_the_bytes_of_two(ratio: int, overlap: int, dim: int, row_format: RowsFormat, already: int) -> None:
+def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, RowsFormat]], already: int) -> None:
     """Two requests and a padding token in one step; entries pool rows of this step, of earlier ones, and of both."""
-    state_rows, new = 4 if ratio == 4 else 8, ratio + 2
+    overlap, state_rows, new = 2 if ratio == 4 else 1, 4 if ratio == 4 else 8, ratio + 2
     total, rows = already + new, 256 // ratio
-    state, table = state_pages(total, state_rows, overlap, dim)
     at = torch.arange(total)
-    for r in range(2):
-        slots = table[r, at[:already] // state_rows] * state_rows + (at[:already] % state_rows).int()
-        reference.store_rows(state, slots, torch.randn(already, 2 * overlap * dim), 0)
     positions = torch.cat([at[already:], at[already:], torch.zeros(1, dtype=torch.int64)])
     request = torch.tensor([0] * new + [1] * new + [1], dtype=torch.int32)
-    state_slots = (table[request.long(), positions // state_rows] * state_rows + positions % state_rows).int()
-    completes = (positions + 1) % ratio == 0
-    entry_slots = torch.where(completes, request * rows + positions // ratio % rows, -1).int()
-    state_slots[-1] = entry_slots[-1] = -1
-    kv, gate = torch.randn(2 * new + 1, 2 * overlap * dim).chunk(2, -1)
-    ape, weight = torch.randn(ratio, overlap * dim), torch.rand(dim) + 0.5
+    entry_slots = torch.where((positions + 1) % ratio == 0, request * rows + positions // ratio % rows, -1).int()
+    entry_slots[-1] = -1
     entry_table = cos_sin(positions // ratio * ratio, FREQ)
-    one, two = (state, make_pages(row_format, 2, rows, dim)), (clone_pages(state), make_pages(row_format, 2, rows, dim))
-    compressor.update(kv, gate, ape, positions, request, one[0], state_slots, table, entry_slots, overlap, weight, EPS, entry_table, one[1])
-    compressor.save_state(kv, gate, ape, positions, two[0], state_slots)
-    compressor.compress_store(two[0], table, request, positions, entry_slots, ratio, overlap, weight, EPS, entry_table, two[1])
-    for a, b in zip(one, two, strict=True):
-        assert_bytes_equal(a, b)
+    poolings = []
+    for dim, row_format in caches:
+        state, table = state_pages(total, state_rows, overlap, dim)
+        for r in range(2):
+            slots = table[r, at[:already] // state_rows] * state_rows + (at[:already] % state_rows).int()
+            reference.store_rows(state, slots, torch.randn(already, 2 * overlap * dim), 0)
+        state_slots = (table[request.long(), positions // state_rows] * state_rows + positions % state_rows).int()
+        state_slots[-1] = -1
+        kv, gate = torch.randn(2 * new + 1, 2 * overlap * dim).chunk(2, -1)
+        parameters, cache = (torch.randn(ratio, overlap * dim), torch.rand(dim) + 0.5), make_pages(row_format, 2, rows, dim)
+        poolings.append(Pooling(kv, gate, *parameters, state, state_slots, table, entry_slots, cache))
+    apart = [replace(to, state=clone_pages(to.state), cache=clone_pages(to.cache)) for to in poolings]
+    compressor.update(poolings, positions, request, overlap, EPS, entry_table)
+    for one, two in zip(poolings, apart, strict=True):
+        compressor.save_state(two.kv, two.gate, two.ape, positions, two.state, two.state_slots)
+        where = (two.state, two.state_block_table, request, positions, two.entry_slots, ratio, overlap, two.norm_weight)
+        compressor.compress_store(*where, EPS, entry_table, two.cache)
+        assert_bytes_equal(one.state, two.state)
+        assert_bytes_equal(one.cache, two.cache)
 
 
 def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> None:
@@ -189,8 +202,9 @@ def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> Non
     entry_slots = torch.tensor([-1] * 7 + [2], dtype=torch.int32)
     kv, gate, ape, weight = torch.randn(8, 256), torch.randn(8, 256), torch.randn(4, 256), torch.ones(128)
     expected_state, cache, expected = clone_pages(state), make_pages(IndexFormat.FP8, 1, 64, 128), make_pages(IndexFormat.FP8, 1, 64, 128)
-    args = (table, entry_slots, 2, weight, EPS, torch.zeros(8, 64))
-    compressor.update(kv, gate, ape, positions, request, state, state_slots, *args, cache)
+    to = Pooling(kv, gate, ape, weight, state, state_slots, table, entry_slots, cache)
+    compressor.update([to], positions, request, 2, EPS, torch.zeros(8, 64))
     compressor.save_state(kv, gate, ape, positions, expected_state, state_slots)
-    compressor.compress_store(expected_state, table, request, positions, entry_slots, 4, 2, weight, EPS, args[-1], expected)
+    where = (expected_state, table, request, positions, entry_slots, 4, 2, weight)
+    compressor.compress_store(*where, EPS, torch.zeros(8, 64), expected)
     assert_bytes_equal(cache, expected)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from dsv4.kv_layout import IndexFormat, KvFormat
-from dsv4.ops import attention, compressor, indexer, mhc
+from dsv4.kv_layout import IndexFormat, KvFormat, StateMapping
+from dsv4.ops import attention, compressor, indexer, mhc, summary
 from dsv4.ops.indexer.topk import topk
+from dsv4.ops.pages import BatchView
 from kernel_cases import fill_pages, make_pages
 
 DIM, HEADS, TOPK, T = 64, 8, 512, 2
@@ -40,23 +41,30 @@ def mix_streams(streams: torch.Tensor) -> torch.Tensor:
     return mhc.post_pre(streams, y, post, comb, *parameters, EPS, EPS, ITERS)[0]
 
 
-def pool(ratio: int, dim: int, row_format: KvFormat | IndexFormat) -> None:
+def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: StateMapping) -> None:
+    """One token of each of two requests: the first completes an entry, and ends a page."""
     overlap = 2 if ratio == 4 else 1
-    state = make_pages(KvFormat.PLAIN, 40, 8, 2 * overlap * dim, torch.float32)
-    fill_pages(state, torch.arange(320), torch.randn(320, 2 * overlap * dim), 0)
-    positions, request = torch.tensor([127, 126]), torch.arange(T, dtype=torch.int32)
-    table = torch.arange(40, dtype=torch.int32).view(2, 20)
-    slots = torch.tensor([127, 286], dtype=torch.int32)
-    kv = torch.randn(T, overlap * dim)
-    cache = make_pages(row_format, 2, 64, dim)
-    entry_slots = torch.tensor([3, -1], dtype=torch.int32)
-    ape = torch.randn(ratio, overlap * dim)
-    compressor.update(
-        kv, kv, ape, positions, request, state, slots, table, entry_slots, overlap, torch.ones(dim), EPS, torch.zeros(T, 64), cache
-    )
+    positions, request = torch.tensor([255, 126]), torch.arange(T, dtype=torch.int32)
+    entry_slots, finish = torch.tensor([3, -1], dtype=torch.int32), (overlap, EPS, torch.zeros(T, 64))
+    table = torch.arange(80, dtype=torch.int32).view(2, 40)
+    paged, summarised = [], []
+    for dim, row_format in caches:
+        kv, ape, cache = torch.randn(T, overlap * dim), torch.randn(ratio, overlap * dim), make_pages(row_format, 2, 64, dim)
+        state = make_pages(KvFormat.PLAIN, 80, 8, 2 * overlap * dim, torch.float32)
+        fill_pages(state, torch.arange(640), torch.randn(640, 2 * overlap * dim), 0)
+        rows = (state, torch.tensor([255, 446], dtype=torch.int32), table, entry_slots, cache)
+        paged.append(compressor.Pooling(kv, kv, ape, torch.ones(dim), *rows))
+        tail = torch.zeros(2, 3, dim) if overlap == 2 else None
+        kept = (torch.rand(2, overlap, 3, dim), request, tail, request[:, None], entry_slots, cache)
+        summarised.append(summary.Pooling(kv, kv, ape, torch.ones(dim), *kept))
+    if mapping is StateMapping.PAGED:
+        compressor.update(paged, positions, request, *finish)
+    else:
+        batch = BatchView(torch.arange(T + 1, dtype=torch.int32), (positions + 1).int(), T, T, 256, 1)
+        summary.compress(summarised, batch, request, positions, 256, ratio, *finish)
 
 
-def decode_layer(kind: str) -> None:
+def decode_layer(kind: str, mapping: StateMapping) -> None:
     """What one layer of the model calls, on one token of each of two requests."""
     streams = mix_streams(torch.randn(T, 4, DIM).bfloat16())
     q, kv, table = torch.randn(T, HEADS, 512).bfloat16(), torch.randn(T, 512).bfloat16(), torch.randn(T, 64)
@@ -66,11 +74,11 @@ def decode_layer(kind: str) -> None:
     slots, lens = torch.arange(256, dtype=torch.int32).view(2, 128), torch.full((T,), 128, dtype=torch.int32)
     entries = entry_slots = rows = entry_lens = None
     if kind != "window":
-        pool(4 if kind == "csa" else 128, 512, KvFormat.FP8_DS_MLA)
+        index = [(128, IndexFormat.FP8)] if kind == "csa" else []
+        pool(4 if kind == "csa" else 128, [(512, KvFormat.FP8_DS_MLA), *index], mapping)
         entries, rows = window, torch.arange(T, dtype=torch.int32)
         entry_slots, entry_lens = torch.arange(2 * TOPK, dtype=torch.int32).view(T, TOPK) % 256, torch.tensor([70, 200], dtype=torch.int32)
     if kind == "csa":
-        pool(4, 128, IndexFormat.FP8)
         keys = make_pages(IndexFormat.FP8, 20, 64, 128)
         fill_pages(keys, torch.arange(1280), torch.randn(1280, 128), 0)
         query = indexer.prepare_query(torch.randn(T, 16, 128).bfloat16(), torch.randn(T, 16), table, IndexFormat.FP8)
@@ -82,20 +90,21 @@ def decode_layer(kind: str) -> None:
 
 
 MIX = ["post_project", "pre"]
-EXPECTED = {
-    "window": [*MIX, "norm_rope_store", "attend", *MIX],
-    "hca": [*MIX, "norm_rope_store", "compress_store", "attend", "combine", *MIX],
-    "csa": [
-        *MIX, "norm_rope_store", "compress_store", "compress_store", "prepare_query", "decode_logits", "topk", "attend", "combine", *MIX,
-    ],
-}  # fmt: skip
+SELECT = ["prepare_query", "decode_logits", "topk"]
 LIMIT = {"window": 6, "hca": 8, "csa": 12}
 
 
-@pytest.mark.parametrize("kind", list(EXPECTED))
-def test_a_decode_layer_launches_no_more_than_its_limit(kind: str, launches: list[str]) -> None:
-    decode_layer(kind)
-    assert launches == EXPECTED[kind]
+def expected(kind: str, mapping: StateMapping) -> list[str]:
+    pooling = [] if kind == "window" else ["compress_store" if mapping is StateMapping.PAGED else "summary"]
+    combine = [] if kind == "window" else ["combine"]
+    return [*MIX, "norm_rope_store", *pooling, *(SELECT if kind == "csa" else []), "attend", *combine, *MIX]
+
+
+@pytest.mark.parametrize("mapping", list(StateMapping))
+@pytest.mark.parametrize("kind", list(LIMIT))
+def test_a_decode_layer_launches_no_more_than_its_limit(kind: str, mapping: StateMapping, launches: list[str]) -> None:
+    decode_layer(kind, mapping)
+    assert launches == expected(kind, mapping)
     assert len(launches) <= LIMIT[kind]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv4.kv_layout import KvFormat
 from dsv4.ops.attention import plan
 from dsv4.ops.compressor.reference import compress_store, save_state
-from dsv4.ops.compressor.ring import Rings, compress_step, plan_many, plan_single
+from dsv4.ops.compressor.ring import RingPooling, Rings, compress_step, plan_many, plan_single
 from dsv4.ops.pages import BatchView, Pages
 
 PAGE, DIM, ROPE = 256, 8, 4
@@ -54,7 +54,7 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         sizes = [1 if single else min(int(torch.randint(1, 300, (), generator=rng)), total[r] - done[r]) for r in chosen]
         seq_lens = torch.tensor([done[r] + n for r, n in zip(chosen, sizes, strict=True)], dtype=torch.int32)
         starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
-        batch = BatchView(starts, seq_lens, sum(sizes), len(chosen), int(seq_lens.max()))
+        batch = BatchView(starts, seq_lens, sum(sizes), len(chosen), int(seq_lens.max()), max(sizes))
         tokens = plan.plan_tokens(batch)
         # CSA rings hang on pages, HCA rings on requests; the places of the two do not meet here.
         owners = table[chosen] if ratio == 4 else torch.tensor(chosen, dtype=torch.int32)[:, None]
@@ -65,9 +65,8 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         owner = torch.tensor(chosen)[tokens.request_of_token.long()]
         cos_sin = torch.cat([torch.ones(len(rows), ROPE // 2), torch.zeros(len(rows), ROPE // 2)], 1)
         scratch = plain(step.num_pages, ratio, 2 * width) if step.num_pages else None
-        compress_step(
-            kv[owner, rows], gate[owner, rows], ape, step, rings, scratch, tokens.request_of_token, slots, overlap, norm, 1e-6, cos_sin, cache
-        )  # fmt: skip
+        to = RingPooling(kv[owner, rows], gate[owner, rows], ape, norm, rings, scratch, slots, cache)
+        compress_step([to], step, tokens.request_of_token, overlap, 1e-6, cos_sin)
         for r, n in zip(chosen, sizes, strict=True):
             done[r] += n
     per_page = PAGE // ratio

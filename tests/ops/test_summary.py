@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows gives."""
+"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows gives, and its kernel what it does."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,25 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv4.kv_layout import KvFormat
-from dsv4.ops.attention.plan import entry_store_slots, plan_tokens
+from dsv4.kv_layout import IndexFormat, KvFormat
+from dsv4.ops import summary
+from dsv4.ops.attention.plan import TokenPlan, entry_store_slots, plan_tokens
 from dsv4.ops.compressor.reference import pool
 from dsv4.ops.mhc.reference import rms_norm
-from dsv4.ops.pages import BatchView, Pages
-from dsv4.ops.rope import apply_rope
-from dsv4.ops.summary import compress
+from dsv4.ops.pages import BatchView, Pages, RowsFormat
+from dsv4.ops.quant.reference import hadamard, load_rows, row_widths
+from dsv4.ops.rope import apply_rope, cos_sin
+from dsv4.ops.summary import Pooling, reference
+from kernel_cases import clone_pages, fill_pages, make_pages, memory
 
 DIM, ROPE, PAGE, EPS = 16, 8, 256, 1e-6
+NAN = float("nan")
 
 
 def _whole(kv: Tensor, score: Tensor, ratio: int, overlap: int) -> Tensor:
-    """Every completed entry, pooled from its rows at once: [T // m, DIM]."""
-    n = kv.shape[0] // ratio
+    """Every completed entry, pooled from its rows at once: [T // m, D]."""
+    n, dim = kv.shape[0] // ratio, kv.shape[1] // overlap
     kv, score = kv[: n * ratio].unflatten(0, (n, ratio)), score[: n * ratio].unflatten(0, (n, ratio))
     if overlap == 2:
         before = lambda x, fill: torch.cat([torch.full_like(x[:1], fill), x[:-1]])  # noqa: E731
-        kv = torch.cat([before(kv[..., :DIM], 0.0), kv[..., DIM:]], 1)
-        score = torch.cat([before(score[..., :DIM], float("-inf")), score[..., DIM:]], 1)
+        kv = torch.cat([before(kv[..., :dim], 0.0), kv[..., dim:]], 1)
+        score = torch.cat([before(score[..., :dim], float("-inf")), score[..., dim:]], 1)
     return pool(kv, score)
 
 
@@ -48,10 +54,9 @@ class Engine:
         self.table = torch.zeros(2, max(self.pages), dtype=torch.int32)
         self.table[0, : self.pages[0]] = order[2 : 2 + self.pages[0]]
         self.table[1, : self.pages[1]] = order[2 + self.pages[0] :]
-        nan = float("nan")
-        self.state = torch.full((len(order), overlap, 3, DIM), nan)
-        self.tail = torch.full((len(order), 3, DIM), nan) if overlap == 2 else None
-        self.cache = Pages(torch.full((len(order), self.rows, DIM), nan), self.rows, KvFormat.PLAIN)
+        self.state = torch.full((len(order), overlap, 3, DIM), NAN)
+        self.tail = torch.full((len(order), 3, DIM), NAN) if overlap == 2 else None
+        self.cache = Pages(torch.full((len(order), self.rows, DIM), NAN), self.rows, KvFormat.PLAIN)
         self.done = [0, 0]
 
     def step(self, counts: tuple[int, int]) -> None:
@@ -62,19 +67,18 @@ class Engine:
             return
         self.done = [d + c for d, c in zip(self.done, counts, strict=True)]
         starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
-        batch = BatchView(starts, torch.tensor(self.done, dtype=torch.int32), len(kv), 2, max(self.done))
+        batch = BatchView(starts, torch.tensor(self.done, dtype=torch.int32), len(kv), 2, max(self.done), max(counts))
         tokens = plan_tokens(batch)
         slots = entry_store_slots(self.table, tokens, self.rows, self.ratio)
         table = torch.zeros(len(kv), ROPE)
         table[:, : ROPE // 2] = 1.0  # cos 1, sin 0: RoPE is not under test
-        compress(
-            kv, gate, self.ape, batch, tokens.request_of_token, tokens.positions, self.state, self.state_page, self.tail, self.table, PAGE,
-            slots, self.ratio, self.overlap, self.weight, EPS, table, self.cache,
-        )  # fmt: skip
+        kept = (self.state, self.state_page, self.tail, self.table)
+        to = Pooling(kv, gate, self.ape, self.weight, *kept, slots, self.cache)
+        reference.compress([to], batch, tokens.request_of_token, tokens.positions, PAGE, self.ratio, self.overlap, EPS, table)
 
     def forget_state(self, request: int) -> None:
         """What a prefix hit finds: pages with their tails, and somebody else's state block."""
-        self.state[self.state_page[request].long()] = float("nan")
+        self.state[self.state_page[request].long()] = NAN
 
     def check(self) -> None:
         for r in range(2):
@@ -125,3 +129,224 @@ def test_a_hit_on_a_page_that_another_request_fills_in_the_same_step_reads_the_n
     engine.done[1] = 256
     engine.step((50, 44))
     engine.check()
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)
+# Per cache: head dim and format. A CSA layer pools into two, the entries and the index keys.
+CACHES: dict[str, tuple[int, list[tuple[int, RowsFormat]]]] = {
+    "csa-fp8": (4, [(512, KvFormat.FP8_DS_MLA), (128, IndexFormat.FP8)]),
+    "csa-mxfp4": (4, [(512, KvFormat.FP8_DS_MLA), (128, IndexFormat.MXFP4)]),
+    "csa-plain": (4, [(512, KvFormat.PLAIN), (128, IndexFormat.PLAIN)]),
+    "hca-fp8": (128, [(512, KvFormat.FP8_DS_MLA)]),
+    "hca-plain": (128, [(512, KvFormat.PLAIN)]),
+}
+REQUESTS, CONTEXT = 3, 3 * PAGE
+
+
+class Served:
+    """Requests whose steps the kernel serves, and next to it the twin from the same memory. Whatever no request wrote is NaN.
+
+    Every cache has its own pages and block table; state pages are strided, as a column of an engine's block table is.
+    """
+
+    def __init__(self, kind: str, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.ratio, caches = CACHES[kind]
+        self.overlap, self.rows = (2 if self.ratio == 4 else 1), PAGE // self.ratio
+        self.done = [0] * REQUESTS
+        self.caches = [self._cache(dim, row_format) for dim, row_format in caches]
+        self.gates = [torch.randn(REQUESTS, CONTEXT, self.overlap * c.norm_weight.shape[0]) * 3 for c in self.caches]
+        self.kvs = [torch.randn_like(gate) for gate in self.gates]
+
+    def _cache(self, dim: int, row_format: RowsFormat) -> Pooling:
+        pages = REQUESTS * CONTEXT // PAGE
+        nothing, width = torch.zeros(0, self.overlap * dim), self.overlap * dim
+        state = torch.full((2 * REQUESTS, self.overlap * 3 * dim + 64), NAN)[:, : self.overlap * 3 * dim]
+        tail = torch.full((pages, 3 * dim + 32), NAN)[:, : 3 * dim].unflatten(-1, (3, dim)) if self.overlap == 2 else None
+        state_page = (torch.randperm(REQUESTS)[:, None] * 2).int().expand(-1, 2)[:, 0]
+        table = torch.randperm(pages).int().view(REQUESTS, -1)
+        cache = make_pages(row_format, pages, self.rows, dim)
+        norm = torch.rand(dim) + 0.5
+        kept = (state.unflatten(-1, (self.overlap, 3, dim)), state_page, tail, table)
+        return Pooling(nothing, nothing, torch.randn(self.ratio, width), norm, *kept, nothing, cache)
+
+    def hit(self, request: int, of: int, pages: int) -> None:
+        """Let `request` go on behind the first pages of another, with somebody else's state."""
+        self.done[request] = pages * PAGE
+        for i, c in enumerate(self.caches):
+            c.block_table[request, :pages] = c.block_table[of, :pages]
+            c.state[c.state_page[request].long()] = NAN
+            for x in (self.kvs[i], self.gates[i]):
+                x[request, : pages * PAGE] = x[of, : pages * PAGE]
+
+    def step(self, counts: tuple[int, ...], padding: int = 0, compare: bool = True) -> None:
+        """Run a step of so many tokens per request, and padding tokens, and compare all memory; or run it by the twin alone."""
+        self.done = [d + c for d, c in zip(self.done, counts, strict=True)]
+        starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
+        num_tokens = sum(counts) + padding
+        batch = BatchView(starts, torch.tensor(self.done, dtype=torch.int32), num_tokens, REQUESTS, max(self.done), max(counts))
+        tokens = plan_tokens(batch)
+        table = cos_sin(tokens.positions // self.ratio * self.ratio, FREQ)
+        given = [self._step(i, tokens) for i in range(len(self.caches))]
+        if not compare:
+            reference.compress(given, batch, tokens.request_of_token, tokens.positions, PAGE, self.ratio, self.overlap, EPS, table)
+            return
+        expected = [replace(to, state=to.state.clone(), tail=_clone(to.tail), cache=clone_pages(to.cache)) for to in given]
+        args = (batch, tokens.request_of_token, tokens.positions, PAGE, self.ratio, self.overlap, EPS, table)
+        summary.compress(given, *args)
+        reference.compress(expected, *args)
+        for i, (got, want) in enumerate(zip(given, expected, strict=True)):
+            assert_summaries_close(got.state, want.state)
+            if got.tail is not None and want.tail is not None:
+                assert_summaries_close(got.tail, want.tail)
+            self._check_entries(i, got, want, tokens)
+
+    def _step(self, i: int, tokens: TokenPlan) -> Pooling:
+        c, request = self.caches[i], tokens.request_of_token.long()
+        # Views with a stride, as the fused projection gives; NaN where padding reads.
+        both = torch.cat([self.kvs[i][request, tokens.positions], self.gates[i][request, tokens.positions]], -1)
+        both[~tokens.valid] = NAN
+        kv, gate = both.chunk(2, -1)
+        return replace(c, kv=kv, gate=gate, entry_slots=entry_store_slots(c.block_table, tokens, self.rows, self.ratio))
+
+    def _check_entries(self, i: int, got: Pooling, want: Pooling, tokens: TokenPlan) -> None:
+        """What this step stored is the encoding of whole windows pooled at once; all other bytes are as the twin left them."""
+        stored = (got.entry_slots >= 0).nonzero().squeeze(-1)
+        where = got.entry_slots[stored].long()
+        pages = [got.cache, want.cache]
+        if len(stored):
+            self._check_stored(i, got, want, where, tokens.request_of_token[stored].long(), tokens.positions[stored])
+            for p in pages:
+                _erase(p, where, got.norm_weight.shape[0])
+        assert torch.equal(memory(pages[0]), memory(pages[1])), "other bytes were touched"
+
+    def _check_stored(self, i: int, got: Pooling, want: Pooling, where: Tensor, request: Tensor, positions: Tensor) -> None:
+        dim, exact = got.norm_weight.shape[0], []
+        for r, at in zip(request.tolist(), (positions // self.ratio).tolist(), strict=True):
+            begin, end = max(at - self.overlap + 1, 0) * self.ratio, (at + 1) * self.ratio
+            score = self.gates[i][r, begin:end] + got.ape[torch.arange(begin, end) % self.ratio]
+            exact.append(_whole(self.kvs[i][r, begin:end], score, self.ratio, self.overlap)[-1])
+        entry = apply_rope(rms_norm(torch.stack(exact), got.norm_weight, EPS), cos_sin(positions // self.ratio * self.ratio, FREQ))
+        # fp32 sums in another order may tip a bf16 rounding. Behind the Hadamard sum that is one of 128 addends, or two.
+        source, slack = entry, entry.abs() * 2.0**-8 + 1e-6
+        if got.cache.format in (IndexFormat.FP8, IndexFormat.MXFP4):
+            source = hadamard(entry.bfloat16())
+            slack = 2 * 2.0**-7 * 128**-0.5 * entry.abs().amax(-1, keepdim=True)
+        stored = load_rows(got.cache, where, dim, 64).float()
+        near = torch.stack([_rounded(source + shift, got.cache.format) for shift in (-slack, 0 * slack, slack)])
+        assert ((near.amin(0) <= stored) & (stored <= near.amax(0))).all()
+        assert (stored == load_rows(want.cache, where, dim, 64).float()).float().mean() > 0.99
+
+
+def _rounded(rows: Tensor, row_format: RowsFormat) -> Tensor:
+    """Rows as the cache keeps them."""
+    pages, slots = make_pages(row_format, 1, rows.shape[0], rows.shape[1]), torch.arange(rows.shape[0])
+    fill_pages(pages, slots, rows, 64)
+    return load_rows(pages, slots, rows.shape[1], 64).float()
+
+
+def _clone(tail: Tensor | None) -> Tensor | None:
+    return None if tail is None else tail.clone()
+
+
+def _erase(pages: Pages, where: Tensor, dim: int) -> None:
+    page, row = where // pages.rows, where % pages.rows
+    if not pages.packed:
+        pages.data[page, row] = 0
+        return
+    width, scales = row_widths(pages, dim, 64)
+    pages.data[page[:, None], row[:, None] * width + torch.arange(width)] = 0
+    pages.data[page[:, None], pages.rows * width + row[:, None] * scales + torch.arange(scales)] = 0
+
+
+def assert_summaries_close(actual: Tensor, expected: Tensor) -> None:
+    """fp32 [..., 3, D]: the maximum bit for bit, the sums to the rounding of one that is added up in another order.
+
+    A sum has at most n = 128 rows. Each of its terms carries the rounding of an exponential's argument, of at most 40 in
+    size here (40 * 2**-24), two ulp of the exponential, one of a product, and one per rescaling and addition, of which
+    there are at most n + n / 8. Relative to the sum of magnitudes that is below (40 + 3 + 144) * 2**-24, on either side.
+    """
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN elsewhere: a summary that nobody wrote, or one not written"
+    top, weight, total = (x.nan_to_num(nan=0.0, neginf=-1e30) for x in expected.unbind(-2))
+    got = [x.nan_to_num(nan=0.0, neginf=-1e30) for x in actual.unbind(-2)]
+    assert torch.equal(got[0], top)
+    bound = 2 * (40 + 3 + 144) * 2.0**-24
+    assert ((got[1] - weight).abs() <= bound * weight).all()
+    assert ((got[2] - total).abs() <= bound * weight * 8).all()  # |kv| < 8, so that magnitudes sum to less than 8 * weight
+
+
+def test_scores_and_values_are_within_what_the_tolerance_assumes() -> None:
+    served = Served("hca-fp8")
+    assert served.kvs[0].abs().max() < 8
+    spread = served.gates[0].amax() - served.gates[0].amin() + 2 * served.caches[0].ape.abs().max()
+    assert spread < 40
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_kernel_steps_of_many_sizes_are_the_twins(kind: str) -> None:
+    """T = 63, 1, 2, 257 and more: zero-length requests, padding, starts inside a window, exact page ends, a hit after each."""
+    served = Served(kind)
+    served.step((63, 0, 0))
+    served.step((0, 0, 1), padding=3)
+    served.step((1, 1, 0))
+    served.step((192, 65, 0))  # request 0 ends its first page
+    served.hit(2, of=0, pages=1)
+    for _ in range(5):  # decode past the page end: the first entry there reads the tail
+        served.step((1, 1, 1), padding=1)
+    served.step((3, 0, 9))
+
+
+@pytest.mark.parametrize("kind", ["csa-fp8", "hca-fp8"])
+def test_kernel_decodes_over_a_page_end(kind: str) -> None:
+    """One token per request: a single launch writes tails, entries and state; a page is hit in the step that fills it."""
+    served = Served(kind, seed=1)
+    served.step((253, 127, 126), compare=False)
+    for _ in range(2):
+        served.step((1, 1, 1))
+    served.hit(1, of=0, pages=1)
+    served.step((1, 1, 0))  # request 0 ends the page that request 1 continues from
+    for _ in range(4):
+        served.step((1, 1, 1))
+
+
+@pytest.mark.parametrize(("filler", "reader"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("missing", [6, 3], ids=["a-window", "part-of-one"])
+def test_kernel_reads_the_tail_of_a_page_filled_in_the_same_step(filler: int, reader: int, missing: int) -> None:
+    """The later request may come first in the step; launch order, not program order, makes its tail ready."""
+    served = Served("csa-fp8", seed=2)
+    counts = [0, 0, 0]
+    counts[filler] = PAGE - missing
+    served.step(tuple(counts), compare=False)
+    served.hit(reader, of=filler, pages=1)
+    counts[filler], counts[reader] = missing, 7
+    served.step(tuple(counts))
+
+
+def test_kernel_masks_pages_and_slots_out_of_range() -> None:
+    served = Served("csa-fp8")
+    served.step((3, 3, 0))
+    before = [(c.state.clone(), _clone(c.tail), memory(c.cache).clone()) for c in served.caches]
+    starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
+    batch = BatchView(starts, torch.tensor([PAGE, 2 * PAGE, 3]), 2, REQUESTS, 2 * PAGE, 1)
+    tokens = plan_tokens(batch)
+    poolings = [
+        replace(
+            served._step(i, tokens),
+            state_page=torch.tensor([-1, 1 << 20, 0], dtype=torch.int32),
+            block_table=torch.tensor([[-1], [1], [2]], dtype=torch.int32),  # of request 1, the second page is missing
+            entry_slots=torch.tensor([1 << 20, -7], dtype=torch.int32),
+        )
+        for i in range(2)
+    ]
+    args = (batch, tokens.request_of_token, tokens.positions, PAGE, 4, 2, EPS, cos_sin(tokens.positions, FREQ))
+    summary.compress(poolings, *args)
+    summary.compress(poolings, replace(batch, max_query_len=2), *args[1:])
+    for c, (state, tail, cache) in zip(served.caches, before, strict=True):
+        assert torch.equal(c.state.isnan(), state.isnan())
+        assert torch.equal(c.state.nan_to_num(), state.nan_to_num())
+        assert tail is not None
+        assert c.tail is not None
+        assert torch.equal(c.tail.isnan(), tail.isnan())
+        assert torch.equal(memory(c.cache), cache)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pooling of 4 (CSA) or 128 (HCA) tokens into one cache entry. Source: spec section 3.4."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from dsv4.ops.compressor.pooling import Pooling
 from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.pages import Pages
 from dsv4.ops.registry import register, resolve
@@ -40,23 +43,10 @@ def compress_store(
 
 
 def update(
-    kv: Tensor,
-    gate: Tensor,
-    ape: Tensor,
-    positions: Tensor,
-    request_of_token: Tensor,
-    state: Pages,
-    state_slots: Tensor,
-    state_block_table: Tensor,
-    entry_slots: Tensor,
-    overlap: int,
-    norm_weight: Tensor,
-    eps: float,
-    entry_cos_sin: Tensor,
-    cache: Pages,
+    poolings: Sequence[Pooling], positions: Tensor, request_of_token: Tensor, overlap: int, eps: float, entry_cos_sin: Tensor
 ) -> None:
-    """`save_state` and `compress_store` in one. See `reference.update`."""
-    resolve("compressor.update", kv.device)(
-        kv, gate, ape, positions, request_of_token, state, state_slots, state_block_table, entry_slots, overlap, norm_weight, eps,
-        entry_cos_sin, cache,
-    )  # fmt: skip
+    """`save_state` and `compress_store` of all caches of a layer in one. See `reference.update`."""
+    resolve("compressor.update", positions.device)(poolings, positions, request_of_token, overlap, eps, entry_cos_sin)
+
+
+__all__ = ["Pooling", "compress_store", "save_state", "update"]

@@ -7,10 +7,13 @@ belong to the *next* window's entry, the last D (B) to the token's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dsv4.kv_layout import IndexFormat
+from dsv4.ops.compressor.pooling import Pooling
 from dsv4.ops.mhc.reference import rms_norm
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.reference import hadamard, store_rows
@@ -73,30 +76,19 @@ def compress_store(
 
 
 def update(
-    kv: Tensor,
-    gate: Tensor,
-    ape: Tensor,
-    positions: Tensor,
-    request_of_token: Tensor,
-    state: Pages,
-    state_slots: Tensor,
-    state_block_table: Tensor,
-    entry_slots: Tensor,
-    overlap: int,
-    norm_weight: Tensor,
-    eps: float,
-    entry_cos_sin: Tensor,
-    cache: Pages,
+    poolings: Sequence[Pooling], positions: Tensor, request_of_token: Tensor, overlap: int, eps: float, entry_cos_sin: Tensor
 ) -> None:
-    """`save_state`, then `compress_store`, of the same tokens.
+    """`save_state`, then `compress_store`, of the same tokens, for each of the caches, one or two.
+
+    positions, request_of_token: [T]; entry_cos_sin: [T, rope_dim], at the first position of token t's entry.
 
     A kernel may do both at once, so no token may be given a state slot that an entry completed in the same step still
     reads as another token's: pages never are, a ring must have room for the step beside the windows.
     """
-    save_state(kv, gate, ape, positions, state, state_slots)
-    compress_store(
-        state, state_block_table, request_of_token, positions, entry_slots, ape.shape[0], overlap, norm_weight, eps, entry_cos_sin, cache
-    )
+    for to in poolings:
+        save_state(to.kv, to.gate, to.ape, positions, to.state, to.state_slots)
+        where = (to.state_block_table, request_of_token, positions, to.entry_slots, to.ape.shape[0], overlap)
+        compress_store(to.state, *where, to.norm_weight, eps, entry_cos_sin, to.cache)
 
 
 def finish_entry(pooled: Tensor, norm_weight: Tensor, eps: float, cos_sin: Tensor, cache: Pages, slots: Tensor) -> None:

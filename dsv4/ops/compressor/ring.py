@@ -9,13 +9,14 @@ them, go through scratch memory, and only the windows that stay open are written
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsv4.ops.attention.plan import TokenPlan
-from dsv4.ops.compressor import save_state, update
+from dsv4.ops.compressor import Pooling, save_state, update
 from dsv4.ops.pages import BatchView, Pages
 
 
@@ -110,35 +111,42 @@ def _outlives(rings: Rings, positions: Tensor, seq_lens: Tensor) -> Tensor:
     return open_window | (positions % rings.owner_tokens >= rings.owner_tokens - last_windows)
 
 
-def compress_step(
-    kv: Tensor,
-    gate: Tensor,
-    ape: Tensor,
-    plan: RingPlan,
-    rings: Pages,
-    scratch: Pages | None,
-    request_of_token: Tensor,
-    entry_slots: Tensor,
-    overlap: int,
-    norm_weight: Tensor,
-    eps: float,
-    entry_cos_sin: Tensor,
-    cache: Pages,
-) -> None:
-    """Save the step's rows, pool the entries that it completes, and keep what later steps need.
+@dataclass(frozen=True)
+class RingPooling:
+    """One cache that a layer's tokens are pooled into. kv, gate: [T, overlap * D] fp32; ape: [m, overlap * D] fp32.
 
-    kv, gate: [T, overlap * D] fp32; scratch: at least plan.num_pages pages of the rings' shape, None when the plan needs none.
+    rings: its open windows; scratch: at least plan.num_pages pages of the rings' shape, None when the plan needs none;
+    entry_slots: [T], the slot of the entry that token t completes, -1 for the others; norm_weight: [D]; cache: for entries.
+    """
+
+    kv: Tensor
+    gate: Tensor
+    ape: Tensor
+    norm_weight: Tensor
+    rings: Pages
+    scratch: Pages | None
+    entry_slots: Tensor
+    cache: Pages
+
+
+def compress_step(
+    poolings: Sequence[RingPooling], plan: RingPlan, request_of_token: Tensor, overlap: int, eps: float, entry_cos_sin: Tensor
+) -> None:
+    """Save the step's rows, pool the entries that it completes, and keep what later steps need, for all caches of a layer.
+
     The other arguments are those of `update`.
     """
-    memory = rings
+    update([_paged(to, plan) for to in poolings], plan.positions, request_of_token, overlap, eps, entry_cos_sin)
     if plan.keep_slots is not None:
-        assert scratch is not None
-        assert plan.carry_from is not None
-        memory = scratch
-        scratch.data.flatten(0, 1)[plan.carry_to] = rings.data.flatten(0, 1)[plan.carry_from]
-    update(
-        kv, gate, ape, plan.positions, request_of_token, memory, plan.store_slots, plan.table, entry_slots, overlap, norm_weight, eps,
-        entry_cos_sin, cache,
-    )  # fmt: skip
+        for to in poolings:
+            save_state(to.kv, to.gate, to.ape, plan.positions, to.rings, plan.keep_slots)
+
+
+def _paged(to: RingPooling, plan: RingPlan) -> Pooling:
+    """The pages that entries are pooled from: the rings, or scratch that the rows they need have been copied to."""
+    memory = to.rings
     if plan.keep_slots is not None:
-        save_state(kv, gate, ape, plan.positions, rings, plan.keep_slots)
+        assert to.scratch is not None
+        memory = to.scratch
+        memory.data.flatten(0, 1)[plan.carry_to] = to.rings.data.flatten(0, 1)[plan.carry_from]
+    return Pooling(to.kv, to.gate, to.ape, to.norm_weight, memory, plan.store_slots, plan.table, to.entry_slots, to.cache)

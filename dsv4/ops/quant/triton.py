@@ -219,6 +219,20 @@ def hadamard_sign(D: tl.constexpr):
 
 
 @triton.jit
+def hadamard_row(x, D: tl.constexpr):
+    """Sylvester's matrix times x [D] fp32, with its norm of D**-0.5. D is a power of two, at most 2**8.
+
+    Each step turns neighbours into their sum and difference and deals these to the two halves: bit by bit of the index,
+    back in order after as many steps as it has bits.
+    """
+    for bit in tl.static_range(8):
+        if (1 << bit) < D:
+            a, b = tl.split(tl.reshape(x, [D // 2, 2]))
+            x = tl.reshape(tl.trans(tl.join(a + b, a - b)), [D])
+    return x * (D**-0.5)
+
+
+@triton.jit
 def store_row(
     page,
     row,

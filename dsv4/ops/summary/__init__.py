@@ -6,36 +6,34 @@ largest score, the sum of exponentials and the weighted sum. That is all a reque
 hit needs at a page end. A summary cannot be taken back, so nothing that rejects tokens may use it.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from dsv4.ops.pages import BatchView, Pages
+from dsv4.ops.kernels import refuse_triton
+from dsv4.ops.pages import BatchView
 from dsv4.ops.registry import register, resolve
+from dsv4.ops.summary.pooling import Pooling
 
 register("summary.compress", "dsv4.ops.summary.reference:compress")
+register("summary.compress", "dsv4.ops.summary.triton:compress", "triton", refuse_triton)
 
 
 def compress(
-    kv: Tensor,
-    gate: Tensor,
-    ape: Tensor,
+    poolings: Sequence[Pooling],
     batch: BatchView,
     request_of_token: Tensor,
     positions: Tensor,
-    state: Tensor,
-    state_page: Tensor,
-    tail: Tensor | None,
-    block_table: Tensor,
     page_tokens: int,
-    entry_slots: Tensor,
     ratio: int,
     overlap: int,
-    norm_weight: Tensor,
     eps: float,
     entry_cos_sin: Tensor,
-    cache: Pages,
 ) -> None:
     """Store the entries completed by this step, and carry every request's open windows on. See `reference.compress`."""
-    resolve("summary.compress", kv.device)(
-        kv, gate, ape, batch, request_of_token, positions, state, state_page, tail, block_table, page_tokens, entry_slots,
-        ratio, overlap, norm_weight, eps, entry_cos_sin, cache,
-    )  # fmt: skip
+    resolve("summary.compress", positions.device)(
+        poolings, batch, request_of_token, positions, page_tokens, ratio, overlap, eps, entry_cos_sin
+    )
+
+
+__all__ = ["Pooling", "compress"]
