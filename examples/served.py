@@ -13,7 +13,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,30 @@ class Server:
         except ProcessLookupError:
             return False
         return True
+
+
+def _vllm_logprobs(server: Server, ids: list[int]) -> list[float]:
+    body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    entries = server.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
+    return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries[1:], strict=True)]
+
+
+def _sglang_logprobs(server: Server, ids: list[int]) -> list[float]:
+    body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1, "temperature": 0}, "return_logprob": True, "logprob_start_len": 0}
+    return [logprob for logprob, _, _ in server.post("/generate", body)["meta_info"]["input_token_logprobs"][1:]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an engine is started, with a checkpoint's folder and further arguments, and asked for a prompt's log-probabilities."""
+
+    name: str
+    serve: Callable[..., list[str]]
+    prompt_logprobs: Callable[[Server, list[int]], list[float]]
+
+    def command(self, folder: str | Path, *args: str) -> list[str]:
+        return self.serve(folder, "--served-model-name", "tiny", *args)
+
+
+VLLM = Engine("vllm", vllm_serve, _vllm_logprobs)
+SGLANG = Engine("sglang", sglang_serve, _sglang_logprobs)

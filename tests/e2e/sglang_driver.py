@@ -53,7 +53,7 @@ def main() -> None:
         "ready_s": ready,
         "phases": phases,
         "retractions": sum(o["retractions"] for phase in phases for o in phase),
-        "workers": [worker for state in states for worker in state.get("dsv4", [])],
+        "workers": [worker for state in states for worker in state.get("dsv4", [])] if plan.get("status", True) else [],
         "counts": states[0].get("dsv4_test", {}),
     }
     json.dump(result, out)

@@ -12,11 +12,12 @@ from typing import Any
 from comparison import ENV_DIR, TIE_MARGIN, TOLERANCE, Oracle, assert_equal, clean_environment, compare, request
 
 __all__ = [
-    "ENV_DIR", "RUNNER_V2", "TIE_MARGIN", "TOLERANCE", "Oracle", "assert_equal", "compare", "engine_args", "environment", "request", "run",
+    "ENV_DIR", "MODEL_CLASS", "RUNNER_V2", "TIE_MARGIN", "TOLERANCE", "Oracle", "assert_equal", "compare", "engine_args", "environment", "request", "run",
     "start",
 ]  # fmt: skip
 
 DRIVER = Path(__file__).with_name("vllm_driver.py")
+MODEL_CLASS = "dsv4_vllm.model.DeepseekV4ForCausalLM"
 VLLM_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
 RUNNER_V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -40,7 +41,7 @@ def run(engine: dict[str, Any], phases: list[list[dict[str, Any]]], env: dict[st
     assert done.returncode == 0, done.stderr[-6000:]
     result = json.loads(done.stdout)
     for worker in result["workers"]:
-        assert worker["model_class"] == "dsv4_vllm.model.DeepseekV4ForCausalLM", worker
+        assert worker["model_class"] == MODEL_CLASS, worker
     return result
 
 
