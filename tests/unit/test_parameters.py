@@ -29,6 +29,8 @@ def test_what_is_missing_and_what_is_unknown_is_named():
         CheckpointError, match=r"no parameter for \['layers.0.attn.wq_c.weight'\], no tensor for \['model.layers.0.attn.attn_sink'\]"
     ):
         load_released(params(SINK, NORM), released.items(), tp_rank=0)
+    with pytest.raises(CheckpointError, match="attn_sink"):
+        load_released(params(SINK, NORM), {"norm.weight": torch.ones(2)}.items(), tp_rank=0)
 
 
 def test_tensors_of_another_stage_are_left_to_it():
