@@ -175,11 +175,28 @@ def test_257_rows_at_once() -> None:
     check_topk(torch.randn(257, 70), torch.arange(257, dtype=torch.int32) % 71, 16)
 
 
-@pytest.mark.parametrize("k", [512, 1024])
-def test_the_longest_row_of_a_million_tokens(k: int) -> None:
-    scores = torch.randn(2, 262_144)
+@pytest.mark.parametrize(("n", "k"), [(20_000, 512), (40_000, 2048), (262_144, 512), (262_144, 1024), (262_145, 1024)])
+def test_long_rows_up_to_a_million_tokens_and_beyond(n: int, k: int) -> None:
+    """The last launch takes 2048, 16,384 or 32,768 candidates; what is more than that is reduced by one launch more."""
+    scores = torch.randn(4, n)
     scores[1] = scores[1].round()  # nothing but ties
-    check_topk(scores, torch.tensor([262_144, 262_143], dtype=torch.int32), k)
+    scores[2] = 0.0
+    scores[3, 100:] = float("-inf")
+    check_topk(scores, torch.tensor([n, n - 1, n - 8191, n], dtype=torch.int32), k)
+
+
+def test_ranks_choices_merge_in_two_launches_too() -> None:
+    """Candidates of 40 ranks, most of which have fewer than k: index -1 behind them."""
+    k, ranks = 512, 40
+    scores, indices = torch.randn(2, ranks * k).round(), torch.arange(ranks * k, dtype=torch.int32).repeat(2, 1)
+    indices[:, torch.arange(ranks * k) % k >= 200] = -1
+    indices[1, k:] = -1
+    got = topk_kernels.merge(scores, indices, k)
+    for row, candidates, chosen in zip(scores, indices, got, strict=True):
+        valid = candidates[candidates >= 0].long()
+        order = row[valid].sort(descending=True, stable=True).indices[:k]
+        assert chosen[: len(order)].tolist() == valid[order].sort().values.tolist()
+        assert (chosen[len(order) :] == -1).all()
 
 
 def test_ties_go_to_the_lowest_index() -> None:

@@ -64,8 +64,8 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
         summary.compress(summarised, batch, request, positions, 256, ratio, *finish)
 
 
-def decode_layer(kind: str, mapping: StateMapping) -> None:
-    """What one layer of the model calls, on one token of each of two requests."""
+def decode_layer(kind: str, mapping: StateMapping, max_tokens: int) -> None:
+    """What one layer of the model calls, on one token of each of two requests, with room for a context of max_tokens."""
     streams = mix_streams(torch.randn(T, 4, DIM).bfloat16())
     q, kv, table = torch.randn(T, HEADS, 512).bfloat16(), torch.randn(T, 512).bfloat16(), torch.randn(T, 64)
     window = make_pages(KvFormat.FP8_DS_MLA, 4, 64, 512)
@@ -83,32 +83,40 @@ def decode_layer(kind: str, mapping: StateMapping) -> None:
         fill_pages(keys, torch.arange(1280), torch.randn(1280, 128), 0)
         query = indexer.prepare_query(torch.randn(T, 16, 128).bfloat16(), torch.randn(T, 16), table, IndexFormat.FP8)
         pages = torch.arange(20, dtype=torch.int32).view(2, 10)
-        entry_slots = indexer.select(query, keys, pages, rows, torch.tensor([600, 70], dtype=torch.int32), 600, TOPK, pages % 4, 64)
+        entry_slots = indexer.select(
+            query, keys, pages, rows, torch.tensor([600, 70], dtype=torch.int32), max_tokens // 4, TOPK, pages % 4, 64
+        )
     o, _ = attention.sparse_attention(q, window, slots, lens, entries, entry_slots, rows, entry_lens, torch.zeros(HEADS), 64, table)
     attention.output_a(o, None, torch.randn(2, 16, 4 * 512).bfloat16())
     mix_streams(streams)
 
 
 MIX = ["post_project", "pre"]
-SELECT = ["prepare_query", "decode_logits", "topk"]
 LIMIT = {"window": 6, "hca": 8, "csa": 12}
 
 
-def expected(kind: str, mapping: StateMapping) -> list[str]:
+def expected(kind: str, mapping: StateMapping, max_tokens: int) -> list[str]:
+    select = ["prepare_query", "decode_logits", "topk", *(["topk"] if max_tokens > 32_768 else [])] if kind == "csa" else []
     pooling = [] if kind == "window" else ["compress_store" if mapping is StateMapping.PAGED else "summary"]
     combine = [] if kind == "window" else ["combine"]
-    return [*MIX, "norm_rope_store", *pooling, *(SELECT if kind == "csa" else []), "attend", *combine, *MIX]
+    return [*MIX, "norm_rope_store", *pooling, *select, "attend", *combine, *MIX]
+
+
+# Only a CSA layer's launches depend on the context.
+CONTEXTS = [("window", 2400), ("hca", 2400), *(("csa", n) for n in (2400, 32_768, 32_772, 524_292, 1_048_576))]
 
 
 @pytest.mark.parametrize("mapping", list(StateMapping))
-@pytest.mark.parametrize("kind", list(LIMIT))
-def test_a_decode_layer_launches_no_more_than_its_limit(kind: str, mapping: StateMapping, launches: list[str]) -> None:
-    decode_layer(kind, mapping)
-    assert launches == expected(kind, mapping)
+@pytest.mark.parametrize(("kind", "max_tokens"), CONTEXTS)
+def test_a_decode_layer_launches_no_more_than_its_limit(kind: str, max_tokens: int, mapping: StateMapping, launches: list[str]) -> None:
+    decode_layer(kind, mapping, max_tokens)
+    assert launches == expected(kind, mapping, max_tokens)
     assert len(launches) <= LIMIT[kind]
 
 
-@pytest.mark.parametrize(("entries", "count"), [(8192, 1), (8193, 2), (131_072, 2), (262_144, 3)])
-def test_top_k_of_long_contexts_takes_more_launches(entries: int, count: int, launches: list[str]) -> None:
-    topk(torch.randn(1, entries), torch.tensor([600], dtype=torch.int32), TOPK)
+@pytest.mark.parametrize("k", [512, 1024])
+@pytest.mark.parametrize(("entries", "count"), [(8192, 1), (8193, 2), (131_073, 2), (262_144, 2)])
+def test_top_k_takes_a_second_launch_from_8193_entries_and_never_a_third(entries: int, count: int, k: int, launches: list[str]) -> None:
+    """262,144 entries are those of 1,048,576 tokens."""
+    topk(torch.randn(1, entries), torch.tensor([1500], dtype=torch.int32), k)
     assert launches == ["topk"] * count

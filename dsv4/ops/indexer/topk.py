@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact top-k of long rows: ties go to the lowest index, no atomics, the same result every time.
 
-A program keeps up to CHUNK candidates in registers and finds the k-th largest by fixing its bits from the highest on,
-counting how many candidates reach each trial value. Rows longer than a chunk are reduced to k candidates per chunk, and
-the candidates chunk by chunk again, until one is left. Candidates stay in index order, so that ties keep theirs.
+A program keeps the candidates of a chunk in registers and finds the k-th largest by fixing its bits from the highest on,
+counting how many candidates reach each trial value. Rows longer than a chunk are reduced to k candidates per chunk, which
+a second launch reduces as one wide chunk. That is enough for the 262,144 entries of a million tokens; beyond, candidates
+are reduced chunk by chunk again before. They stay in index order, so that ties keep theirs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.kernels import Shipped, register_limit
+from dsv4.ops.kernels import Shipped, on_amd, register_limit
 
 CHUNK = 8192
 SMALL_CHUNK = 2048
+WIDE_CHUNK = 32_768  # the last launch's; 32 candidates a thread, as in the others
 
 
 @triton.jit
@@ -38,25 +40,35 @@ def _slot(index, inside, table, table_width, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _keys(scores, indices, at, length, INDEXED: tl.constexpr):
+    """The ordered keys of candidates `at` of a row; 0 for none: beyond the length, or of index -1."""
+    inside = at < length
+    if INDEXED:
+        inside = inside & (tl.load(indices + at, mask=inside, other=-1) >= 0)
+    return tl.where(inside, _ordered(tl.load(scores + at, mask=inside, other=0.0)), 0)
+
+
+@triton.jit
 def topk_kernel(
     scores, scores_stride, indices, lens, max_entries, out_scores, out_indices, out_stride, K,
     block_table, block_table_stride, block_table_width, request_of_token,
-    CHUNK: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, MERGE: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, MERGE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """grid (T, chunks): the K largest of one chunk, in index order.
 
     LEVEL 0 reads scores, whose index is their place unless MERGE says that they have their own; a later level reads what
-    the one before chose, K of each chunk. FINAL writes indices alone, -1 behind the last; with ROWS, rows of a page, it
-    writes cache slots instead.
+    the one before chose, K of each chunk of FIRST. FINAL writes indices alone, -1 behind the last; with ROWS, rows of a
+    page, it writes cache slots instead. What is chosen is read again and written BLOCK by BLOCK, to stay in registers.
     """
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1)
     entries = tl.minimum(tl.maximum(tl.load(lens + t), 0), max_entries)
     length = entries
     for _ in range(LEVEL):
-        length = tl.cdiv(length, CHUNK) * K
-    j = tl.arange(0, CHUNK)
-    at = c * CHUNK + j
+        # All chunks but the last hold K candidates or more; with MERGE any may hold fewer, and index -1 says so.
+        length = tl.cdiv(length, FIRST) * K if MERGE else length // FIRST * K + tl.minimum(length % FIRST, K)
+    j = tl.arange(0, BLOCK)  # at least K
     table = block_table
     if FINAL and ROWS > 0:
         table += tl.load(request_of_token + t).to(tl.int64) * block_table_stride
@@ -67,32 +79,35 @@ def topk_kernel(
                 index = tl.where(j < entries, _slot(j, j < entries, table, block_table_width, ROWS), -1)
             tl.store(out_indices + t * out_stride + j, index, mask=j < K)
     elif (c * CHUNK < length) | FINAL:
-        inside = at < length
-        score = tl.load(scores + t * scores_stride + at, mask=inside, other=0.0)
-        index = at
-        if MERGE or LEVEL > 0:
-            index = tl.load(indices + t * scores_stride + at, mask=inside, other=-1)
-            inside = inside & (index >= 0)
-        key = tl.where(inside, _ordered(score), 0)  # 0: none
+        row = t * scores_stride
+        key = _keys(scores + row, indices + row, c * CHUNK + tl.arange(0, CHUNK), length, MERGE)
         threshold = tl.zeros((), tl.uint32)
         for bit in range(32):
             trial = threshold | (tl.full((), 1, tl.uint32) << (31 - bit))
             threshold = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= K, trial, threshold)
-        above = inside & (key > threshold)
-        equal = inside & (key == threshold)
         # Of the equal ones, the first that fit. With fewer than K candidates the threshold is 0 and all are above it.
-        room = K - tl.sum(above.to(tl.int32), 0)
-        chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        count = tl.sum(chosen.to(tl.int32), 0)
+        room = K - tl.sum((key > threshold).to(tl.int32), 0)
         out = t * out_stride
         if not FINAL:
             out += c * K
-            tl.store(out_scores + out + place, score, mask=chosen)
-        elif ROWS > 0:
-            index = _slot(index, chosen, table, block_table_width, ROWS)
-        tl.store(out_indices + out + place, index, mask=chosen)
-        tl.store(out_indices + out + j, tl.full([CHUNK], -1, tl.int32), mask=(j >= count) & (j < K))
+        count = 0
+        for block in range(0, CHUNK, BLOCK):
+            place = c * CHUNK + block + tl.arange(0, BLOCK)
+            rank = _keys(scores + row, indices + row, place, length, MERGE)
+            equal = (rank == threshold) & (rank > 0)
+            chosen = (rank > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+            to = out + count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            room -= tl.sum(equal.to(tl.int32), 0)
+            count += tl.sum(chosen.to(tl.int32), 0)
+            entry = place
+            if MERGE or LEVEL > 0:
+                entry = tl.load(indices + row + place, mask=chosen, other=-1)
+            if not FINAL:
+                tl.store(out_scores + to, tl.load(scores + row + place, mask=chosen, other=0.0), mask=chosen)
+            elif ROWS > 0:
+                entry = _slot(entry, chosen, table, block_table_width, ROWS)
+            tl.store(out_indices + to, entry, mask=chosen)
+        tl.store(out_indices + out + j, tl.full([BLOCK], -1, tl.int32), mask=(j >= count) & (j < K))
 
 
 def topk(
@@ -136,15 +151,15 @@ def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
 
 
 def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: int, k: int, out: Tensor, pages: _PageMap | None) -> None:
-    """Reduce rows to k candidates per chunk until one chunk is left, which writes `out`."""
-    chunk = CHUNK if max(max_entries, k) > SMALL_CHUNK else SMALL_CHUNK
+    """Reduce rows to k candidates per chunk until they fit the last launch, which writes `out`."""
     if k >= CHUNK:
         raise ValueError(f"k is {k}; a chunk of {CHUNK} must hold more")
     table, request, rows = (lens[None], lens, 0) if pages is None else (pages.block_table, pages.request_of_token, pages.rows)
-    num_tokens, warps, level, merge = scores.shape[0], 8 if chunk == CHUNK else 4, 0, indices is not None
+    num_tokens, level, merge = scores.shape[0], 0, indices is not None
     while True:
+        chunk = _chunk(max(scores.shape[1], k), level)
         chunks = triton.cdiv(scores.shape[1], chunk)
-        final = chunks == 1
+        final, warps = chunks == 1, _warps(chunk, on_amd())
         out_scores, out_indices = scores, out
         if not final:
             out_scores = torch.empty(num_tokens, chunks * k, dtype=torch.float32, device=scores.device)
@@ -152,12 +167,24 @@ def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: i
         topk_kernel[(num_tokens, chunks)](
             scores, scores.stride(0), lens if indices is None else indices, lens, max_entries, out_scores, out_indices,
             out_indices.stride(0), k, table, table.stride(0), table.shape[1], request,
-            CHUNK=chunk, LEVEL=level, FINAL=final, MERGE=merge, ROWS=rows if final else 0, num_warps=warps,
-            **register_limit(scores.device, warps),
+            CHUNK=chunk, BLOCK=min(chunk, CHUNK), FIRST=CHUNK, LEVEL=level, FINAL=final, MERGE=merge, ROWS=rows if final else 0,
+            num_warps=warps, **register_limit(scores.device, warps),
         )  # fmt: skip
         if final:
             return
         scores, indices, level = out_scores, out_indices, level + 1
+
+
+def _chunk(width: int, level: int) -> int:
+    """How many candidates of a row of `width` a program takes. Only the last launch takes more than CHUNK."""
+    if width <= CHUNK:
+        return SMALL_CHUNK if width <= SMALL_CHUNK else CHUNK
+    return triton.next_power_of_2(width) if level > 0 and width <= WIDE_CHUNK else CHUNK
+
+
+def _warps(chunk: int, amd: bool) -> int:
+    """32 candidates a thread, and no more than the 1024 threads of a block: AMD's warps have 64."""
+    return min(max(4, chunk // 1024), 16 if amd else 32)
 
 
 _TYPES = {
@@ -170,8 +197,20 @@ _TYPES = {
     "request_of_token": "*i32",
 }
 
+
+def _shipped(name: str, chunk: int, level: int, final: bool, vendor: str = "") -> Shipped:
+    constants = {
+        "CHUNK": chunk, "BLOCK": min(chunk, CHUNK), "FIRST": CHUNK, "LEVEL": level, "FINAL": final, "MERGE": False,
+        "ROWS": 64 if final else 0,
+    }  # fmt: skip
+    return Shipped(name, topk_kernel, _TYPES, constants, _warps(chunk, vendor == "amd"), vendor=vendor)
+
+
 SHIPPED = (
-    Shipped("topk first level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 0, "FINAL": False, "MERGE": False, "ROWS": 0}, 8),
-    Shipped("topk last level", topk_kernel, _TYPES, {"CHUNK": CHUNK, "LEVEL": 2, "FINAL": True, "MERGE": False, "ROWS": 64}, 8),
-    Shipped("topk short", topk_kernel, _TYPES, {"CHUNK": SMALL_CHUNK, "LEVEL": 0, "FINAL": True, "MERGE": False, "ROWS": 64}, 4),
+    _shipped("topk short", SMALL_CHUNK, 0, final=True),
+    _shipped("topk first of two", CHUNK, 0, final=False),
+    _shipped("topk last of 8192", CHUNK, 1, final=True),
+    _shipped("topk last of 16384", 2 * CHUNK, 1, final=True),
+    _shipped("topk last of 32768 nvidia", WIDE_CHUNK, 1, final=True, vendor="nvidia"),
+    _shipped("topk last of 32768 amd", WIDE_CHUNK, 1, final=True, vendor="amd"),
 )
