@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EntryPlan:
-    """Compressed entries of one ratio. store_slots, lens: [T] int32; request_slots: [R, E] int32; rings: their open windows."""
+    """Compressed entries of one ratio. store_slots, lens: [T] int32; rings: their open windows. request_slots: [R, E] int32,
+    where every entry is attended (HCA); None where an indexer chooses, as E is 262,144 a request there."""
 
     store_slots: Tensor
     lens: Tensor
-    request_slots: Tensor
+    request_slots: Tensor | None
     max_entries: int
     rings: RingPlan
 
@@ -116,7 +117,7 @@ class V4AttentionBackend(AttentionBackend):
             entries[ratio] = EntryPlan(
                 plan.entry_store_slots(block_table, tokens, rows, ratio),
                 plan.entry_lens(tokens, ratio),
-                plan.request_entry_slots(block_table, rows, max_entries),
+                plan.request_entry_slots(block_table, rows, max_entries) if ratio == HCA_RATIO else None,
                 max_entries,
                 ring,
             )
@@ -139,7 +140,7 @@ class V4AttentionBackend(AttentionBackend):
             ratio: EntryPlan(
                 keep(f"store{ratio}", e.store_slots),
                 keep(f"lens{ratio}", e.lens),
-                keep(f"slots{ratio}", e.request_slots),
+                None if e.request_slots is None else keep(f"slots{ratio}", e.request_slots),
                 e.max_entries,
                 RingPlan(
                     keep(f"ring_positions{ratio}", e.rings.positions),

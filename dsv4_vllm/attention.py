@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheLayout, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
 from dsv4 import env
+from dsv4.config import HCA_RATIO
 from dsv4.errors import Dsv4Error
 from dsv4.kv_layout import PAGE_TOKENS, CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat, StateMapping
 from dsv4.ops import registry
@@ -46,12 +47,13 @@ class WindowMetadata(AttentionMetadata):
 
 @dataclass
 class EntryMetadata(AttentionMetadata):
-    """block_table: [R, n] int32; store_slots, lens: [T] int32; request_slots: [R, E] int32; max_entries: host bound."""
+    """block_table: [R, n] int32; store_slots, lens: [T] int32; max_entries: host bound. request_slots: [R, E] int32, where
+    every entry is attended (HCA); None where an indexer chooses, as E is 262,144 a request there."""
 
     block_table: Tensor
     store_slots: Tensor
     lens: Tensor
-    request_slots: Tensor
+    request_slots: Tensor | None
     max_entries: int
 
 
@@ -123,13 +125,12 @@ class EntryBuilder(V4MetadataBuilder):
         max_entries = min(batch.max_seq_len, self.max_model_len) // ratio
         store = self.keep_tokens("store", plan.entry_store_slots(table, tokens, rows, ratio))
         lens = self.keep_tokens("lens", plan.entry_lens(tokens, ratio))
-        request_slots = plan.request_entry_slots(table, rows, max_entries)
-        kept = (
-            self.buffers.keep("request_slots", request_slots, (self.max_reqs, self.max_model_len // ratio))
-            if max_entries
-            else request_slots
-        )
-        return EntryMetadata(table, store, lens, kept, max_entries)
+        request_slots = None
+        if ratio == HCA_RATIO:
+            request_slots = plan.request_entry_slots(table, rows, max_entries)
+            if max_entries:
+                request_slots = self.buffers.keep("request_slots", request_slots, (self.max_reqs, self.max_model_len // ratio))
+        return EntryMetadata(table, store, lens, request_slots, max_entries)
 
 
 class StateBuilder(V4MetadataBuilder):
@@ -290,7 +291,7 @@ def view_tail(memory: Tensor, spec: CacheSpec) -> Tensor:
 
 
 def state_mapping(vllm_config: VllmConfig) -> StateMapping:
-    """DSV4_STATE, where auto takes the summaries on a CPU, and where they have a kernel.
+    """DSV4_STATE, where auto takes the summaries wherever they are possible; asks no device.
 
     Raises Dsv4Error for summaries on the V1 runner of a GPU, whose slot-mapping kernel would read past a request's one block.
     """
@@ -300,8 +301,7 @@ def state_mapping(vllm_config: VllmConfig) -> StateMapping:
         raise Dsv4Error("DSV4_STATE=summary needs model runner V2 on a GPU: leave VLLM_USE_V2_MODEL_RUNNER unset, or set DSV4_STATE=paged")
     if chosen != "auto":
         return StateMapping(chosen)
-    free = device_type == "cpu" or registry.is_kernel("summary.compress", torch.device(device_type))
-    return StateMapping.SUMMARY if possible and free else StateMapping.PAGED
+    return StateMapping.SUMMARY if possible else StateMapping.PAGED
 
 
 def _captures(vllm_config: VllmConfig) -> bool:

@@ -191,6 +191,7 @@ class V4Attention(nn.Module):
         super().__init__()
         tp = get_tensor_model_parallel_world_size()
         self.config, self.layer, self.prefix = config, layer, prefix
+        self.max_entries = vllm_config.model_config.max_model_len // CSA_RATIO
         self.num_heads, self.num_groups = config.num_attention_heads // tp, config.o_groups // tp
         quant, eps = vllm_config.quant_config, config.rms_norm_eps
         self.fused_wqa_wkv = MergedColumnParallelLinear(
@@ -262,6 +263,7 @@ class V4Attention(nn.Module):
         """
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a profile or warm-up run has no caches yet
+            self._take_memory(q)
             out.zero_()
             return
         step: WindowMetadata = metadata[self.window.prefix]
@@ -291,6 +293,11 @@ class V4Attention(nn.Module):
             q, self.window.pages, step.slots, step.lens, pages, slots, rows, lens, self.attn_sink, self.config.qk_rope_head_dim, table[:n]
         )
         out[n:].zero_()
+
+    def _take_memory(self, q: Tensor) -> None:
+        """Take what a step takes beyond its inputs, so that vLLM, which gives the KV pool the rest, has seen it."""
+        logits_bytes = 0 if self.indexer is None else indexer.workspace_bytes(q.shape[0], self.max_entries)
+        _ = torch.empty_like(q), torch.empty(logits_bytes, dtype=torch.uint8, device=q.device)
 
 
 class HyperConnection(nn.Module):

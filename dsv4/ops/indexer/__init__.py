@@ -19,6 +19,13 @@ register("indexer.topk", "dsv4.ops.indexer.triton:topk", "triton", refuse_triton
 
 # Tokens are scored in slices whose logits fit in this many bytes, so that the workspace does not grow with the context.
 LOGITS_WORKSPACE_BYTES = 256 << 20
+LOGIT_BYTES = 4
+
+
+def workspace_bytes(num_tokens: int, max_entries: int) -> int:
+    """What the logits of `select` take at once, at most."""
+    one_token = LOGIT_BYTES * max_entries
+    return max(one_token, min(num_tokens * one_token, LOGITS_WORKSPACE_BYTES))
 
 
 def prepare_query(q: Tensor, weights: Tensor, cos_sin: Tensor, index_format: IndexFormat) -> IndexQuery:
@@ -47,7 +54,7 @@ def select(
     device = entry_lens.device
     score, choose = resolve("indexer.logits", device), resolve("indexer.topk", device)
     chosen = torch.empty(entry_lens.shape[0], topk, dtype=torch.int32, device=device)
-    step = max(1, LOGITS_WORKSPACE_BYTES // (4 * max(max_entries, 1)))
+    step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
     for start in range(0, entry_lens.shape[0], step):
         part = slice(start, start + step)
         logits = score(query[part], keys, block_table, request_of_token[part], entry_lens[part], max_entries)
@@ -55,4 +62,4 @@ def select(
     return chosen
 
 
-__all__ = ["IndexQuery", "prepare_query", "select"]
+__all__ = ["IndexQuery", "prepare_query", "select", "workspace_bytes"]
