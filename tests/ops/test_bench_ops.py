@@ -216,6 +216,7 @@ def test_marlins_blocks_hold_every_pair_once_and_one_expert_each() -> None:
     ids = torch.rand(50, 8).argsort(-1)[:, :3]
     pairs, experts, padded = op_peers.aligned_pairs(ids, 8, 16)
     assert padded.tolist() == [pairs.numel()] == [16 * experts.numel()]
+    assert experts.numel() == sum(-(-int(n) // 16) for n in torch.bincount(ids.flatten()))
     real = pairs[pairs < 150]
     assert real.sort().values.tolist() == list(range(150))
     owner = experts.repeat_interleave(16)[pairs < 150]
