@@ -77,7 +77,8 @@ class Slots:
         if pages is None or slots is None:
             return
         if self.row is not None:
-            Within(self.row, "row of slots", lambda _: slots.shape[0] - 1)(op, given)
+            last = slots.shape[0] - 1
+            Within(self.row, "row of slots", lambda _: last)(op, given)
             slots = slots[given[self.row].long()]
         rows = slots.reshape(slots.shape[0], -1)
         num_slots = pages.data.shape[0] * pages.rows
