@@ -68,8 +68,6 @@ def quant_config() -> Any:
 @pytest.fixture
 def gpu(sglang: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[int, int]:
     """SGLang's quantisation code believes in a GPU of the parametrised capability."""
-    import importlib
-
     from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
     from sglang.srt.layers.quantization import fp8, fp8_utils, marlin_utils, marlin_utils_fp4, marlin_utils_fp8
 
@@ -82,8 +80,7 @@ def gpu(sglang: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
         monkeypatch.setattr(module, "marlin_make_workspace", lambda *a, **k: torch.zeros(1, dtype=torch.int32))
     for module in (marlin_utils_fp4, marlin_utils_fp8):
         monkeypatch.setattr(module, "gptq_marlin_repack", reshaped_repack, raising=False)
-    kernel = fused_marlin_moe if not callable(fused_marlin_moe) else importlib.import_module(fused_marlin_moe.__module__)
-    monkeypatch.setattr(kernel, "fused_marlin_moe", marlin_experts)
+    monkeypatch.setattr(fused_marlin_moe, "fused_marlin_moe", marlin_experts)
     return request.param
 
 
