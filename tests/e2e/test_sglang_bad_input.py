@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import sglang_engine
@@ -22,7 +23,7 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import ServerArgs
 def configure(args):
-    ServerArgs(device="cpu", skip_tokenizer_init=True, context_length=512, **args).resolve_once()
+    ServerArgs(**{"device": "cpu", "skip_tokenizer_init": True, "context_length": 512} | args).resolve_once()
 """
     folder = "model_path"
     options = (
@@ -42,6 +43,7 @@ def configure(args):
         ({"moe_runner_backend": "triton"}, ["--moe-runner-backend triton", "marlin"]),
         ({"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}, ["--enable-lora"]),
         ({"dtype": "float16"}, ["--dtype float16"]),
+        ({"device": "cuda", "dtype": "float32"}, ["--dtype float32"]),
         ({"enable_deepseek_v4_fp4_indexer": True}, ["--enable-deepseek-v4-fp4-indexer requires SM100"]),  # SGLang's own words
     )
     unsupported = ("0.6.0", ">=0.5.22,<0.5.24")
@@ -50,6 +52,22 @@ def configure(args):
         "from sglang.srt.plugins.hook_registry import HookRegistry; print(sorted(HookRegistry._patched))",
         "HfModelConfigParser",
     )
+
+    def test_what_is_chosen_on_a_gpu(self, tiny_flash: Path) -> None:
+        """Arguments are resolved before a GPU is touched: Marlin for FP4 experts, captured decode steps, eager prefill."""
+        code = f"""
+import json
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.overrides import resolved_view
+from sglang.srt.server_args import ServerArgs
+args = ServerArgs(model_path={str(tiny_flash)!r}, device="cuda", context_length=512, skip_tokenizer_init=True)
+args.resolve_once()
+view = resolved_view(args)
+names = ("moe_runner_backend", "attention_backend", "page_size", "disable_cuda_graph", "disable_prefill_cuda_graph")
+print(json.dumps([getattr(view, name) for name in names]))
+"""
+        assert json.loads(self._python(code).splitlines()[-1]) == ["marlin", "dsv4_plugin", 256, False, True]
 
     def test_a_hook_that_did_not_apply_is_noticed(self, tiny_flash: Path) -> None:
         """SGLang only logs it; the attention backend finds a pool that is not ours."""
