@@ -20,9 +20,11 @@ import gc
 import importlib
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -198,6 +200,7 @@ def run_case(plan: Any, device: str, ceilings: dict[str, float]) -> dict[str, An
     if problem is None and ceilings:
         return measure(case, expected, ceilings)
     if problem is None and device == "cuda":
+        del case
         case = build(plan)  # anew, so that nothing is right already because the call above wrote it
         replay, result = capture(case.kernel)
         replay()
@@ -243,12 +246,12 @@ def work(connection: Connection, todo: Work, start: int, ceilings: dict[str, flo
                 os._exit(1)
 
 
-def run_all(todo: Work, limit_s: float, until: float) -> Iterator[dict[str, Any]]:
-    """{"ceilings"} from each process that was started, and one row for each case, whatever becomes of those processes."""
-    done, ceilings, failed = 0, {}, ""
+def run_all(todo: Work, limit_s: float, until: float, ceilings: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every case's name and row, whatever becomes of the processes that run them; `ceilings` is filled with the first's."""
+    done, failed = 0, ""
     while done < len(todo.names):
         if failed or time.monotonic() > until:
-            yield {"failed": failed or "not run: the time given by --minutes was over"}
+            yield todo.names[done], {"failed": failed or "not run: the time given by --minutes was over"}
             done += 1
             continue
         mine, theirs = get_context("spawn").Pipe(duplex=False)
@@ -256,19 +259,36 @@ def run_all(todo: Work, limit_s: float, until: float) -> Iterator[dict[str, Any]
         process.start()
         theirs.close()
         said = receive(mine, process, START_LIMIT_S)
-        if "ceilings" in said:
-            ceilings = said["ceilings"]
-            yield said
-        else:
-            failed = f"could not start: {said['failed']}"
+        failed = f"could not start: {said['failed']}" if "gone" in said else ""
+        ceilings.update(said.get("ceilings", {}))
         while not failed and done < len(todo.names) and time.monotonic() <= until:
             said = receive(mine, process, limit_s)
+            yield todo.names[done], {k: v for k, v in said.items() if k != "gone"}
             done += 1
-            yield {k: v for k, v in said.items() if k != "gone"}
             if "gone" in said:
                 break
         process.kill()
         process.join(30)
+
+
+def run_beside(parts: Sequence[Work], limit_s: float, until: float, ceilings: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`run_all` of several parts at a time: to compare, mostly to compile, never to time."""
+    found: queue.Queue[tuple[str, dict[str, Any]] | None] = queue.Queue()
+
+    def drain(part: Work) -> None:
+        for row in run_all(part, limit_s, until, ceilings):
+            found.put(row)
+        found.put(None)
+
+    for part in parts:
+        threading.Thread(target=drain, args=(part,), daemon=True).start()
+    running = len(parts)
+    while running:
+        row = found.get()
+        if row is None:
+            running -= 1
+        else:
+            yield row
 
 
 def receive(connection: Connection, process: Any, limit_s: float) -> dict[str, Any]:
@@ -337,6 +357,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name, model and sizes contain this")
     parser.add_argument("--peers", type=Path, help="a folder that holds vllm/ with the peers' libraries")
     parser.add_argument("--compare", action="store_true", help="compare only, time nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compare at a time (default: %(default)s)")
     parser.add_argument("--case-s", type=float, default=120.0, help="a case that takes longer has failed (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=1e6, help="start no case after this long")
     parser.add_argument("--commit", default="", help="what to record as the commit, where git cannot say")
@@ -361,13 +382,11 @@ def main() -> int:
     until = time.monotonic() + 60 * args.minutes
     for timed in (False,) if args.interpret or args.compare else (False, True):
         names = [name for name, row in rows.items() if not timed or not (row["failed"] or row["wrong"])]
-        left = iter(names)
-        for found in run_all(Work(args.source, device, names, timed), args.case_s, until):
-            if "ceilings" in found:
-                record["ceilings"] = found["ceilings"]
-                continue
-            row = rows[next(left)]
-            row |= {"failed": None, "wrong": None} | found if not timed else found
+        jobs = 1 if timed else args.jobs
+        parts = [Work(args.source, device, names[i::jobs], timed) for i in range(min(jobs, len(names)))]
+        for name, found in run_beside(parts, args.case_s, until, record["ceilings"]):
+            row = rows[name]
+            row |= found if timed else {"failed": None, "wrong": None} | found
             if "us" in found:
                 row["targets"] = [t.record() for t in op_targets.targets(row)]
             print(describe(row), flush=True)

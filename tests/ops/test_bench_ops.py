@@ -33,7 +33,7 @@ def test_every_case_equals_its_twin_in_the_interpreter() -> None:
 
 def test_a_case_that_goes_wrong_is_recorded_and_the_others_run(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    args = ("--interpret", "--source", "broken_cases", "--case-s", "5", "--json", str(record))
+    args = ("--interpret", "--source", "broken_cases", "--case-s", "5", "--jobs", "2", "--json", str(record))
     done = run(*args, TRITON_INTERPRET="1", PYTHONPATH=str(HERE))
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "8 cases, 2 wrong, 4 failed"
