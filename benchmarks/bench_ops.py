@@ -377,6 +377,7 @@ def main() -> int:
         parser.error(f"no case contains {args.only!r}")
     record: dict[str, Any] = {"what": "dsv4 kernels against their twins, ceilings and peers", "ceilings": {}}
     rows = {str(p): {"kernel": p.name, "model": p.model, "sizes": dict(p.sizes), "failed": "not run", "wrong": None} for p in plans}
+    assert len(rows) == len(plans), "two cases of one name"
     if not args.interpret:
         record = machine(args.commit) | record
     until = time.monotonic() + 60 * args.minutes
