@@ -20,13 +20,16 @@ import click
 
 POINTS = ((86_016, 16_384), (800_000, 8_192), (1_048_576, 4_096), (32_768, 8_192), (4_096, 8_192))
 GIB = 1 << 30
+MAPPINGS = {"native": "paged", "summary": "summary"}
 # KV pool of one rank of 8x H200 as `dsv4 plan` derives it (the low end): TP8 for both checkpoints.
 POOL_GIB = {"flash": 100, "pro": 22}
 
 
-def question(config: Any, max_model_len: int, tokens: int, is_async: bool, pool_bytes: int) -> dict[str, Any]:
-    """What `dsv4.engine_probe` needs to ask vLLM's planner about `config` with fp8_ds_mla pages and fp8 index keys."""
+def question(checkpoint: Any, state: str, max_model_len: int, tokens: int, is_async: bool, pool_bytes: int) -> dict[str, Any]:
+    """What `dsv4.engine_probe` needs to ask vLLM's planner about `checkpoint` with fp8_ds_mla pages and fp8 index keys."""
+    config = checkpoint.config
     return {
+        "checkpoint": checkpoint.id, "state": state,
         "kv_dtype": "fp8_ds_mla", "index_dtype": "fp8", "compress_ratios": [layer.compress_ratio for layer in config.layers],
         "num_draft_layers": 0, "stages": [[0, config.num_hidden_layers]], "max_model_len": max_model_len, "max_num_batched_tokens": tokens,
         "async_scheduling": is_async, "head_dim": config.head_dim, "index_head_dim": config.index_head_dim,
@@ -34,43 +37,15 @@ def question(config: Any, max_model_len: int, tokens: int, is_async: bool, pool_
     }  # fmt: skip
 
 
-def planners() -> dict[str, Any]:
-    """vLLM's planner fed with native specs, and with ours."""
-    # Planning needs a platform to import vLLM, not to run it.
-    os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    import torch
-
-    from dsv4.config import LayerKind, LayerSpec, Routing, V4Config  # noqa: F401
-    from dsv4.engine_probe import _Vllm
-    from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping, layer_caches
-    from dsv4_vllm.attention import kv_cache_spec
-
-    class Ours(_Vllm):
-        def __init__(self, config: V4Config) -> None:
-            super().__init__()
-            self.config = config
-
-        def _specs(self, q: Mapping[str, Any]) -> dict[str, Any]:
-            formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
-            return {
-                f"layers.{layer.index}.attn.{cache.role.value}": kv_cache_spec(cache, formats, torch.bfloat16)
-                for layer in self.config.layers
-                for cache in layer_caches(self.config, layer, formats, StateMapping.SUMMARY)
-            }
-
-    return {"native": lambda config: _Vllm(), "summary": Ours}
-
-
-def measure(config: Any, pool_bytes: int, points: tuple[tuple[int, int], ...] = POINTS) -> list[dict[str, Any]]:
+def measure(planner: Any, checkpoint: Any, pool_bytes: int, points: tuple[tuple[int, int], ...] = POINTS) -> list[dict[str, Any]]:
     """A row per point and scheduling mode: bytes of one request and requests admitted, by mapping."""
-    engines = {name: make(config) for name, make in planners().items()}
     rows = []
     for max_model_len, tokens in points:
         for is_async in (False, True):
             row: dict[str, Any] = {"max_model_len": max_model_len, "max_num_batched_tokens": tokens, "async_scheduling": is_async}
-            for name, engine in engines.items():
+            for name, state in MAPPINGS.items():
                 # A pool that holds one request by any mapping, so that the planner answers; admission scales from it.
-                answer = engine.kv(question(config, max_model_len, tokens, is_async, 64 * GIB))
+                answer = planner.kv(question(checkpoint, state, max_model_len, tokens, is_async, 64 * GIB))
                 stage = answer["stages"][0]
                 blocks = pool_bytes // stage["block_bytes"]
                 per_request = stage["request_bytes"] // stage["block_bytes"]
@@ -80,12 +55,12 @@ def measure(config: Any, pool_bytes: int, points: tuple[tuple[int, int], ...] = 
                     "requests": round(blocks / per_request, 2),
                 }
             row["times_the_requests"] = round(row["summary"]["requests"] / row["native"]["requests"], 2)
-            row["reserve_mib"] = reserve_mib(config, row)
+            row["reserve_mib"] = reserve_mib(row)
             rows.append(row)
     return rows
 
 
-def reserve_mib(config: Any, row: Mapping[str, Any]) -> dict[str, float]:
+def reserve_mib(row: Mapping[str, Any]) -> dict[str, float]:
     """Per request, beyond the context's own pages and the window's pages: what compressor state costs, by mapping."""
     length, batches = row["max_model_len"], 2 if row["async_scheduling"] else 1
     in_flight = batches * row["max_num_batched_tokens"]
@@ -132,6 +107,11 @@ def main(path: Path | None, plot_path: Path | None) -> None:
     from dsv4.compat import installed_version
     from dsv4.deployment import find_checkpoint
 
+    # Planning needs a platform to import vLLM, not to run it.
+    os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+    from dsv4.engine_probe import _Vllm
+
+    planner = _Vllm()
     record: dict[str, Any] = {
         "what": "vLLM's own KV planner: native mapping against dsv4's summaries, fp8_ds_mla pages, fp8 index keys, one rank",
         "vllm": installed_version("vllm"),
@@ -141,9 +121,9 @@ def main(path: Path | None, plot_path: Path | None) -> None:
     }
     lengths = [1 << n for n in range(12, 21)]
     for name, pool in POOL_GIB.items():
-        config = find_checkpoint(name).config
-        record["points"][name] = measure(config, pool * GIB)
-        curve = measure(config, pool * GIB, tuple((length, tokens) for tokens in (16_384, 4_096) for length in lengths))
+        checkpoint = find_checkpoint(name)
+        record["points"][name] = measure(planner, checkpoint, pool * GIB)
+        curve = measure(planner, checkpoint, pool * GIB, tuple((length, tokens) for tokens in (16_384, 4_096) for length in lengths))
         record["curves"][name] = [row for row in curve if row["async_scheduling"]]
     text = json.dumps(record, indent=1)
     if path:

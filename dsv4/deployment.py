@@ -47,8 +47,8 @@ class Deployment:
     """tp: attention tensor-parallel ranks; dp: attention replicas, each with its own KV pool; ep: whole experts per
     rank over tp * dp ranks; pp: pipeline stages. max_num_batched_tokens is per step and per replica (SGLang:
     chunked prefill size); max_num_seqs per replica; memory_fraction: gpu_memory_utilization or mem_fraction_static.
-    swa_full_tokens_ratio: SGLang only, None lets it size windows from max_num_seqs. state: vLLM only, where dsv4's
-    plugin keeps compressor state (DSV4_STATE); native vLLM is paged.
+    swa_full_tokens_ratio: SGLang only, None lets it size windows from max_num_seqs. state: vLLM only, how compressor
+    state is kept; see `usual_state`.
     """
 
     checkpoint: Checkpoint
@@ -97,6 +97,11 @@ class Deployment:
         """Parallelism in words, as `TP8`, `TP8 x PP2` or `DP8 + EP`."""
         parts = [f"{name}{n}" for name, n in (("TP", self.tp), ("DP", self.dp), ("PP", self.pp)) if n > 1]
         return (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
+
+
+def usual_state(engine: EngineName, plugin: bool) -> StateMapping:
+    """How compressor state is kept when DSV4_STATE does not say: dsv4's vLLM plugin keeps summaries, everybody else pages."""
+    return StateMapping.SUMMARY if engine == "vllm" and plugin else StateMapping.PAGED
 
 
 @functools.cache

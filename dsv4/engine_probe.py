@@ -271,7 +271,27 @@ class _Vllm(_Engine):
         )
 
     def _specs(self, q: Mapping[str, Any]) -> dict[str, Any]:
-        """Cache specs as the native V4 layers declare them (models/deepseek_v4: attention.py, compressor.py; sparse_swa.py)."""
+        """Cache specs as whoever serves declares them."""
+        return self._plugin_specs(q) if q["state"] == "summary" else self._native_specs(q)
+
+    def _plugin_specs(self, q: Mapping[str, Any]) -> dict[str, Any]:
+        """As dsv4's own layers do: the plugin is asked by name, like an engine."""
+        import torch
+
+        from dsv4.deployment import find_checkpoint
+        from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping, layer_caches
+
+        kv_cache_spec = _symbol("dsv4_vllm.attention:kv_cache_spec")
+        config = find_checkpoint(q["checkpoint"]).config
+        formats = CacheFormats(KvFormat(q["kv_dtype"]), IndexFormat(q["index_dtype"]))
+        return {
+            f"layers.{layer.index}.attn.{cache.role.value}": kv_cache_spec(cache, formats, torch.bfloat16)
+            for layer in config.layers
+            for cache in layer_caches(config, layer, formats, StateMapping(q["state"]))
+        }
+
+    def _native_specs(self, q: Mapping[str, Any]) -> dict[str, Any]:
+        """As the native V4 layers do (models/deepseek_v4: attention.py, compressor.py; sparse_swa.py)."""
         import torch
 
         interface = _symbol("vllm.v1.kv_cache_interface")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dsv4.deployment import Deployment, usual_state
 from dsv4.kv_layout import StateMapping
 from dsv4.launch import deployment_commands
 from dsv4.memory import Proof, Verdict
@@ -104,8 +105,16 @@ def _proof(c: Candidate) -> Iterable[str]:
     )
     if c.step_limit:
         yield f"  stops fitting above max_num_batched_tokens {c.step_limit:,}; longest context {p.max_context_low:,}"
-    settings = "DSV4_MODE=on DSV4_STATE=summary " if d.state is StateMapping.SUMMARY else ""
-    yield from (f"  start{' ' + command.role if d.nodes > 1 else ''}: {settings}{command.shell()}" for command in deployment_commands(d))
+    yield from (
+        f"  start{' ' + command.role if d.nodes > 1 else ''}: {_settings(d)}{command.shell()}" for command in deployment_commands(d)
+    )
+
+
+def _settings(d: Deployment) -> str:
+    """The variables without which something else would be started than what was proved."""
+    plugin = d.gpu.needs_plugin or d.state is StateMapping.SUMMARY
+    mode = "DSV4_MODE=on " if plugin and not d.gpu.needs_plugin else ""
+    return mode + ("" if d.state is usual_state(d.engine, plugin) else f"DSV4_STATE={d.state.value} ")
 
 
 def _need(p: Proof) -> str:

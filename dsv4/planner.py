@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dsv4.config import FP8_BLOCK
-from dsv4.deployment import MAX_CONTEXT, Checkpoint, Deployment, EngineName, PlanError, Speculation
+from dsv4.deployment import MAX_CONTEXT, Checkpoint, Deployment, EngineName, PlanError, Speculation, usual_state
 from dsv4.hardware import Gpu
 from dsv4.kv_layout import IndexFormat, StateMapping
 from dsv4.memory import Proof, Verdict, prove
@@ -62,7 +62,7 @@ class Question:
     engines: tuple[EngineName, ...]
     max_num_batched_tokens: int = DEFAULT_STEP_TOKENS
     prefer: Preference = "throughput"
-    state: StateMapping = StateMapping.PAGED
+    state: StateMapping | None = None
 
 
 def ask(
@@ -75,12 +75,12 @@ def ask(
     engine: EngineName | None = None,
     max_num_batched_tokens: int = DEFAULT_STEP_TOKENS,
     prefer: Preference = "throughput",
-    state: StateMapping = StateMapping.PAGED,
+    state: StateMapping | None = None,
 ) -> Question:
     """A checked question; nodes default to as few as the GPUs need.
 
-    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once. state: where dsv4's
-    vLLM plugin keeps compressor state. Raises PlanError.
+    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once. state: how vLLM keeps
+    compressor state, None as whoever serves there does. Raises PlanError.
     """
     if not 1 <= count <= MAX_GPUS:
         raise PlanError(f"--count {count}: impossible; give 1 to {MAX_GPUS} GPUs")
@@ -254,7 +254,7 @@ def deployment(q: Question, engine: EngineName, tp: int, dp: int, pp: int, ep: b
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
         speculation=speculation,
         decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
-        state=q.state,
+        state=q.state or usual_state(engine, gpu.needs_plugin),
     )
 
 

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from dsv4.deployment import MAX_CONTEXT, Checkpoint, Deployment, PlanError, Speculation, find_checkpoint
+from dsv4.deployment import MAX_CONTEXT, Checkpoint, Deployment, PlanError, Speculation, find_checkpoint, usual_state
 from dsv4.hardware import Gpu, HardwareError, find_gpu
 from dsv4.kv_layout import IndexFormat, KvFormat
 from dsv4.memory import Proof, Verdict
@@ -291,6 +291,7 @@ class Recipe(_Section):
             a2a_backend=self.kernels.all_to_all,
             attention_backend=self.kernels.attention,
             decode_graphs_only=self.kernels.graphs == "decode_only",
+            state=usual_state(self.engine.name, self.engine.serves_with == "plugin"),
         )
 
 

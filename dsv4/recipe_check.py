@@ -218,6 +218,8 @@ def kv_question(d: Deployment, proof: Proof) -> dict[str, Any]:
     stages = pipeline_layers(c.num_hidden_layers, d.pp)
     cut = [stage_with_draft(s, c, d.num_draft_layers) for s in stages]
     return {
+        "checkpoint": d.checkpoint.id,
+        "state": d.state.value,
         "compress_ratios": [layer.compress_ratio for layer in c.layers],
         "num_draft_layers": d.num_draft_layers,
         "speculative": d.speculation.method,

@@ -48,8 +48,8 @@ def _json_option(f: Callable[..., T]) -> Callable[..., T]:
 @click.option("--concurrency", type=int, default=1, show_default=True, help="Requests of that length at once.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Both when left out.")
 @click.option("--max-num-batched-tokens", type=int, default=DEFAULT_STEP_TOKENS, show_default=True, help="Tokens per step and replica.")
-@click.option("--state", type=click.Choice(["paged", "summary"]), default="paged", show_default=True,
-              help="Compressor state in dsv4's vLLM plugin (DSV4_STATE); native vLLM is paged.")  # fmt: skip
+@click.option("--state", type=click.Choice(["auto", "paged", "summary"]), default="auto", show_default=True,
+              help="Compressor state in vLLM (DSV4_STATE); auto: summary where dsv4's plugin serves, paged where native does.")  # fmt: skip
 @click.option("--prefer", type=click.Choice(["latency", "throughput"]), default="throughput", show_default=True, help="What ranks first.")
 @click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw context against concurrency into an .svg or .png.")
@@ -116,7 +116,7 @@ def _question(
         cast("EngineName | None", engine),
         step,
         cast("Preference", prefer),
-        StateMapping(state),
+        None if state == "auto" else StateMapping(state),
     )
 
 
@@ -129,7 +129,7 @@ def _question_json(q: Question) -> dict[str, Any]:
         "context": q.context,
         "concurrency": q.concurrency,
         "max_num_batched_tokens": q.max_num_batched_tokens,
-        "state": q.state.value,
+        "state": q.state.value if q.state else "auto",
     }
 
 
@@ -138,6 +138,7 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
     return {
         "engine": d.engine,
         "shape": d.shape,
+        "state": d.state.value,
         "tp": d.tp,
         "dp": d.dp,
         "ep": d.ep,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsv4.deployment import MAX_CONTEXT, PlanError, find_checkpoint, parse_context
 from dsv4.hardware import all_gpus, find_gpu
+from dsv4.kv_layout import StateMapping
 from dsv4.memory import Verdict, prove
 from dsv4.plan_text import describe
 from dsv4.planner import Candidate, ask, candidate, plan, step_limit
@@ -52,6 +53,22 @@ def test_a_knob_frees_what_it_says():
         if knob.text == "turn async scheduling off":
             after = prove(replace(c.deployment, async_scheduling=False))
             assert knob.frees_bytes == c.proof.need_bytes - after.need_bytes
+
+
+def test_cards_that_only_the_plugin_serves_are_planned_as_the_plugin_keeps_state():
+    a100 = _find(_plan("flash", "a100", 8, engine="vllm"), "vllm", "TP8")
+    assert a100.deployment.state is StateMapping.SUMMARY
+    assert "DSV4_" not in describe(ask(find_checkpoint("flash"), find_gpu("a100"), 8, engine="vllm"), [a100], 1)
+    paged = _find(_plan("flash", "a100", 8, engine="vllm", state=StateMapping.PAGED), "vllm", "TP8")
+    assert paged.proof.request_bytes > a100.proof.request_bytes
+    assert "DSV4_STATE=paged vllm serve" in describe(ask(find_checkpoint("flash"), find_gpu("a100"), 8, engine="vllm"), [paged], 1)
+
+
+def test_cards_that_native_serves_are_planned_as_native_keeps_state():
+    h200 = _find(_plan("flash", "h200", 8, engine="vllm"), "vllm", "TP8")
+    assert h200.deployment.state is StateMapping.PAGED
+    ours = _find(_plan("flash", "h200", 8, engine="vllm", state=StateMapping.SUMMARY), "vllm", "TP8")
+    assert "DSV4_MODE=on vllm serve" in describe(ask(find_checkpoint("flash"), find_gpu("h200"), 8, engine="vllm"), [ours], 1)
 
 
 def test_pro_on_8_h100_needs_16():
