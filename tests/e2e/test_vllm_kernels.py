@@ -11,18 +11,20 @@ import pytest
 import torch
 from vllm_engine import TOLERANCE, engine_args, request, run
 
-# The kernels of paged state are the ones to compare; the interpreter must be set before triton is imported.
-TWINS = {"DSV4_OPS": "reference", "DSV4_STATE": "paged"}
-KERNELS = {"DSV4_OPS": "triton", "DSV4_STATE": "paged", "TRITON_INTERPRET": "1"}
+# The interpreter must be set before triton is imported.
+TWINS = {"DSV4_OPS": "reference"}
+KERNELS = {"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}
+POOLING = {"paged": "compressor.update", "summary": "summary.compress"}
 
 
-def served(engine: dict[str, Any], phases: list[list[dict[str, Any]]], kernels: bool) -> list[dict[str, Any]]:
+def served(engine: dict[str, Any], phases: list[list[dict[str, Any]]], kernels: bool, state: str = "paged") -> list[dict[str, Any]]:
     """What the engine generates, after making sure which implementation made it."""
-    result = run(engine, phases, env=KERNELS if kernels else TWINS)
+    result = run(engine, phases, env={**(KERNELS if kernels else TWINS), "DSV4_STATE": state})
     impls = {op: choice["impl"] for worker in result["workers"] for op, choice in worker["ops"].items()}
     assert {"attention.sparse", "indexer.topk", "mhc.pre"} <= set(impls) or {"attention.sparse", "indexer.topk", "mhc.post_pre"} <= set(
         impls
     )
+    assert set(POOLING.values()) & set(impls) == {POOLING[state]}
     # The experts are vLLM's own on every accelerator; on a CPU their twin serves.
     assert {impl for op, impl in impls.items() if op != "moe.experts"} == {"triton" if kernels else "reference"}, impls
     return result["phases"][0]
@@ -35,11 +37,12 @@ def test_kernels_generate_what_the_twins_generate(tiny_flash: Path) -> None:
     prompts = [[ids.randrange(100, 400) for _ in range(n)] for n in (150, 9)]
     phases = [[request(p, max_tokens=3) for p in prompts]]
     engine = engine_args(tiny_flash, max_model_len=256, max_num_batched_tokens=96)
-    twins, kernels = (served(engine, phases, kernels) for kernels in (False, True))
-    for a, b in zip(twins, kernels, strict=True):
-        assert a["tokens"] == b["tokens"]
-        assert max(abs(x - y) for x, y in zip(a["prompt_logprobs"], b["prompt_logprobs"], strict=True)) < TOLERANCE
-        assert max(abs(x - y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)) < TOLERANCE
+    twins = served(engine, phases, kernels=False)
+    for state in POOLING:
+        for a, b in zip(twins, served(engine, phases, kernels=True, state=state), strict=True):
+            assert a["tokens"] == b["tokens"], state
+            assert max(abs(x - y) for x, y in zip(a["prompt_logprobs"], b["prompt_logprobs"], strict=True)) < TOLERANCE, state
+            assert max(abs(x - y) for x, y in zip(a["logprobs"], b["logprobs"], strict=True)) < TOLERANCE, state
 
 
 @pytest.mark.slow

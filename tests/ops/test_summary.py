@@ -289,8 +289,8 @@ def test_kernel_steps_of_many_sizes_are_the_twins(kind: str) -> None:
     """T = 63, 1, 2, 257 and more: zero-length requests, padding, starts inside a window, exact page ends, a hit after each."""
     served = Served(kind)
     served.step((63, 0, 0))
-    served.step((0, 0, 1), padding=3)
-    served.step((1, 1, 0))
+    served.step((0, 1, 0), padding=3)  # padding is counted to the last request, which has no token
+    served.step((1, 0, 1))
     served.step((192, 65, 0))  # request 0 ends its first page
     served.hit(2, of=0, pages=1)
     for _ in range(5):  # decode past the page end: the first entry there reads the tail
