@@ -38,8 +38,11 @@ def record_launches(layer_class: type) -> list[dict[str, Any]]:
     return calls
 
 
-def assert_decode_limits(calls: Sequence[dict[str, Any]], requests: int) -> None:
-    """No decode step of this many requests launched more kernels in a layer than its kind may, experts left out."""
+def assert_decode_limits(calls: Sequence[dict[str, Any]], requests: int, split: set[str]) -> None:
+    """No decode step of this many requests launched more kernels in a layer than its kind may, experts left out.
+
+    split: the kinds of layer whose attention was split and joined, without which a launch would be missing.
+    """
     decode = [c for c in calls if c["tokens"] == requests]
     assert {c["kind"] for c in decode} == set(LIMIT), "not every kind of layer was seen in a decode step"
     report, over = [], False
@@ -49,4 +52,5 @@ def assert_decode_limits(calls: Sequence[dict[str, Any]], requests: int) -> None
         report.append(f"layer {call['layer']} ({call['kind']}, at most {LIMIT[call['kind']]}): {len(mixing)} {' '.join(mixing)}")
     print("\n".join(report[: 1 + max(c["layer"] for c in decode)]))
     assert all("attend" in call["kernels"] for call in decode), report
+    assert {call["kind"] for call in decode if "combine" in call["kernels"]} == split, report
     assert not over, "\n".join(report)

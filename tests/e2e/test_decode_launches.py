@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sglang_engine
@@ -18,7 +19,10 @@ from comparison import request
 from launches import assert_decode_limits
 
 IDS = random.Random(0)
-PHASES = [[request([IDS.randrange(100, 250) for _ in range(n)], max_tokens=3, prompt_logprobs=False) for n in (130, 9)]]
+
+
+def prompts(*lens: int) -> list[list[dict[str, Any]]]:
+    return [[request([IDS.randrange(100, 250) for _ in range(n)], max_tokens=3, prompt_logprobs=False) for n in lens]]
 
 
 @pytest.fixture
@@ -32,21 +36,17 @@ def long_selection(tiny_flash: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["paged", "summary"])
-def test_vllm(long_selection: Path, state: str) -> None:
-    """A context of 16384 tokens may hold 128 HCA entries, for which vLLM keeps room from the start."""
+@pytest.mark.parametrize(("state", "longest", "split"), [("summary", 130, {"csa", "hca"}), ("paged", 12, {"csa"})])
+def test_vllm(long_selection: Path, state: str, longest: int, split: set[str]) -> None:
+    """A context of 16384 tokens may hold 128 HCA entries, for which vLLM keeps room once there is one: from token 128 on."""
     engine = vllm_engine.engine_args(long_selection, max_model_len=16_384)
     env = {"DSV4_OPS": "triton", "DSV4_STATE": state, "TRITON_INTERPRET": "1"}
-    calls = vllm_engine.run(engine, PHASES, env=env, launches=True)["launches"]
-    assert_decode_limits(calls, requests=2)
-    assert all("combine" in c["kernels"] for c in calls if c["tokens"] == 2 and c["kind"] != "swa"), "attention was not split"
+    assert_decode_limits(vllm_engine.run(engine, prompts(longest, 9), env=env, launches=True)["launches"], requests=2, split=split)
 
 
 @pytest.mark.slow
 def test_sglang(long_selection: Path) -> None:
     """An eager step of SGLang has room for the entries it has, so that attention is split in CSA layers only."""
     engine = sglang_engine.engine_args(long_selection, context_length=512, max_total_tokens=2048)
-    result = sglang_engine.run(engine, PHASES, env={"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}, launches=True)
-    calls = result["counts"]["launches"]
-    assert_decode_limits(calls, requests=2)
-    assert all("combine" in c["kernels"] for c in calls if c["tokens"] == 2 and c["kind"] == "csa"), "attention was not split"
+    result = sglang_engine.run(engine, prompts(12, 9), env={"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}, launches=True)
+    assert_decode_limits(result["counts"]["launches"], requests=2, split={"csa"})
