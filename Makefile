@@ -85,7 +85,7 @@ demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat questio
 demo-sglang: $(VENV)/.installed ## The same through the real `sglang serve`
 	$(PYTHON) examples/demo_sglang.py
 .PHONY: kernels
-kernels: $(VENV)/.installed ## Compile every kernel for every GPU (FULL=1: sm89 and sm103 too), bound registers and memory
-	$(PYTHON) benchmarks/compile_kernels.py --jobs 2 $(if $(FULL),--full)
+kernels: $(VENV)/.installed ## Compile every kernel for every GPU, bound registers and memory
+	$(PYTHON) benchmarks/compile_kernels.py --jobs 2
 clean: ## Remove the environment and every cache
 	rm -rf $(ENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

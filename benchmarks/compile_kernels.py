@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-compile every shipped kernel configuration for every supported GPU, with none at hand, and bound its resources.
 
-    python benchmarks/compile_kernels.py [--targets sm80,gfx942 | --full] [--only TEXT] [--json FILE]
+    python benchmarks/compile_kernels.py [--targets sm80,gfx942] [--only TEXT] [--json FILE]
 
 Prints registers, spilled bytes per lane and shared memory. Fails when a configuration does not compile, does not fit the
 device, spills more than the budget beside the kernel, is an empty stub, or names an fp8 type. That something compiles is
@@ -40,9 +40,7 @@ SHARED_LIMIT = {
     "sm80": 163 * KIB, "sm86": 99 * KIB, "sm89": 99 * KIB, "sm90": 227 * KIB, "sm100": 227 * KIB, "sm103": 227 * KIB,
     "sm120": 99 * KIB, "gfx942": 64 * KIB, "gfx950": 160 * KIB,
 }  # fmt: skip
-# They compile alike, but for some registers, so the routine run leaves the first of each pair out and budgets are the second's.
-LIKE = {"sm89": "sm86", "sm103": "sm100"}
-ROUTINE = tuple(t for t in SHARED_LIMIT if t not in LIKE)
+LIKE = {"sm89": "sm86", "sm103": "sm100"}  # they compile alike, but for some registers; budgets are the second's
 TENSOR_MEMORY_COLUMNS = 512
 # Triton makes a constant of every integer argument that is 1, as the number of tokens often is: another kernel, which must
 # compile too. Once per configuration is enough, since that fails in Triton's front end.
@@ -166,13 +164,12 @@ def _compile_queued(index: int, target: str, ones: bool) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", default=",".join(ROUTINE), help="comma-separated; default: %(default)s")
-    parser.add_argument("--full", action="store_true", help=f"every target: {', '.join(SHARED_LIMIT)}")
+    parser.add_argument("--targets", default=",".join(SHARED_LIMIT), help="comma-separated; default: %(default)s")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
     parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
-    targets = list(SHARED_LIMIT) if args.full else args.targets.split(",")
+    targets = args.targets.split(",")
     unknown = set(targets) - set(SHARED_LIMIT)
     if unknown:
         parser.error(f"unknown targets {', '.join(sorted(unknown))}; known are {', '.join(SHARED_LIMIT)}")
