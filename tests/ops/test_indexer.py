@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -249,6 +251,33 @@ def test_selection_end_to_end() -> None:
     twin = reference.topk(reference.logits(query, keys, table, request, lens, 300), lens, 32)
     for a, b in zip(got.tolist(), twin.tolist(), strict=True):
         assert set(a) == set(b)
+
+
+def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    lens = torch.tensor([304, 303, 302, 5, 0], dtype=torch.int32)
+    request = torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)
+    keys, table = keys_of(IndexFormat.FP8, [304, 5])
+    query = reference.prepare_query(*queries(5, 16), IndexFormat.FP8)
+    whole = indexer.select(query, keys, table, request, lens, 304, 32)
+    monkeypatch.setattr(indexer, "LOGITS_WORKSPACE_BYTES", 2 * 304 * 4 + 1)
+    taken: list[int] = []
+
+    def watched(op: str, device: torch.device) -> Callable[..., Tensor]:
+        function = registry.resolve(op, device)
+
+        def call(*args: object) -> Tensor:
+            out = function(*args)
+            if op == "indexer.logits":
+                taken.append(out.untyped_storage().nbytes())
+            return out
+
+        return call
+
+    monkeypatch.setattr(indexer, "resolve", watched)
+    assert torch.equal(indexer.select(query, keys, table, request, lens, 304, 32), whole)
+    assert len(taken) == 3
+    assert max(taken) <= indexer.workspace_bytes(5, 304) < indexer.workspace_bytes(1, 1000)
+    assert indexer.workspace_bytes(1, 304) == 304 * 4
 
 
 @pytest.mark.parametrize("n", [40, 9000])
