@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +20,15 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
-from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
+from dsv4.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.errors import Dsv4Error
 from dsv4.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
+from dsv4.ops.attention.plan import RopeTables, rope_tables
 from dsv4.ops.compressor.ring import RingPooling, compress_step
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.pages import Pages
-from dsv4.ops.rope import cos_sin, inv_freq
+from dsv4.ops.rope import inv_freq
 from dsv4_sglang import released_config
 from dsv4_sglang.attention import EntryPlan, StepPlan, V4AttentionBackend
 from dsv4_sglang.pool import V4Pool
@@ -37,16 +37,6 @@ from dsv4_sglang.weights import load_weights
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-
-@dataclass(frozen=True)
-class RopeTables:
-    """cos/sin rows of a step, [T, rope_dim] fp32 each: at the token's position with the frequencies of window-only and
-    of compressed layers, and at the first position of the entry that the token belongs to, per ratio."""
-
-    window: Tensor
-    compressed: Tensor
-    entry: dict[int, Tensor]
 
 
 class V4Mlp(nn.Module):
@@ -252,20 +242,6 @@ class HyperConnection(nn.Module):
         self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """Streams [T, 4, D] with a sublayer's output y [T, D] not yet mixed in, and the weights that will: post, comb."""
-
-    streams: Tensor
-    y: Tensor
-    post: Tensor
-    comb: Tensor
-
-    def mix(self) -> Tensor:
-        """The streams with the output spread over them: [T, 4, D]."""
-        return mhc.post(self.streams, self.y, self.post, self.comb)
-
-
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
@@ -278,19 +254,16 @@ class V4DecoderLayer(nn.Module):
         self.hc_attn = HyperConnection(config, mixes, 3)
         self.hc_ffn = HyperConnection(config, mixes, 3)
 
-    def forward(self, before: Tensor | Mixed, rope: RopeTables, input_ids: Tensor) -> Mixed:
+    def forward(self, before: Tensor | mhc.Unmixed, rope: RopeTables, input_ids: Tensor) -> mhc.Unmixed:
         """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
         streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
-        after_attention = Mixed(streams, self.attn(y, rope), post, comb)
+        after_attention = mhc.Unmixed(streams, self.attn(y, rope), post, comb)
         streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
-        return Mixed(streams, self.ffn(y, input_ids), post, comb)
+        return mhc.Unmixed(streams, self.ffn(y, input_ids), post, comb)
 
-    def _collapse(self, before: Tensor | Mixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _collapse(self, before: Tensor | mhc.Unmixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c = self.config
-        site = (hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
-        if isinstance(before, Mixed):
-            return mhc.post_pre(before.streams, before.y, before.post, before.comb, *site)
-        return before, *mhc.pre(before, *site)
+        return mhc.collapse(before, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
 
 
 class V4Model(nn.Module):
@@ -306,17 +279,13 @@ class V4Model(nn.Module):
         self.register_buffer("window_freq", inv_freq(config, compressed=False), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True), persistent=False)
 
-    def rope_tables(self, positions: Tensor) -> RopeTables:
-        entry = {m: cos_sin(positions // m * m, self.compressed_freq) for m in (CSA_RATIO, HCA_RATIO)}
-        return RopeTables(cos_sin(positions, self.window_freq), cos_sin(positions, self.compressed_freq), entry)
-
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         c = self.config
-        streams: Tensor | Mixed = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
-        rope = self.rope_tables(positions)
+        streams: Tensor | mhc.Unmixed = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
+        rope = rope_tables(positions, self.window_freq, self.compressed_freq)
         for layer in self.layers:
             streams = layer(streams, rope, input_ids)
-        if isinstance(streams, Mixed):
+        if isinstance(streams, mhc.Unmixed):
             streams = streams.mix()
         return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -30,26 +29,16 @@ from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from dsv4.config import CSA_RATIO, HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
+from dsv4.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, compressor, indexer, mhc, moe, summary
-from dsv4.ops.attention.plan import TokenPlan
+from dsv4.ops.attention.plan import RopeTables, TokenPlan, rope_tables
 from dsv4.ops.linear import linear_fp32
-from dsv4.ops.rope import cos_sin, inv_freq
+from dsv4.ops.rope import inv_freq
 from dsv4_vllm.attention import EntryMetadata, SummaryMetadata, V4Cache, WindowMetadata, cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.support import check_deployment
 from dsv4_vllm.weights import load_weights
-
-
-@dataclass(frozen=True)
-class RopeTables:
-    """cos/sin rows of a step, [T, rope_dim] fp32 each: at the token's position with the frequencies of window-only and
-    of compressed layers, and at the first position of the entry that the token belongs to, per ratio."""
-
-    window: Tensor
-    compressed: Tensor
-    entry: dict[int, Tensor]
 
 
 class V4Mlp(nn.Module):
@@ -174,6 +163,7 @@ class V4Indexer(nn.Module):
         )
         self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor", state, keys)
         self.keys = keys
+        self.max_entries = vllm_config.model_config.max_model_len // layer.compress_ratio
 
     def forward(
         self, q: Tensor, weights: Tensor, tokens: WindowMetadata, entry: EntryMetadata, rope: RopeTables, cached: EntryMetadata, rows: int
@@ -191,7 +181,6 @@ class V4Attention(nn.Module):
         super().__init__()
         tp = get_tensor_model_parallel_world_size()
         self.config, self.layer, self.prefix = config, layer, prefix
-        self.max_entries = vllm_config.model_config.max_model_len // CSA_RATIO
         self.num_heads, self.num_groups = config.num_attention_heads // tp, config.o_groups // tp
         quant, eps = vllm_config.quant_config, config.rms_norm_eps
         self.fused_wqa_wkv = MergedColumnParallelLinear(
@@ -296,7 +285,7 @@ class V4Attention(nn.Module):
 
     def _take_memory(self, q: Tensor) -> None:
         """Take what a step takes beyond its inputs, so that vLLM, which gives the KV pool the rest, has seen it."""
-        logits_bytes = 0 if self.indexer is None else indexer.workspace_bytes(q.shape[0], self.max_entries)
+        logits_bytes = 0 if self.indexer is None else indexer.workspace_bytes(q.shape[0], self.indexer.max_entries)
         _ = torch.empty_like(q), torch.empty(logits_bytes, dtype=torch.uint8, device=q.device)
 
 
@@ -308,20 +297,6 @@ class HyperConnection(nn.Module):
         self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
         self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """Streams [T, 4, D] with a sublayer's output y [T, D] not yet mixed in, and the weights that will: post, comb."""
-
-    streams: Tensor
-    y: Tensor
-    post: Tensor
-    comb: Tensor
-
-    def mix(self) -> Tensor:
-        """The streams with the output spread over them: [T, 4, D]."""
-        return mhc.post(self.streams, self.y, self.post, self.comb)
 
 
 class V4DecoderLayer(nn.Module):
@@ -337,19 +312,16 @@ class V4DecoderLayer(nn.Module):
         self.hc_attn = HyperConnection(config, mixes, 3)
         self.hc_ffn = HyperConnection(config, mixes, 3)
 
-    def forward(self, before: Tensor | Mixed, rope: RopeTables, input_ids: Tensor | None) -> Mixed:
+    def forward(self, before: Tensor | mhc.Unmixed, rope: RopeTables, input_ids: Tensor | None) -> mhc.Unmixed:
         """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
         streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
-        after_attention = Mixed(streams, self.attn(y, rope), post, comb)
+        after_attention = mhc.Unmixed(streams, self.attn(y, rope), post, comb)
         streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
-        return Mixed(streams, self.ffn(y, input_ids), post, comb)
+        return mhc.Unmixed(streams, self.ffn(y, input_ids), post, comb)
 
-    def _collapse(self, before: Tensor | Mixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _collapse(self, before: Tensor | mhc.Unmixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c = self.config
-        site = (hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
-        if isinstance(before, Mixed):
-            return mhc.post_pre(before.streams, before.y, before.post, before.comb, *site)
-        return before, *mhc.pre(before, *site)
+        return mhc.collapse(before, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
 
 
 class V4Model(nn.Module):
@@ -367,10 +339,6 @@ class V4Model(nn.Module):
         self.register_buffer("window_freq", inv_freq(config, compressed=False, device=device), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True, device=device), persistent=False)
 
-    def rope_tables(self, positions: Tensor) -> RopeTables:
-        entry = {m: cos_sin(positions // m * m, self.compressed_freq) for m in (CSA_RATIO, HCA_RATIO)}
-        return RopeTables(cos_sin(positions, self.window_freq), cos_sin(positions, self.compressed_freq), entry)
-
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, intermediate: IntermediateTensors | None, inputs_embeds: Tensor | None
     ) -> Tensor | IntermediateTensors:
@@ -381,10 +349,10 @@ class V4Model(nn.Module):
         else:
             assert intermediate is not None
             streams = intermediate["hidden_states"].unflatten(-1, (c.hc_mult, c.hidden_size))
-        rope = self.rope_tables(positions)
+        rope = rope_tables(positions, self.window_freq, self.compressed_freq)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             streams = layer(streams, rope, input_ids)
-        if isinstance(streams, Mixed):
+        if isinstance(streams, mhc.Unmixed):
             streams = streams.mix()
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": streams.flatten(1)})

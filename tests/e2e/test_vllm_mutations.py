@@ -14,7 +14,7 @@ MUTATIONS = {
         "(tokens.positions + 1).clamp(max=window)",
         "(tokens.positions + 1).clamp(max=window - 1)",
     ),
-    "entry RoPE at j instead of j*m": ("dsv4_vllm.model", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
+    "entry RoPE at j instead of j*m": ("dsv4.ops.attention.plan", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
     "entry visible one token late": ("dsv4.ops.attention.plan", "(tokens.positions + 1) // ratio, 0)", "tokens.positions // ratio, 0)"),
     "columns of the two windows exchanged": ("dsv4.ops.summary.reference", "x[..., :dim], x[..., dim:]", "x[..., dim:], x[..., :dim]"),
     "what came before the step lost": ("dsv4.ops.summary.reference", "    return _merge(here, earlier)\n", "    return here\n"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4.config import CSA_RATIO, HCA_RATIO
 from dsv4.ops.pages import BatchView
 from dsv4.ops.rope import cos_sin
 
@@ -82,10 +83,20 @@ def selected_slots(selected: Tensor, block_table: Tensor, request_of_token: Tens
     return torch.where(selected >= 0, page * rows_per_page + (at % rows_per_page).int(), -1)
 
 
-def rope_tables(tokens: TokenPlan, freq: Tensor, ratios: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
-    """cos/sin at each token's position, then, per ratio m, at the first position of its entry (j * m): [T, rope_dim] each."""
-    at = [tokens.positions] + [tokens.positions // m * m for m in ratios]
-    return tuple(cos_sin(p, freq) for p in at)
+@dataclass(frozen=True)
+class RopeTables:
+    """cos/sin rows of a step, [T, rope_dim] fp32 each: at the token's position with the frequencies of window-only and
+    of compressed layers, and at the first position of the entry that the token belongs to, per ratio."""
+
+    window: Tensor
+    compressed: Tensor
+    entry: dict[int, Tensor]
+
+
+def rope_tables(positions: Tensor, window_freq: Tensor, compressed_freq: Tensor) -> RopeTables:
+    """positions: [T]; window_freq, compressed_freq: [rope_dim / 2] fp32, of the two kinds of layers."""
+    entry = {m: cos_sin(positions // m * m, compressed_freq) for m in (CSA_RATIO, HCA_RATIO)}
+    return RopeTables(cos_sin(positions, window_freq), cos_sin(positions, compressed_freq), entry)
 
 
 class Persistent:
