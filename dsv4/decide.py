@@ -19,7 +19,7 @@ DeviceKind = Literal["cpu", "cuda", "rocm"]
 
 # Families whose attention kernels (FlashMLA, DeepGEMM or FlashInfer) native V4 has: sm90, sm100 and sm103, sm120 and sm121.
 NATIVE_CUDA_MAJORS = (9, 10, 12)
-OLDEST_CAPABILITY = (8, 0)  # bf16 and asynchronous copies, which our kernels need
+OLDEST_CAPABILITY = (8, 0)  # bf16 matrix instructions and asynchronous copies, which our kernels need
 
 
 class UnsupportedDeviceError(Dsv4Error):

@@ -98,7 +98,7 @@ class V4AttentionBackend(AttentionBackend):
     # ---- the plan --------------------------------------------------------------------------------------------------
 
     def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepPlan:
-        batch, max_query_len = _batch_view(fb, max_seq_len)
+        batch, is_decode = _batch_view(fb, max_seq_len), fb.forward_mode.is_decode()
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len)
         tokens = plan.plan_tokens(batch)
         # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the request it borrows.
@@ -113,7 +113,7 @@ class V4AttentionBackend(AttentionBackend):
         entries = {}
         for ratio in self.ratios:
             rows, max_entries = SGLANG_PAGE_TOKENS // ratio, max_seq_len // ratio
-            ring = plan_single(rings[ratio], tokens) if max_query_len == 0 else plan_many(rings[ratio], tokens, batch, max_query_len)
+            ring = plan_single(rings[ratio], tokens) if is_decode else plan_many(rings[ratio], tokens, batch)
             entries[ratio] = EntryPlan(
                 plan.entry_store_slots(block_table, tokens, rows, ratio),
                 plan.entry_lens(tokens, ratio),
@@ -160,16 +160,15 @@ class V4AttentionBackend(AttentionBackend):
         )
 
 
-def _batch_view(fb: ForwardBatch, max_seq_len: int) -> tuple[BatchView, int]:
-    """The step for the core, and the largest number of tokens of a request; 0 says one token each, by construction."""
+def _batch_view(fb: ForwardBatch, max_seq_len: int) -> BatchView:
+    """The step for the core."""
     num_reqs, device = fb.batch_size, fb.seq_lens.device
     if fb.forward_mode.is_decode():
         starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
-        return BatchView(starts, fb.seq_lens.int(), num_reqs, num_reqs, max_seq_len, 1), 0
+        return BatchView(starts, fb.seq_lens.int(), num_reqs, num_reqs, max_seq_len, 1)
     starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
     starts[1:] = fb.extend_seq_lens.cumsum(0)
-    longest = max(fb.extend_seq_lens_cpu)
-    return BatchView(starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len, longest), longest
+    return BatchView(starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len, max(fb.extend_seq_lens_cpu))
 
 
 def register_backend() -> None:

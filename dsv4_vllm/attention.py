@@ -91,8 +91,9 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
         return AttentionCGSupport.UNIFORM_BATCH if _captures(vllm_config) else AttentionCGSupport.NEVER
 
     def batch_view(self, common: CommonAttentionMetadata) -> BatchView:
-        num_tokens, num_reqs, longest = common.num_actual_tokens, common.num_reqs, (common.max_seq_len, common.max_query_len)
-        return BatchView(common.query_start_loc, common.seq_lens, num_tokens, num_reqs, *longest)
+        return BatchView(
+            common.query_start_loc, common.seq_lens, common.num_actual_tokens, common.num_reqs, common.max_seq_len, common.max_query_len
+        )
 
     def keep_tokens(self, name: str, value: Tensor) -> Tensor:
         return self.buffers.keep(name, value, (self.max_tokens, *value.shape[1:]))

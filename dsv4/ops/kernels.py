@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from dsv4.decide import OLDEST_CAPABILITY
+
 KERNEL_MODULES = tuple(f"dsv4.ops.{family}.triton" for family in ("attention", "compressor", "indexer", "mhc", "moe", "quant", "summary"))
 
-MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions; bf16 converts are emulated below
 AMD_ARCHS = ("gfx942", "gfx950")  # the ones the kernels are compiled for in CI
 
 
@@ -57,9 +58,9 @@ def _refuse_gpu(index: int) -> str | None:
         arch = properties.gcnArchName.partition(":")[0]
         return None if arch in AMD_ARCHS else f"{properties.name} is {arch}; the kernels are built for {' and '.join(AMD_ARCHS)}"
     capability = (properties.major, properties.minor)
-    if capability >= MIN_CAPABILITY:
+    if capability >= OLDEST_CAPABILITY:
         return None
-    have, need = ".".join(map(str, capability)), ".".join(map(str, MIN_CAPABILITY))
+    have, need = ".".join(map(str, capability)), ".".join(map(str, OLDEST_CAPABILITY))
     return f"{properties.name} has compute capability {have}, the kernels need {need}"
 
 

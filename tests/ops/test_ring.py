@@ -59,7 +59,7 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         # CSA rings hang on pages, HCA rings on requests; the places of the two do not meet here.
         owners = table[chosen] if ratio == 4 else torch.tensor(chosen, dtype=torch.int32)[:, None]
         where = Rings(owners, PAGE if ratio == 4 else 10_000, ratio, windows)
-        step = plan_single(where, tokens) if single else plan_many(where, tokens, batch, max(sizes))
+        step = plan_single(where, tokens) if single else plan_many(where, tokens, batch)
         slots = plan.entry_store_slots(table[chosen], tokens, PAGE // ratio, ratio)
         rows = torch.cat([torch.arange(done[r], done[r] + n) for r, n in zip(chosen, sizes, strict=True)])
         owner = torch.tensor(chosen)[tokens.request_of_token.long()]

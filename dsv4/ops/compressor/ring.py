@@ -75,8 +75,8 @@ def plan_single(rings: Rings, tokens: TokenPlan) -> RingPlan:
     return RingPlan(tokens.positions - base, rings.pages(tokens.request_of_token[:, None], windows), slots.int())
 
 
-def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView, max_query_len: int) -> RingPlan:
-    """Any number of tokens per request. max_query_len: host bound on a request's tokens."""
+def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView) -> RingPlan:
+    """Any number of tokens per request."""
     device, ratio = batch.seq_lens.device, rings.ratio
     index = torch.arange(batch.num_reqs, device=device)
     query_lens = batch.query_start_loc.diff()
@@ -84,7 +84,7 @@ def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView, max_query_len: 
     base = rings.first_needed(first)  # [R]
     num_pages = (batch.seq_lens - base + ratio - 1) // ratio
     start = num_pages.cumsum(0) - num_pages
-    columns = (max_query_len + ratio - 1) // ratio + rings.windows
+    columns = (batch.max_query_len + ratio - 1) // ratio + rings.windows
     table = (start[:, None] + torch.arange(columns, device=device)).int()
     capacity = batch.num_tokens // ratio + batch.num_reqs * (rings.windows + 1)
 

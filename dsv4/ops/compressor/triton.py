@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch  # noqa: F401  the GPU driver Triton launches through
 import triton
@@ -16,6 +16,7 @@ from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import format_code, hadamard_row, rotate_pairs, store_row
 
+P = TypeVar("P")
 ROWS_AT_ONCE = 8  # all rows of a CSA entry; an HCA entry takes 16 rounds
 
 
@@ -158,6 +159,13 @@ def compress_store_kernel(
         )  # fmt: skip
 
 
+def at_most_two(op: str, poolings: Sequence[P]) -> tuple[P, P]:
+    """The caches of a launch, which has arguments for two: a single one fills both places."""
+    if len(poolings) > 2:
+        raise ValueError(f"{op}: {len(poolings)} caches; a launch pools into at most 2")
+    return poolings[0], poolings[-1]
+
+
 def _arguments(to: Pooling) -> tuple[Any, ...]:
     return (
         to.kv, to.kv.stride(0), to.gate, to.gate.stride(0), to.ape, to.norm_weight,
@@ -177,13 +185,10 @@ def _launch(
 ) -> None:  # fmt: skip
     if positions.numel() == 0:
         return
-    one, *rest = poolings
-    if len(rest) > 1:
-        raise ValueError(f"compressor.update: {len(poolings)} caches; a launch pools into at most 2")
-    two = rest[0] if rest else one
+    one, two = at_most_two("compressor.update", poolings)
     compress_store_kernel[(positions.shape[0], len(poolings))](
         *_arguments(one), *_arguments(two), request_of_token, positions, entry_cos_sin, eps,
-        *_constants(one), *(_constants(two) if rest else (0, 0, 0, 0)),
+        *_constants(one), *(_constants(two) if len(poolings) > 1 else (0, 0, 0, 0)),
         ratio, overlap, entry_cos_sin.shape[1], min(ROWS_AT_ONCE, overlap * ratio), save, num_warps=4,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.compressor.triton import ROWS_AT_ONCE, finish_entry
+from dsv4.ops.compressor.triton import ROWS_AT_ONCE, at_most_two, finish_entry
 from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import BatchView
 from dsv4.ops.quant.triton import format_code
@@ -207,15 +207,12 @@ def compress(
     """See `reference.compress`. Raises ValueError for more caches than the two that a CSA layer has."""
     if positions.numel() == 0:
         return
-    one, *rest = poolings
-    if len(rest) > 1:
-        raise ValueError(f"summary.compress: {len(poolings)} caches; a launch pools into at most 2")
-    two = rest[0] if rest else one
+    one, two = at_most_two("summary.compress", poolings)
 
     def launch(tails: bool, pool: bool) -> None:
         summary_kernel[(positions.shape[0], len(poolings))](
             *_arguments(one), *_arguments(two), batch.query_start_loc, batch.seq_lens, request_of_token, entry_cos_sin, eps,
-            *_constants(one), *(_constants(two) if rest else (0, 0, 0)), page_tokens, ratio, overlap, entry_cos_sin.shape[1],
+            *_constants(one), *(_constants(two) if len(poolings) > 1 else (0, 0, 0)), page_tokens, ratio, overlap, entry_cos_sin.shape[1],
             min(ROWS_AT_ONCE, overlap * ratio), tails, pool, num_warps=4,
         )  # fmt: skip
 
