@@ -76,10 +76,11 @@ def diagnose(url: str | None = None, environ: Mapping[str, str] | None = None) -
     environ = os.environ if environ is None else environ
     result = Diagnosis(compat.dsv4_version(), platform.python_version(), list(decide.detect_devices(environ)), {}, {})
     _check_environment(result, environ)
+    decision = _decide(result)
     for engine in compat.ENGINES:
         version = compat.installed_version(engine)
         if version is not None:
-            _check_engine(result, engine, version, environ)
+            _check_engine(result, engine, version, decision, environ)
     if not result.engines:
         result.notes.append("no engine is installed here: planning and checking work, serving needs `pip install 'dsv4[vllm]'`")
     if url is not None:
@@ -94,14 +95,16 @@ def _check_environment(result: Diagnosis, environ: Mapping[str, str]) -> None:
         result.problems.append(str(e))
 
 
-def _check_engine(result: Diagnosis, engine: Engine, version: str, environ: Mapping[str, str]) -> None:
+def _decide(result: Diagnosis) -> decide.Decision:
     mode = result.environment.get("DSV4_MODE", env.VARIABLES["DSV4_MODE"].default)
     try:
-        decision = decide.decide(mode, decide.weakest(result.devices))
+        return decide.decide(mode, decide.weakest(result.devices))
     except decide.UnsupportedDeviceError as e:
-        decision = decide.Decision(False, str(e))
-        if str(e) not in result.problems:
-            result.problems.append(str(e))
+        result.problems.append(str(e))
+        return decide.Decision(False, str(e))
+
+
+def _check_engine(result: Diagnosis, engine: Engine, version: str, decision: decide.Decision, environ: Mapping[str, str]) -> None:
     supported = compat.is_supported(engine, version)
     entry_points = {f"{group}:{name}": _entry_point(group, name) for group, name in ENTRY_POINTS[engine]}
     has_plugin = importlib.util.find_spec(f"dsv4_{engine}") is not None
