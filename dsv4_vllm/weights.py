@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 
 from dsv4.checkpoint import validate
+from dsv4.errors import CheckpointError
 from dsv4.parameters import load_released
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def load_weights(model: DeepseekV4ForCausalLM, weights: Iterable[tuple[str, Tens
         validate(model.model_path, model.v4_config)
     names = {name.replace(_EXPERTS, "."): name for name, _ in model.named_parameters()}
     params = dict(model.named_parameters())
-    loaded = load_released(
-        {short: params[name] for short, name in names.items()}, weights, tp_rank, lambda p: is_pp_missing_parameter(p, model)
-    )
+    ours = {short: params[name] for short, name in names.items()}
+    try:
+        loaded = load_released(ours, weights, tp_rank, lambda p: is_pp_missing_parameter(p, model))
+    except CheckpointError as error:
+        raise CheckpointError(f"{model.model_path}: {error}") from None
     return {names[short] for short in loaded}
