@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,16 @@ def clean_environment() -> dict[str, str]:
     """The caller's environment without the variables that would change what is tested, and without a network."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "VLLM_", "SGLANG_", "PYTEST_", "TRITON_"))}
     return kept | OFFLINE
+
+
+def served(done: subprocess.CompletedProcess[str], model_class: str) -> dict[str, Any]:
+    """What a driver printed, after making sure that it ended well and that our model served. Fails with the end of its log."""
+    assert done.returncode == 0, done.stderr[-6000:]
+    result = json.loads(done.stdout)
+    for worker in result["workers"]:
+        assert worker["model_class"] == model_class, worker
+        assert worker["served_by_dsv4"], worker
+    return result
 
 
 def request(prompt: list[int], max_tokens: int = 4, prompt_logprobs: bool = True) -> dict[str, Any]:

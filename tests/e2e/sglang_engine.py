@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from comparison import clean_environment
+from comparison import clean_environment, served
 
 HERE = Path(__file__).parent
 DRIVER = HERE / "sglang_driver.py"
@@ -32,13 +32,7 @@ def engine_args(folder: Path, **overrides: Any) -> dict[str, Any]:
 
 def run(engine: dict[str, Any], phases: list[list[dict[str, Any]]], env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
     """Run `phases` in a fresh engine. Fails with the end of its log when it does not exit 0. options: see `sglang_instruments`."""
-    done = start(engine, phases, env, **options)
-    assert done.returncode == 0, done.stderr[-6000:]
-    result = json.loads(done.stdout)
-    for worker in result["workers"]:
-        assert worker["model_class"] == MODEL_CLASS, worker
-        assert worker["served_by_dsv4"], worker
-    return result
+    return served(start(engine, phases, env, **options), MODEL_CLASS)
 
 
 def start(

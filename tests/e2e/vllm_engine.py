@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from comparison import ENV_DIR, TIE_MARGIN, TOLERANCE, Oracle, assert_equal, clean_environment, compare, request
+from comparison import ENV_DIR, TIE_MARGIN, TOLERANCE, Oracle, assert_equal, clean_environment, compare, request, served
 
 __all__ = [
     "ENV_DIR", "MODEL_CLASS", "RUNNER_V2", "TIE_MARGIN", "TOLERANCE", "Oracle", "assert_equal", "compare", "engine_args", "environment", "request", "run",
@@ -37,12 +37,7 @@ def engine_args(folder: Path, **overrides: Any) -> dict[str, Any]:
 
 def run(engine: dict[str, Any], phases: list[list[dict[str, Any]]], env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
     """Run `phases` in a fresh engine process. Fails with the end of its log when it does not exit 0. options: see `vllm_driver`."""
-    done = start(engine, phases, env, **options)
-    assert done.returncode == 0, done.stderr[-6000:]
-    result = json.loads(done.stdout)
-    for worker in result["workers"]:
-        assert worker["model_class"] == MODEL_CLASS, worker
-    return result
+    return served(start(engine, phases, env, **options), MODEL_CLASS)
 
 
 def start(

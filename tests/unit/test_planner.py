@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +15,10 @@ from dsv4.kv_layout import StateMapping
 from dsv4.memory import Verdict, prove
 from dsv4.plan_text import describe
 from dsv4.planner import Candidate, ask, candidate, plan, step_limit
+from dsv4.recipe import shipped_recipes
 
 GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
 
 
 def _plan(model: str, gpu: str, count: int, **options) -> list[Candidate]:
@@ -62,6 +66,23 @@ def test_cards_that_only_the_plugin_serves_are_planned_as_the_plugin_keeps_state
     paged = _find(_plan("flash", "a100", 8, engine="vllm", state=StateMapping.PAGED), "vllm", "TP8")
     assert paged.proof.request_bytes > a100.proof.request_bytes
     assert "DSV4_STATE=paged vllm serve" in describe(ask(find_checkpoint("flash"), find_gpu("a100"), 8, engine="vllm"), [paged], 1)
+
+
+def test_the_plugins_state_doubles_the_step_that_docs_name():
+    recipe = next(r for r in shipped_recipes() if r.id == "a100-80g-x4-flash-vllm-context")
+    d, n = recipe.deployment(), recipe.lengths.concurrency
+    limits = step_limit(replace(d, state=StateMapping.PAGED), n), step_limit(d, n)
+    assert "from {:,} to {:,} tokens".format(*limits) in (ROOT / "docs" / "planner.md").read_text()
+
+
+def test_recipes_name_the_step_where_they_stop_fitting():
+    named = 0
+    for recipe in shipped_recipes():
+        for reason in recipe.why_not:
+            if match := re.fullmatch(r"max_num_batched_tokens above (\d+)", reason.what):
+                named += 1
+                assert int(match[1]) == step_limit(recipe.deployment(), recipe.lengths.concurrency), recipe.id
+    assert named > 100
 
 
 def test_cards_that_native_serves_are_planned_as_native_keeps_state():
