@@ -43,7 +43,7 @@ VARIABLES = {
         Variable("DSV4_CHECK", _OFF, (_OFF, _ON), "check operators' slots, lengths and ids before each call; slow, without CUDA graphs, for debugging"),
         Variable(
             "DSV4_STATE", "auto", ("auto", "summary", "paged"),
-            "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary on a CPU and where it has a kernel",
+            "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary, but on the V1 runner of a GPU",
         ),
         Variable(
             "DSV4_CPU_PLATFORM", "auto", ("auto", "on", "off"),
