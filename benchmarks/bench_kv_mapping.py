@@ -26,7 +26,7 @@ POOL_GIB = {"flash": 100, "pro": 22}
 
 
 def question(checkpoint: Any, state: str, max_model_len: int, tokens: int, is_async: bool, pool_bytes: int) -> dict[str, Any]:
-    """What `dsv4.engine_probe` needs to ask vLLM's planner about `checkpoint` with fp8_ds_mla pages and fp8 index keys."""
+    """What `dsv4.probe.__main__` needs to ask vLLM's planner about `checkpoint` with fp8_ds_mla pages and fp8 index keys."""
     config = checkpoint.config
     return {
         "checkpoint": checkpoint.id, "state": state,
@@ -104,12 +104,12 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
 )
 def main(path: Path | None, plot_path: Path | None) -> None:
     out, sys.stdout = sys.stdout, sys.stderr
-    from dsv4.compat import installed_version
-    from dsv4.deployment import find_checkpoint
+    from dsv4.machine.compat import installed_version
+    from dsv4.planning.deployment import find_checkpoint
 
     # Planning needs a platform to import vLLM, not to run it.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    from dsv4.engine_probe import _Vllm
+    from dsv4.probe.__main__ import _Vllm
 
     planner = _Vllm()
     record: dict[str, Any] = {

@@ -42,7 +42,7 @@ def run(
 
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as scratch:
-        from dsv4.tiny import write_tiny
+        from dsv4.reference.tiny import write_tiny
 
         folder = write_tiny(Path(scratch) / "tiny", "flash")
         console.print(f"starting {engine} serve ...")
@@ -102,7 +102,6 @@ def _group_pss_mib(group: int) -> float:
 def measure_speed(ours: Generate, folder: Path, rounds: int, console: Any) -> dict[str, Any]:
     """Tokens per second of both sides: prefill of 4096 tokens, decode at batch 1 and 8, and their ratios."""
     import torch
-
     from hf_oracle import load_hf
 
     hf = load_hf(folder)

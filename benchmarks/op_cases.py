@@ -11,12 +11,13 @@ import op_peers
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat, KvFormat, round_up
+from dsv4.model.kv_layout import IndexFormat, KvFormat, round_up
 from dsv4.ops.attention import reference as attention_twin
 from dsv4.ops.attention import triton as attention
-from dsv4.ops.attention.plan import entry_store_slots, plan_tokens
-from dsv4.ops.compressor import reference as compressor_twin
-from dsv4.ops.compressor import triton as compressor
+from dsv4.ops.compressor.paged import reference as compressor_twin
+from dsv4.ops.compressor.paged import triton as compressor
+from dsv4.ops.compressor.summary import reference as summary_twin
+from dsv4.ops.compressor.summary import triton as summary
 from dsv4.ops.indexer import reference as indexer_twin
 from dsv4.ops.indexer import triton as indexer
 from dsv4.ops.mhc import reference as mhc_twin
@@ -25,9 +26,8 @@ from dsv4.ops.moe import mxfp4
 from dsv4.ops.moe import reference as moe_twin
 from dsv4.ops.moe import triton as moe
 from dsv4.ops.pages import BatchView, Pages, RowsFormat
+from dsv4.ops.plan import entry_store_slots, plan_tokens
 from dsv4.ops.rope import cos_sin
-from dsv4.ops.summary import reference as summary_twin
-from dsv4.ops.summary import triton as summary
 
 Call = Callable[[], Any]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import KvFormat
+from dsv4.model.kv_layout import KvFormat
 from dsv4.ops.attention import vendor
 from dsv4.ops.moe import triton as moe
 from dsv4.ops.pages import Pages

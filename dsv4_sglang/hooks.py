@@ -10,12 +10,12 @@ from sglang.srt.arg_groups.model_override_base import register_model_override, r
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from dsv4 import env
-from dsv4.config import MODEL_TYPE, LayerKind
-from dsv4.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4.machine import env
+from dsv4.model.config import MODEL_TYPE, LayerKind
+from dsv4.model.kv_layout import SGLANG_PAGE_TOKENS
 from dsv4_sglang import released_config, status
+from dsv4_sglang.names import ARCHITECTURE, ATTENTION_BACKEND
 from dsv4_sglang.refusal import PARSE
-from dsv4_sglang.registration import ARCHITECTURE, ATTENTION_BACKEND
 
 POOL_SIZES = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
@@ -87,7 +87,7 @@ def is_v4(kvc: Any) -> bool:
 def pool_configurator(original: Callable[..., Any], kvc: Any) -> Any:
     if not is_v4(kvc):
         return original(kvc)
-    from dsv4_sglang.pool import V4PoolConfigurator
+    from dsv4_sglang.caches import V4PoolConfigurator
 
     return V4PoolConfigurator(kvc)
 
@@ -95,6 +95,6 @@ def pool_configurator(original: Callable[..., Any], kvc: Any) -> Any:
 def build_pool(original: Callable[..., Any], kvc: Any, **kwargs: Any) -> Any:
     if not is_v4(kvc):
         return original(kvc, **kwargs)
-    from dsv4_sglang import pool
+    from dsv4_sglang import caches
 
-    return pool.build_pool(kvc, kwargs["sizes"], kwargs["req_to_token_pool"])
+    return caches.build_pool(kvc, kwargs["sizes"], kwargs["req_to_token_pool"])

@@ -20,20 +20,20 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
-from dsv4.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.errors import Dsv4Error
-from dsv4.kv_layout import CacheRole
+from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
+from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.attention.plan import RopeTables, rope_tables
 from dsv4.ops.compressor.ring import RingPooling, compress_step
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.pages import Pages
+from dsv4.ops.plan import RopeTables, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_sglang import released_config
-from dsv4_sglang.attention import EntryPlan, StepPlan, V4AttentionBackend
-from dsv4_sglang.pool import V4Pool
+from dsv4_sglang.caches import V4Pool
+from dsv4_sglang.loading import load_weights
+from dsv4_sglang.metadata import EntryPlan, StepPlan, V4AttentionBackend
 from dsv4_sglang.quant import V4QuantConfig
-from dsv4_sglang.weights import load_weights
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

@@ -23,8 +23,8 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
-from dsv4.config import FP4_BLOCK, FP8_BLOCK, ExpertDtype
 from dsv4.errors import Dsv4Error
+from dsv4.model.config import FP4_BLOCK, FP8_BLOCK, ExpertDtype
 from dsv4.ops import moe
 from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 

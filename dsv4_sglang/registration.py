@@ -6,14 +6,10 @@ from __future__ import annotations
 import logging
 import os
 
-from dsv4 import compat, decide, env
+from dsv4.machine import compat, decide, env
 
 logger = logging.getLogger(__name__)
 
-# Not V4's own name, so that none of SGLang's branches for its native V4 is taken; with "DeepseekV4" in it, which selects
-# V4's chat encoding.
-ARCHITECTURE = "DeepseekV4PluginForCausalLM"
-ATTENTION_BACKEND = "dsv4_plugin"
 _MODELS = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 
 
@@ -35,9 +31,7 @@ def register_model() -> None:
 
 def _register() -> None:
     # Errors in these must refuse V4 here, not when a worker first needs them.
-    import dsv4_sglang.model
-    import dsv4_sglang.pool  # noqa: F401
-    from dsv4_sglang import attention, hooks
+    from dsv4_sglang import hooks, metadata
 
-    attention.register_backend()
+    metadata.register_backend()
     hooks.install()

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from dsv4.config import MODEL_TYPE, V4Config
+from dsv4.model.config import MODEL_TYPE, V4Config
 
 _ATTRIBUTE = "dsv4_released"
 

@@ -28,8 +28,8 @@ def install() -> None:
 
 def worker_status(runner: Any) -> dict[str, Any]:
     """The model class, backend, cache formats and operator implementations of one worker, as plain JSON values."""
-    from dsv4_sglang.attention import V4AttentionBackend
-    from dsv4_sglang.pool import V4Pool
+    from dsv4_sglang.caches import V4Pool
+    from dsv4_sglang.metadata import V4AttentionBackend
 
     model, backend, pool = runner.model, runner.attn_backend, runner.token_to_kv_pool
     return {

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from dsv4.checkpoint import validate
-from dsv4.config import V4Config
-from dsv4.decide import Device, detect_devices, weakest
 from dsv4.errors import Dsv4Error
-from dsv4.kv_layout import SGLANG_PAGE_TOKENS
-from dsv4_sglang.pool import cache_formats
-from dsv4_sglang.registration import ATTENTION_BACKEND
+from dsv4.machine.decide import Device, detect_devices, weakest
+from dsv4.model.checkpoint import validate
+from dsv4.model.config import V4Config
+from dsv4.model.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4_sglang.names import ATTENTION_BACKEND
+from dsv4_sglang.options import cache_formats
 
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from dsv4_vllm import patches
+from dsv4_vllm import hooks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig  # at run time vllm.config is what is importing this module
@@ -18,17 +18,17 @@ class ReferenceCpuPlatform(CpuPlatform):
 
     @classmethod
     def import_kernels(cls) -> None:
-        patches.define_cpu_ops()
+        hooks.define_cpu_ops()
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
         from vllm.triton_utils import HAS_TRITON
 
-        patches.keep_plain_linears()
+        hooks.keep_plain_linears()
         if HAS_TRITON:
             return  # under TRITON_INTERPRET=1 vLLM's own kernels run
         super().register_triton_kernel_overrides()
-        patches.repair_slot_mapping()
+        hooks.repair_slot_mapping()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

@@ -29,16 +29,20 @@ from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from dsv4.config import LayerKind, LayerSpec, Routing, V4Config
-from dsv4.kv_layout import CacheRole, CacheSpec, layer_caches
-from dsv4.ops import attention, check, compressor, indexer, mhc, moe, summary
-from dsv4.ops.attention.plan import RopeTables, TokenPlan, rope_tables
+from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
+from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
+from dsv4.ops import attention, check, indexer, mhc, moe
+from dsv4.ops.compressor import paged as compressor
+from dsv4.ops.compressor import summary
 from dsv4.ops.linear import linear_fp32
+from dsv4.ops.plan import RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
-from dsv4_vllm.attention import EntryMetadata, SummaryMetadata, V4Cache, WindowMetadata, cache_formats, state_mapping
+from dsv4_vllm.caches import V4Cache
+from dsv4_vllm.loading import load_weights
+from dsv4_vllm.metadata import EntryMetadata, SummaryMetadata, WindowMetadata
+from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.support import check_deployment
-from dsv4_vllm.weights import load_weights
 
 
 class V4Mlp(nn.Module):
@@ -398,4 +402,4 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return load_weights(self, weights, get_tensor_model_parallel_rank())
+        return load_weights(self, self.v4_config, self.model_path, weights, get_tensor_model_parallel_rank())

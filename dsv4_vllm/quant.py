@@ -29,7 +29,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.models.deepseek_v4.quant_config import DeepseekV4FP8Config
 from vllm.platforms import current_platform
 
-from dsv4.config import FP4_BLOCK, FP8_BLOCK, V4Config
+from dsv4.model.config import FP4_BLOCK, FP8_BLOCK, V4Config
 from dsv4.ops import moe
 from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 

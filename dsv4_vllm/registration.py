@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dsv4 import compat, decide, env
-from dsv4.config import ARCHITECTURE
+from dsv4.machine import compat, decide, env
+from dsv4.model.config import ARCHITECTURE
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ def _register() -> None:
 
     import dsv4_vllm.model  # an error in it must refuse V4 here, not when vLLM inspects the class in another process
     import dsv4_vllm.quant  # noqa: F401  registers itself
-    from dsv4_vllm import patches
+    from dsv4_vllm import hooks
 
     for architecture in (ARCHITECTURE, VISION_ARCHITECTURE):  # the latter only to be refused, with its reason
         ModelRegistry.register_model(architecture, MODEL)
         model_configs.MODELS_CONFIG_MAP[architecture] = _checked(model_configs.DeepseekV4ForCausalLMConfig)
-    patches.add_status()
+    hooks.add_status()
 
 
 def _checked(base: Any) -> Any:
@@ -51,7 +51,7 @@ def _checked(base: Any) -> Any:
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             base.verify_and_update_config(vllm_config)
-            from dsv4.checkpoint import validate
+            from dsv4.model.checkpoint import validate
             from dsv4_vllm.support import check_deployment
 
             config = check_deployment(vllm_config)

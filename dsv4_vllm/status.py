@@ -15,7 +15,7 @@ STATUS_PATH = "/dsv4/status"
 
 def worker_status(worker: Any) -> dict[str, Any]:
     """The model class, backends, cache formats and operator implementations of one worker, as plain JSON values."""
-    from dsv4_vllm.attention import V4Cache
+    from dsv4_vllm.caches import V4Cache
 
     model = worker.get_model()
     caches = [module for module in model.modules() if isinstance(module, V4Cache)]

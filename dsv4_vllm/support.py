@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from vllm.config import VllmConfig
 
-from dsv4.config import V4Config
 from dsv4.errors import Dsv4Error
-from dsv4_vllm.attention import cache_formats, state_mapping
+from dsv4.model.config import V4Config
+from dsv4_vllm.options import cache_formats, state_mapping
 
 
 class DeploymentError(Dsv4Error):

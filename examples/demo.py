@@ -12,8 +12,8 @@ from rich.table import Table
 from served import Engine, Server
 from tokenizers import Tokenizer
 
-from dsv4.reference_model import ReferenceModel
-from dsv4.tiny import write_tiny
+from dsv4.reference.model import ReferenceModel
+from dsv4.reference.tiny import write_tiny
 
 # Correct fp32 implementations of the model differ by less: up to 5e-5 was measured.
 TOLERANCE = 2e-4

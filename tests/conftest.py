@@ -13,10 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from dsv4.tiny import write_tiny
+from dsv4.reference.tiny import write_tiny
 
 # Shared checks explain a failure as a test's own assert does.
-pytest.register_assert_rewrite("comparison", "refusal_checks", "replay", "serve_checks")
+pytest.register_assert_rewrite(*(f"tests.support.{name}" for name in ("comparison", "refusal_checks", "replay", "serve_checks")))
 
 # Tensors here are small: a second thread gains nothing, and triples the time as soon as something else runs.
 torch.set_num_threads(1)

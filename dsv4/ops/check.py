@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4 import env
 from dsv4.errors import Dsv4Error
+from dsv4.machine import env
 
 _MAX_NAMED = 8
 Arguments = Mapping[str, Any]  # an operator's, by name

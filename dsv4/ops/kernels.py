@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from dsv4.decide import OLDEST_CAPABILITY
+from dsv4.machine.decide import OLDEST_CAPABILITY
 
-KERNEL_MODULES = tuple(f"dsv4.ops.{family}.triton" for family in ("attention", "compressor", "indexer", "mhc", "moe", "quant", "summary"))
+KERNEL_MODULES = tuple(
+    f"dsv4.ops.{family}.triton" for family in ("attention", "compressor.paged", "compressor.summary", "indexer", "mhc", "moe", "quant")
+)
 
 AMD_ARCHS = ("gfx942", "gfx950")  # the ones the kernels are compiled for in CI
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dsv4 import env
 from dsv4.errors import Dsv4Error
+from dsv4.machine import env
 from dsv4.ops import check
 
 logger = logging.getLogger(__name__)

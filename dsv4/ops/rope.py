@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsv4.config import V4Config
+from dsv4.model.config import V4Config
 
 
 def inv_freq(config: V4Config, compressed: bool, device: torch.device | None = None) -> Tensor:

@@ -2,9 +2,9 @@
 from pathlib import Path
 
 import pytest
-from comparison import TIE_MARGIN, Oracle
 
-from hf_oracle import load_hf, prompt_without_ties
+from tests.support.comparison import TIE_MARGIN, Oracle
+from tests.support.hf_oracle import load_hf, prompt_without_ties
 
 
 @pytest.fixture(scope="session")

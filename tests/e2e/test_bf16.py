@@ -12,13 +12,12 @@ import random
 from pathlib import Path
 
 import pytest
-import sglang_engine
 import torch
-import vllm_engine
-from comparison import Oracle, request
 from torch import Tensor
 
-from hf_oracle import hf_logprobs, load_hf
+from tests.support import sglang_engine, vllm_engine
+from tests.support.comparison import Oracle, request
+from tests.support.hf_oracle import hf_logprobs, load_hf
 
 draw = random.Random(0)
 PROMPTS = [[draw.randrange(100, 400) for _ in range(length)] for length in (300, 150, 9)]

@@ -8,16 +8,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import sglang_engine
-import vllm_engine
-from comparison import Oracle, assert_equal, request
 
 from dsv4.ops import check
+from tests.support import sglang_engine, vllm_engine
+from tests.support.comparison import Oracle, assert_equal, request
 
 CHECKED = {"DSV4_CHECK": "1"}
 # Entries of the second request of a step go where no page is.
 BAD_SLOT = [
-    "dsv4.ops.attention.plan",
+    "dsv4.ops.plan",
     "(entry % rows_per_page).int(), -1)",
     "(entry % rows_per_page).int() + (tokens.request_of_token == 1) * (1 << 20), -1)",
 ]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sglang_engine
-import vllm_engine
-from comparison import request
-from launches import assert_decode_limits
+
+from tests.support import sglang_engine, vllm_engine
+from tests.support.comparison import request
+from tests.support.launches import assert_decode_limits
 
 IDS = random.Random(0)
 

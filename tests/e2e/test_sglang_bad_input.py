@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import sglang_engine
-from comparison import request
-from refusal_checks import RefusalChecks
 from served import SGLANG
 
 import dsv4_sglang
+from tests.support import sglang_engine
+from tests.support.comparison import request
+from tests.support.refusal_checks import RefusalChecks
 
 
 class TestSglang(RefusalChecks):

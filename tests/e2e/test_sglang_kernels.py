@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from comparison import Oracle, assert_equal, request
-from sglang_engine import engine_args, run
+
+from tests.support.comparison import Oracle, assert_equal, request
+from tests.support.sglang_engine import engine_args, run
 
 
 @pytest.mark.slow

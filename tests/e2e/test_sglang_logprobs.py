@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import ENV_DIR, LENGTHS, Oracle, assert_equal, compare, request
-from replay import assert_equals_quantised_reference
-from sglang_engine import engine_args, run
 
-from dsv4.kv_layout import IndexFormat
+from dsv4.model.kv_layout import IndexFormat
+from tests.support.comparison import ENV_DIR, LENGTHS, Oracle, assert_equal, compare, request
+from tests.support.replay import assert_equals_quantised_reference
+from tests.support.sglang_engine import engine_args, run
 
 
 def _prompts(text: list[int]) -> list[dict]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serve_checks import ServeChecks, serve_until_sigterm
 from served import SGLANG, Server
-from sglang_engine import MODEL_CLASS, environment
+
+from tests.support.serve_checks import ServeChecks, serve_until_sigterm
+from tests.support.sglang_engine import MODEL_CLASS, environment
 
 
 @pytest.fixture(scope="module")
@@ -20,5 +21,5 @@ def server(tiny_flash: Path) -> Iterator[Server]:
 class TestSglangServe(ServeChecks):
     engine = SGLANG
     model_class = MODEL_CLASS
-    attention_backends = ("dsv4_sglang.attention.V4AttentionBackend",)
+    attention_backends = ("dsv4_sglang.metadata.V4AttentionBackend",)
     running_requests = "sglang:num_running_reqs"

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import vllm_engine
-from refusal_checks import RefusalChecks
 from served import VLLM
 
 import dsv4_vllm
+from tests.support import vllm_engine
+from tests.support.refusal_checks import RefusalChecks
 
 
 class TestVllm(RefusalChecks):

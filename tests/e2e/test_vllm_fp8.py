@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from replay import assert_equals_quantised_reference
-from vllm_engine import engine_args, request, run
 
-from dsv4.kv_layout import IndexFormat
+from dsv4.model.kv_layout import IndexFormat
+from tests.support.replay import assert_equals_quantised_reference
+from tests.support.vllm_engine import engine_args, request, run
 
 
 @pytest.mark.parametrize(

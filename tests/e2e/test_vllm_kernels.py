@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engine import TOLERANCE, engine_args, request, run
+
+from tests.support.vllm_engine import TOLERANCE, engine_args, request, run
 
 # The interpreter must be set before triton is imported.
 TWINS = {"DSV4_OPS": "reference"}

@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from comparison import LENGTHS
-from vllm_engine import Oracle, assert_equal, compare, engine_args, request, run
+
+from tests.support.comparison import LENGTHS
+from tests.support.vllm_engine import Oracle, assert_equal, compare, engine_args, request, run
 
 WHOLE = 2048
 

@@ -6,20 +6,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vllm_engine import TOLERANCE, Oracle, compare, engine_args, request, run
+
+from tests.support.vllm_engine import TOLERANCE, Oracle, compare, engine_args, request, run
 
 MUTATIONS = {
     "window off by one": (
-        "dsv4.ops.attention.plan",
+        "dsv4.ops.plan",
         "(tokens.positions + 1).clamp(max=window)",
         "(tokens.positions + 1).clamp(max=window - 1)",
     ),
-    "entry RoPE at j instead of j*m": ("dsv4.ops.attention.plan", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
-    "entry visible one token late": ("dsv4.ops.attention.plan", "(tokens.positions + 1) // ratio, 0)", "tokens.positions // ratio, 0)"),
-    "columns of the two windows exchanged": ("dsv4.ops.summary.reference", "x[..., :dim], x[..., dim:]", "x[..., dim:], x[..., :dim]"),
-    "what came before the step lost": ("dsv4.ops.summary.reference", "    return _merge(here, earlier)\n", "    return here\n"),
+    "entry RoPE at j instead of j*m": ("dsv4.ops.plan", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
+    "entry visible one token late": ("dsv4.ops.plan", "(tokens.positions + 1) // ratio, 0)", "tokens.positions // ratio, 0)"),
+    "columns of the two windows exchanged": (
+        "dsv4.ops.compressor.summary.reference",
+        "x[..., :dim], x[..., dim:]",
+        "x[..., dim:], x[..., :dim]",
+    ),
+    "what came before the step lost": ("dsv4.ops.compressor.summary.reference", "    return _merge(here, earlier)\n", "    return here\n"),
     "overlap window lost, paged state": (
-        "dsv4.ops.compressor.reference",
+        "dsv4.ops.compressor.paged.reference",
         "missing = rows_at < 0",
         "missing = (rows_at < 0) | (back >= ratio)",
     ),

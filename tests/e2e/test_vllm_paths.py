@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vllm_engine import ENV_DIR, RUNNER_V2, Oracle, assert_equal, engine_args, request, run
+
+from tests.support.vllm_engine import ENV_DIR, RUNNER_V2, Oracle, assert_equal, engine_args, request, run
 
 
 def test_prefix_cache_hits_equal_cold_runs(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:

@@ -17,12 +17,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm_engine import TOLERANCE, Oracle, compare, engine_args, environment
 
-from dsv4.tiny import write_tiny
-from hf_oracle import load_hf
+from dsv4.reference.tiny import write_tiny
+from tests.support.comparison import ROOT
+from tests.support.hf_oracle import load_hf
+from tests.support.vllm_engine import TOLERANCE, Oracle, compare, engine_args, environment
 
-DRIVER = Path(__file__).with_name("vllm_schedule_driver.py")
 TEXTS = [torch.randint(3, 259, (560,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(3)]
 
 
@@ -35,10 +35,16 @@ class Engine:
             folder, max_model_len=640, max_num_batched_tokens=96, max_num_seqs=5, kv_cache_memory_bytes=POOL_BYTES[state],
             prefix_cache_retention_interval=256,
         )  # fmt: skip
-        command = [sys.executable, str(DRIVER)]
+        command = [sys.executable, "-m", "tests.support.vllm_schedule_driver"]
         self.log = (folder / "driver.log").open("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment(DSV4_STATE=state)
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=ROOT,
+            env=environment(DSV4_STATE=state),
         )
         self._send(args)
         self.preemptions, self.hits, self.compared, self.total, self.schedules = 0, 0, 0, 0, 0

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serve_checks import ServeChecks, serve_until_sigterm
 from served import VLLM, Server
-from vllm_engine import MODEL_CLASS, environment
+
+from tests.support.serve_checks import ServeChecks, serve_until_sigterm
+from tests.support.vllm_engine import MODEL_CLASS, environment
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from dsv4.deployment import Deployment, find_checkpoint
-from dsv4.hardware import find_gpu
-from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat
-from dsv4.memory import prove
-from dsv4.sglang_accounting import historic_bytes_per_full_token
-from dsv4.vllm_accounting import BlockPacking, VllmPool, vllm_pool
-from dsv4.weights import stage_weights
+from dsv4.machine.hardware import find_gpu
+from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.planning.deployment import Deployment, find_checkpoint
+from dsv4.planning.memory.proof import prove
+from dsv4.planning.memory.sglang import historic_bytes_per_full_token
+from dsv4.planning.memory.vllm import BlockPacking, VllmPool, vllm_pool
+from dsv4.planning.memory.weights import stage_weights
 
 GIB = 1 << 30
 PAGE = Path(__file__).parents[2] / "docs" / "planner.md"

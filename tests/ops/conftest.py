@@ -17,9 +17,9 @@ import torch
 import triton.language
 from triton.runtime.interpreter import InterpretedFunction
 
-import interpreter_bf16
 from dsv4.ops import registry
 from dsv4.ops.kernels import KERNEL_MODULES, import_kernels
+from tests.support import interpreter_bf16
 
 import_kernels(KERNEL_MODULES)
 del os.environ["TRITON_INTERPRET"]

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4.kv_layout import IndexFormat, KvFormat
-from dsv4.ops import attention, check, compressor, indexer, moe, registry, summary
+from dsv4.model.kv_layout import IndexFormat, KvFormat
+from dsv4.ops import attention, check, indexer, moe, registry
+from dsv4.ops.compressor import paged as compressor
+from dsv4.ops.compressor import summary
 from dsv4.ops.pages import BatchView, Pages
-from kernel_cases import fill_pages, make_pages
+from tests.support.kernel_cases import fill_pages, make_pages
 
 CPU = torch.device("cpu")
 Ints = tuple[Any, ...]
@@ -192,11 +194,14 @@ def implementations() -> list[tuple[str, Callable[..., Any]]]:
     ]
 
 
+FAMILIES = {"compressor": "dsv4.ops.compressor.paged", "summary": "dsv4.ops.compressor.summary"}
+
+
 def arguments(op: str, function: Callable[..., Any]) -> set[str]:
     """Names of the arguments, and of the fields of what a sequence of poolings holds."""
     names = set(inspect.signature(function).parameters)
     if "poolings" in names:
-        names |= {f.name for f in fields(importlib.import_module(f"dsv4.ops.{op.partition('.')[0]}").Pooling)}
+        names |= {f.name for f in fields(importlib.import_module(FAMILIES[op.partition(".")[0]]).Pooling)}
     return names
 
 

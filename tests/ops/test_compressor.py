@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat, KvFormat
-from dsv4.ops import compressor
-from dsv4.ops.compressor import Pooling, reference
-from dsv4.ops.mhc.reference import rms_norm
-from dsv4.ops.pages import Pages, RowsFormat
-from dsv4.ops.quant.reference import hadamard, load_rows, row_widths
+from dsv4.model.kv_layout import IndexFormat, KvFormat
+from dsv4.ops.compressor import paged as compressor
+from dsv4.ops.compressor.paged import Pooling, reference
+from dsv4.ops.norm import rms_norm
+from dsv4.ops.pages import Pages, RowsFormat, load_rows, row_widths
+from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
-from kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
+from tests.support.kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
 
 EPS = 1e-6
 FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)

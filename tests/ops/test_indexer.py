@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat
+from dsv4.model.kv_layout import IndexFormat
 from dsv4.ops import indexer, registry
 from dsv4.ops.indexer import reference
 from dsv4.ops.indexer import topk as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.pages import Pages
-from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, load_rows, quantize_e2m1, quantize_e4m3
+from dsv4.ops.pages import Pages, load_rows
+from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, quantize_e2m1, quantize_e4m3
 from dsv4.ops.rope import apply_rope, cos_sin
-from kernel_cases import assert_within, fill_pages, make_pages
+from tests.support.kernel_cases import assert_within, fill_pages, make_pages
 
 FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)
 CPU = torch.device("cpu")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from dsv4.kv_layout import IndexFormat, KvFormat, StateMapping
-from dsv4.ops import attention, compressor, indexer, mhc, summary
+from dsv4.model.kv_layout import IndexFormat, KvFormat, StateMapping
+from dsv4.ops import attention, indexer, mhc
+from dsv4.ops.compressor import paged as compressor
+from dsv4.ops.compressor import summary
 from dsv4.ops.indexer.topk import topk
 from dsv4.ops.pages import BatchView
-from kernel_cases import fill_pages, make_pages
+from tests.support.kernel_cases import fill_pages, make_pages
 
 DIM, HEADS, TOPK, T = 64, 8, 512, 2
 EPS, ITERS = 1e-6, 2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4.ops import mhc
 from dsv4.ops.mhc import reference
-from kernel_cases import assert_within
+from tests.support.kernel_cases import assert_within
 
 EPS, HC_EPS, ITERS = 1e-6, 1e-3, 20  # the model's hc_eps, 1e-6, would be below the bounds
 

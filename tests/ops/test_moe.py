@@ -8,7 +8,7 @@ import torch
 
 from dsv4.ops import moe
 from dsv4.ops.moe import mxfp4, reference
-from kernel_cases import assert_within
+from tests.support.kernel_cases import assert_within
 
 # sqrt, exp, series, sum and division: at most ten fp32 roundings.
 TEN = 10 * 2.0**-24

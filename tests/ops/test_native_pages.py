@@ -17,12 +17,12 @@ import pytest
 import torch
 import triton
 
-from dsv4.kv_layout import KvFormat
-from dsv4.ops import attention, compressor
-from dsv4.ops.pages import Pages
-from dsv4.ops.quant.reference import load_rows, store_rows
+from dsv4.model.kv_layout import KvFormat
+from dsv4.ops import attention
+from dsv4.ops.compressor import paged as compressor
+from dsv4.ops.pages import Pages, load_rows, store_rows
 from dsv4.ops.rope import cos_sin
-from kernel_cases import clone_pages, make_pages, memory
+from tests.support.kernel_cases import clone_pages, make_pages, memory
 
 FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)
 ROWS = 64

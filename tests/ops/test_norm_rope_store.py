@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import KvFormat
+from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import attention
 from dsv4.ops.attention import reference
-from dsv4.ops.mhc.reference import rms_norm
-from dsv4.ops.pages import Pages
-from dsv4.ops.quant.reference import load_rows
+from dsv4.ops.norm import rms_norm
+from dsv4.ops.pages import Pages, load_rows
 from dsv4.ops.rope import apply_rope, cos_sin
-from kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
+from tests.support.kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
 
 EPS = 1e-6
 FREQ = 1e4 ** (-torch.arange(0, 64, 2) / 64)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import KvFormat
-from dsv4.ops.attention import plan
-from dsv4.ops.compressor.reference import compress_store, save_state
+from dsv4.model.kv_layout import KvFormat
+from dsv4.ops import plan
+from dsv4.ops.compressor.paged.reference import compress_store, save_state
 from dsv4.ops.compressor.ring import RingPooling, Rings, compress_step, plan_many, plan_single
 from dsv4.ops.pages import BatchView, Pages
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import KvFormat
+from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import attention
 from dsv4.ops.attention import reference
 from dsv4.ops.attention.split_kv import sparse_attention
-from dsv4.ops.pages import Pages
-from dsv4.ops.quant.reference import load_rows
+from dsv4.ops.pages import Pages, load_rows
 from dsv4.ops.rope import apply_rope, cos_sin
-from kernel_cases import assert_within, fill_pages, make_pages
+from tests.support.kernel_cases import assert_within, fill_pages, make_pages
 
 
 @dataclass

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat, KvFormat
-from dsv4.ops import summary
-from dsv4.ops.attention.plan import TokenPlan, entry_store_slots, plan_tokens
-from dsv4.ops.compressor.reference import pool
-from dsv4.ops.mhc.reference import rms_norm
-from dsv4.ops.pages import BatchView, Pages, RowsFormat
-from dsv4.ops.quant.reference import hadamard, load_rows, row_widths
+from dsv4.model.kv_layout import IndexFormat, KvFormat
+from dsv4.ops.compressor import summary
+from dsv4.ops.compressor.paged.reference import pool
+from dsv4.ops.compressor.summary import Pooling, reference
+from dsv4.ops.norm import rms_norm
+from dsv4.ops.pages import BatchView, Pages, RowsFormat, load_rows, row_widths
+from dsv4.ops.plan import TokenPlan, entry_store_slots, plan_tokens
+from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
-from dsv4.ops.summary import Pooling, reference
-from kernel_cases import clone_pages, fill_pages, make_pages, memory
+from tests.support.kernel_cases import clone_pages, fill_pages, make_pages, memory
 
 DIM, ROPE, PAGE, EPS = 16, 8, 256, 1e-6
 NAN = float("nan")

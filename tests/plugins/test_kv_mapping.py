@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from dsv4.deployment import find_checkpoint
-from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
-from dsv4.vllm_accounting import vllm_pool
+from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
+from dsv4.planning.deployment import find_checkpoint
+from dsv4.planning.memory.vllm import vllm_pool
 
 ROOT = Path(__file__).parents[2]
 MOST_RESERVE_MIB = {"flash": 64, "pro": 96}

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import pytest
-import sglang_engine
-import vllm_engine
-from comparison import TIE_MARGIN, TOLERANCE, Oracle, assert_equal, request
 
-from dsv4.config import V4Config
-from dsv4.tiny import write_tiny
-from hf_oracle import load_hf, prompt_without_ties
+from dsv4.model.config import V4Config
+from dsv4.reference.tiny import write_tiny
+from tests.support import sglang_engine, vllm_engine
+from tests.support.comparison import TIE_MARGIN, TOLERANCE, Oracle, assert_equal, request
+from tests.support.hf_oracle import load_hf, prompt_without_ties
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ import torch
 from served import HOST, free_port
 from torch import Tensor
 
-from dsv4.checkpoint import tensor_specs
-from dsv4.config import V4Config
-from dsv4.decide import Device
+from dsv4.loading import load_released
+from dsv4.machine.decide import Device
+from dsv4.model.checkpoint import tensor_specs
+from dsv4.model.config import V4Config
 from dsv4.ops import moe
 from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
-from dsv4.parameters import load_released
-from dsv4.tiny import write_tiny
+from dsv4.reference.tiny import write_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "configs"
 E, HIDDEN, TOP_K, LIMIT = 4, 512, 2, 0.5  # a limit that many values reach

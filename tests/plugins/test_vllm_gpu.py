@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from dsv4.config import Routing
-from dsv4.deployment import find_checkpoint
-from dsv4.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
-from dsv4.vllm_accounting import vllm_pool
-from dsv4.weights import stage_weights
+from dsv4.model.config import Routing
+from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
+from dsv4.planning.deployment import find_checkpoint
+from dsv4.planning.memory.vllm import vllm_pool
+from dsv4.planning.memory.weights import stage_weights
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"flash": "DeepSeek-V4-Flash", "pro": "DeepSeek-V4-Pro"}
@@ -31,7 +31,7 @@ def build(folder: Path, capability: tuple[int, int], name: str, tensors: str, ne
     path = os.pathsep.join(str(p) for p in ([NEXT] if newest else []) + [ROOT])
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "VLLM_", "TRITON_"))}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fake_gpu.py"))],
+        [sys.executable, "-m", "tests.support.fake_gpu"],
         input=json.dumps(plan), capture_output=True, text=True, timeout=600,
         env=kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip

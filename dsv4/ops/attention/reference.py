@@ -6,19 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.ops.mhc.reference import rms_norm
-from dsv4.ops.pages import Pages
-from dsv4.ops.quant.reference import load_rows, store_rows
+from dsv4.ops.norm import head_rms_norm, rms_norm
+from dsv4.ops.pages import Pages, load_rows, store_rows
 from dsv4.ops.rope import apply_rope
 
 # Tokens are attended in slices whose gathered keys fit in this many bytes.
 GATHER_BYTES = 32 << 20
-
-
-def head_rms_norm(q: Tensor, eps: float, compute_dtype: torch.dtype = torch.float32) -> Tensor:
-    """q / rms(q) per head, without a weight: [T, H, D], rounded once to q's dtype."""
-    x = q.to(compute_dtype)
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(q.dtype)
 
 
 def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: Pages, slots: Tensor) -> Tensor:

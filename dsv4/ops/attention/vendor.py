@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import KvFormat
+from dsv4.model.kv_layout import KvFormat
 from dsv4.ops.kernels import on_amd
 from dsv4.ops.pages import Pages
 from dsv4.ops.rope import apply_rope

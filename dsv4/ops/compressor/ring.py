@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4.ops.attention.plan import TokenPlan
-from dsv4.ops.compressor import Pooling, save_state, update
+from dsv4.ops.compressor.paged import Pooling, save_state, update
 from dsv4.ops.pages import BatchView, Pages
+from dsv4.ops.plan import TokenPlan
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat
+from dsv4.model.kv_layout import IndexFormat
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.pages import Pages

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat
+from dsv4.model.kv_layout import IndexFormat
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat
-from dsv4.ops.attention.plan import selected_slots
+from dsv4.model.kv_layout import IndexFormat
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.pages import Pages
-from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, load_rows, quantize_e2m1, quantize_e4m3, ue8m0_value
+from dsv4.ops.pages import Pages, load_rows
+from dsv4.ops.plan import selected_slots
+from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, quantize_e2m1, quantize_e4m3, ue8m0_value
 from dsv4.ops.rope import apply_rope
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.kv_layout import IndexFormat
+from dsv4.model.kv_layout import IndexFormat
 from dsv4.ops.indexer import topk as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.indexer.topk import topk

@@ -9,12 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, compute_dtype: torch.dtype = torch.float32) -> Tensor:
-    """x / rms(x) * weight over the last axis, rounded once to x's dtype."""
-    y = x.to(compute_dtype)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * weight.to(compute_dtype)).to(x.dtype)
+from dsv4.ops.norm import rms_norm
 
 
 def mixing_logits(streams: Tensor, fn: Tensor, rms_eps: float, compute_dtype: torch.dtype = torch.float32) -> Tensor:

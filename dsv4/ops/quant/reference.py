@@ -8,9 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from dsv4.config import FP4_BLOCK, FP8_BLOCK
-from dsv4.kv_layout import INDEX_MXFP4_GROUP, KV_QUANT_GROUP, IndexFormat, KvFormat
-from dsv4.ops.pages import Pages
+from dsv4.model.config import FP4_BLOCK, FP8_BLOCK
+from dsv4.model.kv_layout import INDEX_MXFP4_GROUP, KV_QUANT_GROUP, IndexFormat, KvFormat
 
 E4M3_MAX = 448.0
 E4M3_AMAX_FLOOR = 1e-4
@@ -148,41 +147,3 @@ def decode_row(values: Tensor, scales: Tensor, row_format: KvFormat | IndexForma
     if row_format is IndexFormat.MXFP4:
         return dequantize_e2m1(values, scales)
     raise ValueError(f"{row_format} rows are not packed")
-
-
-def row_widths(pages: Pages, row_dim: int, rope_dim: int) -> tuple[int, int]:
-    """Value bytes and scale bytes of a packed row of `row_dim` elements."""
-    if pages.format is KvFormat.FP8_DS_MLA:
-        return row_dim + rope_dim, (row_dim - rope_dim) // KV_QUANT_GROUP + 1
-    return (row_dim, 4) if pages.format is IndexFormat.FP8 else (row_dim // 2, row_dim // INDEX_MXFP4_GROUP)
-
-
-def store_rows(pages: Pages, slots: Tensor, rows: Tensor, rope_dim: int) -> None:
-    """Write rows into their slots; slot -1 writes nothing.
-
-    slots: [T] int; rows: [T, D]. Plain pages store the page's dtype; packed pages store `encode_row`'s bytes.
-    """
-    keep = slots >= 0
-    slots, rows = slots[keep].long(), rows[keep]
-    page, row = slots // pages.rows, slots % pages.rows
-    if not pages.packed:
-        pages.data[page, row] = rows.to(pages.data.dtype)
-        return
-    values, scales = encode_row(rows, pages.format, rope_dim)
-    width, scale_width = values.shape[-1], scales.shape[-1]
-    columns = torch.arange(width, device=rows.device)
-    pages.data[page[:, None], row[:, None] * width + columns] = values
-    scale_start = pages.rows * width + row * scale_width
-    pages.data[page[:, None], scale_start[:, None] + torch.arange(scale_width, device=rows.device)] = scales
-
-
-def load_rows(pages: Pages, slots: Tensor, row_dim: int, rope_dim: int) -> Tensor:
-    """Read rows: slots [N] int, all valid; fp32 [N, row_dim]."""
-    page, row = slots.long() // pages.rows, slots.long() % pages.rows
-    if not pages.packed:
-        return pages.data[page, row].float()
-    width, scale_width = row_widths(pages, row_dim, rope_dim)
-    values = pages.data[page[:, None], row[:, None] * width + torch.arange(width, device=slots.device)]
-    scale_start = pages.rows * width + row * scale_width
-    scales = pages.data[page[:, None], scale_start[:, None] + torch.arange(scale_width, device=slots.device)]
-    return decode_row(values, scales, pages.format, rope_dim)

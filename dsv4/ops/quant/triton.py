@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dsv4.kv_layout import IndexFormat, KvFormat
+from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops.pages import RowsFormat
 
 PLAIN, DS_MLA, INDEX_FP8, INDEX_MXFP4 = 0, 1, 2, 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv4.launch import commands, environment, render
-from dsv4.recipe import find_recipe, shipped_recipes
+from dsv4.planning.launch import commands, environment, render
+from dsv4.planning.recipe.schema import find_recipe, shipped_recipes
 
 HERE = Path(__file__).parent
 FORMATS = {  # one of each kind of deployment, in every format

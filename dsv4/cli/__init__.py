@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `dsv4` command: parse, call, print."""

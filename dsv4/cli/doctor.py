@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dsv4 doctor`: what `dsv4.proof.doctor` found, on a terminal or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from dsv4.cli.output import CHECK_FAILED, console
+from dsv4.machine import env
+from dsv4.proof.doctor import Diagnosis, diagnose
+
+
+@click.command()
+@click.option("--url", help="A running server, e.g. http://localhost:8000: prove what serves there.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(url: str | None, as_json: bool) -> None:
+    """Say what would serve DeepSeek-V4 here and why; with --url, prove what a running server uses.
+
+    Exits 1 when something is wrong; each problem comes with its next step.
+    """
+    result = diagnose(url)
+    if as_json:
+        click.echo(json.dumps({**asdict(result), "ok": result.ok}, indent=2))
+    else:
+        _print(result)
+    if not result.ok:
+        sys.exit(CHECK_FAILED)
+
+
+def _print(result: Diagnosis) -> None:
+    out = console()
+    out.print(f"dsv4 {result.dsv4}, Python {result.python}")
+    for device in result.devices:
+        memory = f", {device.memory_mib} MiB" if device.memory_mib else ""
+        out.print(f"device    {device.name} ({device.arch}{memory})")
+    for name, report in result.engines.items():
+        mark = "supported" if report.is_supported else f"NOT in {report.supported}"
+        out.print(
+            f"{name:<9} {report.version} ({mark}); {'dsv4 would serve V4' if report.serves else 'dsv4 would not serve V4'}: {report.reason}"
+        )
+    changed = {n: v for n, v in result.environment.items() if v != env.VARIABLES[n].default}
+    out.print("settings  " + (", ".join(f"{n}={v}" for n, v in changed.items()) if changed else "all DSV4_* at their defaults"))
+    if result.server is not None:
+        _print_server(result.server)
+    for note in result.notes:
+        out.print(f"note      {note}")
+    for problem in result.problems:
+        out.print(f"PROBLEM   {problem}")
+    if result.ok:
+        out.print("ok")
+
+
+def _print_server(server: Mapping[str, Any]) -> None:
+    status = server["status"]
+    if status is None:
+        return
+    out = console()
+    verdict = "dsv4 is serving" if server["serving"] else "dsv4 is NOT serving"
+    out.print(
+        f"server    {server['url']}: {verdict} ({status.get('engine')} {status.get('engine_version')}, dsv4 {status.get('dsv4_version')})"
+    )
+    for worker in status.get("workers") or []:
+        out.print(f"  rank {worker.get('rank')}: {worker.get('model_class')}, quantisation {worker.get('quant_method')}")
+        out.print(
+            f"    attention {', '.join(worker.get('attention_backends') or [])}; KV {worker.get('kv_format')}, index {worker.get('index_format')}"
+        )
+        for op, chosen in sorted((worker.get("ops") or {}).items()):
+            out.print(f"    {op:<22} {chosen.get('impl')}: {chosen.get('reason')}")

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dsv4 plan`, `dsv4 launch` and `dsv4 recipes`. Exit codes: 0 done, 1 a check failed or nothing fits, 2 bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from dsv4.machine.hardware import detect_machine, find_gpu
+from dsv4.model.kv_layout import StateMapping
+from dsv4.planning.deployment import EngineName, PlanError, find_checkpoint, parse_context
+from dsv4.planning.launch import deployment_commands
+from dsv4.planning.memory.proof import Proof
+from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question, ask
+from dsv4.planning.planner import plan as make_plan
+from dsv4.planning.recipe.schema import Recipe, RecipeError, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
+
+GIB = 1 << 30
+T = TypeVar("T")
+
+
+class _Command(click.Command):
+    """A command whose bad options are one line, as every other bad input (dsv4.cli.main prints it and exits 2)."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as e:
+            raise PlanError(f"{' '.join(e.format_message().split())} See {ctx.command_path} --help.") from e
+
+
+def _json_option(f: Callable[..., T]) -> Callable[..., T]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(f)
+
+
+@click.command("plan", cls=_Command)
+@click.option("--model", default="flash", show_default=True, help="flash, flash-0731, pro, pro-0813, or the repository.")
+@click.option("--gpu", help="Card, as h200 or a100-80g; detected when left out.")
+@click.option("--count", type=int, help="GPUs in all; detected, or one node, when left out.")
+@click.option("--nodes", type=int, help="Nodes they are in; as few as possible when left out.")
+@click.option("--context", default="1m", show_default=True, help="Tokens per request, as 800k or 819200.")
+@click.option("--concurrency", type=int, default=1, show_default=True, help="Requests of that length at once.")
+@click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Both when left out.")
+@click.option("--max-num-batched-tokens", type=int, default=DEFAULT_STEP_TOKENS, show_default=True, help="Tokens per step and replica.")
+@click.option("--state", type=click.Choice(["auto", "paged", "summary"]), default="auto", show_default=True,
+              help="Compressor state in vLLM (DSV4_STATE); auto: summary where dsv4's plugin serves, paged where native does.")  # fmt: skip
+@click.option("--prefer", type=click.Choice(["latency", "throughput"]), default="throughput", show_default=True, help="What ranks first.")
+@click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw context against concurrency into an .svg or .png.")
+@_json_option
+def plan(
+    model: str,
+    gpu: str | None,
+    count: int | None,
+    nodes: int | None,
+    context: str,
+    concurrency: int,
+    engine: str | None,
+    max_num_batched_tokens: int,
+    state: str,
+    prefer: str,
+    proofs: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when nothing fits."""
+    question = _question(model, gpu, count, nodes, context, concurrency, engine, max_num_batched_tokens, prefer, state)
+    found = make_plan(question)
+    if plot is not None:
+        from dsv4.planning.plot import draw
+
+        draw(question, found, plot)
+    if as_json:
+        click.echo(json.dumps({"question": _question_json(question), "configurations": [_candidate_json(c) for c in found]}, indent=2))
+    else:
+        from dsv4.planning.text import describe
+
+        click.echo(describe(question, found, proofs))
+    if not any(c.works for c in found):
+        raise SystemExit(1)
+
+
+def _question(
+    model: str,
+    gpu: str | None,
+    count: int | None,
+    nodes: int | None,
+    context: str,
+    concurrency: int,
+    engine: str | None,
+    step: int,
+    prefer: str,
+    state: str,
+) -> Question:
+    tokens = parse_context(context)
+    checkpoint = find_checkpoint(model)
+    if gpu is None:
+        machine = detect_machine()
+        card, count = machine.gpu, machine.count if count is None else count
+    else:
+        card = find_gpu(gpu)
+        count = card.gpus_per_node * (nodes or 1) if count is None else count
+    return ask(
+        checkpoint,
+        card,
+        count,
+        nodes,
+        tokens,
+        concurrency,
+        cast("EngineName | None", engine),
+        step,
+        cast("Preference", prefer),
+        None if state == "auto" else StateMapping(state),
+    )
+
+
+def _question_json(q: Question) -> dict[str, Any]:
+    return {
+        "model": q.checkpoint.id,
+        "gpu": q.gpu.id,
+        "count": q.count,
+        "nodes": q.nodes,
+        "context": q.context,
+        "concurrency": q.concurrency,
+        "max_num_batched_tokens": q.max_num_batched_tokens,
+        "state": q.state.value if q.state else "auto",
+    }
+
+
+def _candidate_json(c: Candidate) -> dict[str, Any]:
+    d = c.deployment
+    return {
+        "engine": d.engine,
+        "shape": d.shape,
+        "state": d.state.value,
+        "tp": d.tp,
+        "dp": d.dp,
+        "ep": d.ep,
+        "pp": d.pp,
+        "speculative": d.speculation.method,
+        "works": c.works,
+        "violations": list(c.violations),
+        "recipe": c.recipe,
+        "argv": [command.argv() for command in deployment_commands(d)],
+        "max_num_batched_tokens_limit": c.step_limit,
+        "missing_gib": round(c.proof.shortfall_bytes / GIB, 2),
+        "knobs": [{"text": k.text, "frees_gib": round(k.frees_bytes / GIB, 2), "fits": k.fits} for k in c.knobs],
+        "proof": {**proof_section(c.proof), "terms": _terms_json(c.proof)},
+    }
+
+
+def _terms_json(proof: Proof) -> list[dict[str, Any]]:
+    return [{"name": t.name, "gib": [round(t.low / GIB, 2), round(t.high / GIB, 2)], "source": t.source} for t in proof.terms]
+
+
+@click.command("launch", cls=_Command)
+@click.argument("recipe")
+@click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Take the twin of RECIPE for this engine.")
+@click.option("--format", "output", type=click.Choice(["shell", "compose", "k8s", "argv"]), default="shell", show_default=True)
+@_json_option
+def launch(recipe: str, engine: str | None, output: str, as_json: bool) -> None:
+    """Print how to start RECIPE (an id, or a YAML file). Nothing is executed."""
+    from dsv4.planning.launch import commands, environment, render, split_roles
+
+    found, _ = find_recipe(recipe)
+    found = _twin(found, engine)
+    if not found.can_work:
+        raise RecipeError(f"{found.id}: cannot work: {found.why_not[0].why}")
+    if as_json:
+        click.echo(json.dumps({"id": found.id, "env": environment(found), "argv": split_roles(commands(found))}, indent=2))
+        return
+    click.echo(render(found, output))
+
+
+def _twin(recipe: Recipe, engine: str | None) -> Recipe:
+    if engine is None or engine == recipe.engine.name:
+        return recipe
+    for other in shipped_recipes(recipe.hardware.gpu):
+        same = (other.checkpoint.id, other.hardware.count, other.plan) == (recipe.checkpoint.id, recipe.hardware.count, recipe.plan)
+        if same and other.engine.name == engine and other.can_work:
+            return other
+    raise RecipeError(f"{recipe.id}: has no {engine} twin; see dsv4 recipes list --gpu {recipe.hardware.gpu} --engine {engine}")
+
+
+@click.group("recipes")
+def recipes() -> None:
+    """Shipped recipes: list, show and check them."""
+
+
+@recipes.command("list", cls=_Command)
+@click.option("--gpu", help="Only this card.")
+@click.option("--model", help="Only this checkpoint.")
+@click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Only this engine.")
+@_json_option
+def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json: bool) -> None:
+    """One line per recipe."""
+    card = find_gpu(gpu).id if gpu else None
+    checkpoint = find_checkpoint(model).id if model else None
+    rows = [
+        r
+        for r in shipped_recipes(card)
+        if (checkpoint is None or r.checkpoint.id == checkpoint) and (engine is None or r.engine.name == engine)
+    ]
+    if as_json:
+        click.echo(json.dumps([{"id": r.id, "title": r.title, "status": r.status, "evidence": _kinds(r)} for r in rows], indent=2))
+        return
+    width = max((len(r.id) for r in rows), default=0)
+    for r in rows:
+        click.echo(f"{r.id:{width}}  {r.status:11}  {_kinds(r):17}  {r.title}")
+
+
+def _kinds(r: Recipe) -> str:
+    return "+".join(dict.fromkeys(e.kind for e in r.evidence))
+
+
+@recipes.command("show", cls=_Command)
+@click.argument("recipe")
+@_json_option
+def show(recipe: str, as_json: bool) -> None:
+    """The recipe's file."""
+    found, path = find_recipe(recipe)
+    click.echo(found.model_dump_json(indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
+
+
+@recipes.command("check", cls=_Command)
+@click.argument("recipe", nargs=-1)
+@click.option("--engine-path", "engine_paths", multiple=True, type=click.Path(file_okay=False, exists=True, path_type=Path),
+              help="Folder with an unpacked engine wheel to check against; repeatable.")  # fmt: skip
+@click.option("--no-engines", is_flag=True, help="Leave the engine rungs out.")
+@click.option("--write-proofs", is_flag=True, help="Rewrite memory.proof in the files first.")
+@click.option("--write-schema", is_flag=True, help="Rewrite recipe.schema.json first.")
+@_json_option
+def check(
+    recipe: tuple[str, ...], engine_paths: tuple[Path, ...], no_engines: bool, write_proofs: bool, write_schema: bool, as_json: bool
+) -> None:
+    """Run the ladder: schema, rules, memory, and each tested engine that is at hand. Exit 1 when a rung fails."""
+    from dsv4.planning.recipe import check as recipe_check
+
+    paths = [_path_of(name) for name in recipe] or recipe_paths()
+    if write_schema:
+        write_schema_file()
+    if write_proofs:
+        from dsv4.planning.recipe.proofs import rewrite
+
+        for path in paths:
+            rewrite(path)
+    reports = recipe_check.check(paths, [] if no_engines else recipe_check.find_engines(engine_paths))
+    if as_json:
+        click.echo(json.dumps([_plain(r) for r in reports], indent=2))
+    else:
+        width = max((len(r.id) for r in reports), default=0)
+        for report in reports:
+            click.echo(_report_line(report, width))
+    if any(r.failed for r in reports):
+        raise SystemExit(1)
+
+
+def write_schema_file() -> None:
+    """Write recipes/recipe.schema.json from the schema."""
+    from dsv4.data import data_folder
+
+    (data_folder() / "recipe.schema.json").write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+
+
+def _path_of(name: str) -> Path:
+    by_id = {p.stem: p for p in recipe_paths()}
+    if name in by_id:
+        return by_id[name]
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
+    return find_recipe(name)[1]  # raises with the nearest ids
+
+
+def _report_line(report: Any, width: int) -> str:
+    word = "FAIL" if report.failed else "ok"
+    rungs = " ".join(f"{r.name}{'' if r.outcome == 'ok' else ':' + r.outcome.upper()}" for r in report.rungs)
+    details = "; ".join(d for r in report.rungs if r.outcome != "ok" for d in r.details)
+    return f"{report.id:{width}}  {word:4}  {rungs}{'  ' + details if details else ''}"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {**{k: _plain(v) for k, v in asdict(value).items()}}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path | Enum) else value

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU facts by id, read from recipes/hardware.yaml, and what this machine holds, asked of NVML without torch."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections import Counter
+from dataclasses import dataclass
+
+from dsv4.data import data_folder, read_yaml
+from dsv4.errors import Dsv4Error
+from dsv4.machine.decide import Device, detect_devices, runs_native
+
+MIB = 1 << 20
+GIB = 1 << 30
+_MEMORY_TOLERANCE = 0.04  # one card's boards differ by ECC and firmware reserves, never by 4 %
+
+
+class HardwareError(Dsv4Error):
+    """A GPU is unknown, or this machine holds none that dsv4 knows."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card. visible_mib: as nvidia-smi prints it; tflops: dense; see recipes/hardware.yaml for sources."""
+
+    id: str
+    name: str
+    aliases: tuple[str, ...]
+    cc: str
+    arch: str
+    visible_mib: int
+    driver_reserve_mib: int
+    confidence: str
+    gpus_per_node: int
+    fabric: str
+    mem_bw_tb_s: float
+    bf16_tflops: float
+    fp8_tflops: float | None
+    fp4_tflops: float | None
+    source: str
+
+    @property
+    def total_bytes(self) -> int:
+        """What the CUDA runtime reports as total memory: the base of gpu_memory_utilization."""
+        return (self.visible_mib - self.driver_reserve_mib) * MIB
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        major, minor = self.cc.split(".")
+        return int(major), int(minor)
+
+    @property
+    def needs_plugin(self) -> bool:
+        """No native V4 of either engine runs here (sm80, sm86, sm89): dsv4's own kernels serve."""
+        return not runs_native(Device("cuda", self.name, self.capability))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of this machine: `count` of `gpu`."""
+
+    gpu: Gpu
+    count: int
+
+
+@functools.cache
+def all_gpus() -> tuple[Gpu, ...]:
+    """Every card in recipes/hardware.yaml, in file order."""
+    return tuple(Gpu(**{**entry, "aliases": tuple(entry["aliases"])}) for entry in read_yaml(data_folder() / "hardware.yaml"))
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card with this id or alias, whatever the case. Raises HardwareError naming the nearest ids."""
+    names = {n.lower(): gpu for gpu in all_gpus() for n in (gpu.id, *gpu.aliases)}
+    wanted = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
+    if wanted in names:
+        return names[wanted]
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+    ids = list(dict.fromkeys(names[n].id for n in near)) or [gpu.id for gpu in all_gpus()]
+    raise HardwareError(f"--gpu {name}: unknown GPU; nearest: {', '.join(ids)}")
+
+
+def detect_machine() -> Machine:
+    """The NVIDIA GPUs that this process may use. Raises HardwareError when there are none, several kinds, or an unknown kind."""
+    found = Counter((device.name, device.memory_mib) for device in detect_devices() if device.kind == "cuda")
+    if not found:
+        raise HardwareError("no NVIDIA GPU is visible on this machine; give --gpu and --count")
+    if len(found) > 1:
+        kinds = ", ".join(f"{n} x {name}" for (name, _), n in found.items())
+        raise HardwareError(f"this machine mixes GPUs ({kinds}); give --gpu and --count")
+    ((name, mib), count) = next(iter(found.items()))
+    return Machine(match_device(name, mib), count)
+
+
+def match_device(name: str, mib: int) -> Gpu:
+    """The card that NVML describes by `name` and total memory. Raises HardwareError."""
+    for gpu in all_gpus():
+        if _words(gpu) <= set(name.lower().replace("-", " ").split()) and abs(mib - gpu.visible_mib) <= _MEMORY_TOLERANCE * gpu.visible_mib:
+            return gpu
+    known = ", ".join(gpu.id for gpu in all_gpus())
+    raise HardwareError(f"this machine's {name} ({mib} MiB) is not in dsv4's table; give --gpu (one of {known})")
+
+
+def _words(gpu: Gpu) -> set[str]:
+    """Words of the marketing name that identify the card, without memory size and edition."""
+    drop = {"nvidia", "geforce", "blackwell", "server", "edition", "hbm3", "sxm4", "80gb"}
+    return set(gpu.name.lower().replace("-", " ").split()) - drop

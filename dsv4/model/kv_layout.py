@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes, rows, pages and strides of every cache: the only place where KV geometry is computed.
+
+A cache is a list of pages; a page holds `rows_per_page` rows; a row holds one entry (a token, a compressed entry, an
+index key or one token's compressor state). Quantised pages store all rows' values first, then all rows' scales, then
+padding, which is the byte layout of the engines' native V4. Source: spec section 5.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from dsv4.model.config import LayerKind, LayerSpec, V4Config
+
+KV_QUANT_GROUP = 64  # e4m3 values that share one ue8m0 scale
+INDEX_MXFP4_GROUP = 32  # e2m1 values that share one ue8m0 scale
+PAGE_TOKENS = 256  # tokens of a compressed or index page, and the step of prefix-cache hits
+WINDOW_PAGE_TOKENS = 64
+STATE_PAGE_TOKENS = {LayerKind.CSA: 4, LayerKind.HCA: 8}
+
+
+class KvFormat(str, Enum):
+    """How a window or compressed KV row is stored."""
+
+    PLAIN = "plain"  # head_dim elements of the model's dtype
+    FP8_DS_MLA = "fp8_ds_mla"  # 448 e4m3 + 64 bf16, then 7 ue8m0 scales + 1 pad byte: 584 bytes
+
+
+class IndexFormat(str, Enum):
+    """How an index key is stored."""
+
+    PLAIN = "plain"  # index_head_dim elements of the model's dtype
+    FP8 = "fp8"  # 128 e4m3, then one fp32 scale: 132 bytes
+    MXFP4 = "mxfp4"  # 64 bytes of e2m1 pairs, then 4 ue8m0 scales: 68 bytes
+
+
+class StateMapping(str, Enum):
+    """Where a request's open compressor windows live between steps."""
+
+    PAGED = "paged"  # native vLLM's: every token's raw row in paged sliding-window groups
+    SUMMARY = "summary"  # one small block per request, and a summary at the end of each CSA page (docs/kv-mapping.md)
+
+
+class CacheRole(str, Enum):
+    """What a cache holds."""
+
+    WINDOW = "window"
+    COMPRESSED = "compressed"
+    STATE = "state"
+    INDEX_KEY = "index_key"
+    INDEX_STATE = "index_state"
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Bytes of one row: `value_bytes` in the page's first part, `scale_bytes` in its second."""
+
+    value_bytes: int
+    scale_bytes: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return self.value_bytes + self.scale_bytes
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One cache of one layer.
+
+    page_tokens: tokens one page covers; tokens_per_row: 1, or the compress ratio; sliding_window: tokens after which
+    a row is dead, None when rows live as long as the request; alignment: page_bytes is a multiple of it. tail_bytes: fp32
+    values after the page's rows and scales. per_request: a request has exactly one page, whatever its length.
+    """
+
+    role: CacheRole
+    row: RowFormat
+    page_tokens: int
+    tokens_per_row: int
+    sliding_window: int | None
+    alignment: int
+    tail_bytes: int = 0
+    per_request: bool = False
+
+    @property
+    def rows_per_page(self) -> int:
+        return self.page_tokens // self.tokens_per_row
+
+    @property
+    def scale_offset(self) -> int:
+        """Byte in the page where the scales start."""
+        return self.rows_per_page * self.row.value_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, tail and padding included."""
+        return round_up(self.tail_offset + self.tail_bytes, self.alignment)
+
+    @property
+    def tail_offset(self) -> int:
+        """Byte in the page where the tail starts."""
+        return self.rows_per_page * self.row.row_bytes
+
+
+@dataclass(frozen=True)
+class CacheFormats:
+    """The two storage choices of a deployment, and the bytes of one plain element (2 for bf16, 4 for fp32)."""
+
+    kv: KvFormat
+    index: IndexFormat
+    itemsize: int = 2
+
+    @property
+    def alignment(self) -> int:
+        """Page alignment the native kernels expect: 576 for fp8_ds_mla, else 512."""
+        return 576 if self.kv is KvFormat.FP8_DS_MLA else 512
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is at least `n`."""
+    return -(-n // multiple) * multiple
+
+
+def kv_row(config: V4Config, formats: CacheFormats) -> RowFormat:
+    """A window or compressed KV row."""
+    if formats.kv is KvFormat.PLAIN:
+        return RowFormat(config.head_dim * formats.itemsize)
+    groups = config.qk_nope_head_dim // KV_QUANT_GROUP
+    return RowFormat(config.qk_nope_head_dim + 2 * config.qk_rope_head_dim, groups + 1)  # 576 + 8 in V4
+
+
+def index_row(config: V4Config, formats: CacheFormats) -> RowFormat:
+    """An index key."""
+    dim = config.index_head_dim
+    if formats.index is IndexFormat.PLAIN:
+        return RowFormat(dim * formats.itemsize)
+    if formats.index is IndexFormat.FP8:
+        return RowFormat(dim, 4)
+    return RowFormat(dim // 2, dim // INDEX_MXFP4_GROUP)
+
+
+def state_row(layer: LayerSpec, head_dim: int) -> RowFormat:
+    """One token's raw compressor state: kv and score, fp32, each `overlap * head_dim` wide."""
+    return RowFormat(2 * layer.overlap * head_dim * 4)
+
+
+def state_window(layer: LayerSpec) -> int:
+    """Tokens whose raw state an entry needs: 8 for CSA (two windows of 4), 128 for HCA."""
+    return layer.overlap * layer.compress_ratio
+
+
+def summary_bytes(head_dim: int) -> int:
+    """A pooling summary: per channel the running maximum, sum and accumulator, fp32."""
+    return 3 * head_dim * 4
+
+
+def layer_caches(
+    config: V4Config, layer: LayerSpec, formats: CacheFormats, mapping: StateMapping = StateMapping.PAGED
+) -> tuple[CacheSpec, ...]:
+    """Every cache of `layer`.
+
+    One WINDOW cache; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE. PAGED is the
+    mapping of native vLLM. SUMMARY keeps one state row per request and, because a prefix hit resumes at a page end, the
+    previous CSA window's summary in each CSA and index page.
+    """
+    align, row = formats.alignment, kv_row(config, formats)
+    caches = [CacheSpec(CacheRole.WINDOW, row, WINDOW_PAGE_TOKENS, 1, config.sliding_window, align)]
+    if layer.kind is LayerKind.SWA:
+        return tuple(caches)
+    compressors = [(CacheRole.COMPRESSED, CacheRole.STATE, row, config.head_dim)]
+    if layer.kind is LayerKind.CSA:
+        compressors.append((CacheRole.INDEX_KEY, CacheRole.INDEX_STATE, index_row(config, formats), config.index_head_dim))
+    for entry_role, state_role, entry_row, dim in compressors:
+        tail = summary_bytes(dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0
+        caches.append(CacheSpec(entry_role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, align, tail))
+        if mapping is StateMapping.SUMMARY:
+            state = RowFormat(layer.overlap * summary_bytes(dim))
+            caches.append(CacheSpec(state_role, state, PAGE_TOKENS, PAGE_TOKENS, None, align, per_request=True))
+        else:
+            tokens, window = STATE_PAGE_TOKENS[layer.kind], state_window(layer)
+            caches.append(CacheSpec(state_role, state_row(layer, dim), tokens, 1, window, align))
+    return tuple(caches)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The mapping that native SGLang uses: window pages, compressed pages, and compressor state in rings
+
+
+SGLANG_PAGE_TOKENS = 256  # tokens of a window page; a compressed page holds 256 / compress_ratio entries
+_STATE_RING_ROWS = {LayerKind.CSA: (8, 16), LayerKind.HCA: (128, 256)}  # without and with a draft
+
+
+def sglang_layer_caches(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> tuple[CacheSpec, ...]:
+    """Every cache of `layer` in the mapping that native SGLang uses; roles as in `layer_caches`.
+
+    Window pages have 256 tokens; compressor state lives in rings of `sglang_state_ring_rows`, whose pages are one window of
+    `compress_ratio` rows: two pages per window page (CSA), one page per request (HCA).
+    """
+    row = kv_row(config, formats)
+    align = formats.alignment if formats.kv is KvFormat.FP8_DS_MLA else 1
+    window = CacheSpec(CacheRole.WINDOW, row, SGLANG_PAGE_TOKENS, 1, config.sliding_window, align)
+    if layer.kind is LayerKind.SWA:
+        return (window,)
+    ratio = layer.compress_ratio
+
+    def state(role: CacheRole, head_dim: int) -> CacheSpec:
+        return CacheSpec(role, state_row(layer, head_dim), ratio, 1, state_window(layer), 1)
+
+    entries = CacheSpec(CacheRole.COMPRESSED, row, SGLANG_PAGE_TOKENS, ratio, None, align)
+    caches = (window, entries, state(CacheRole.STATE, config.head_dim))
+    if layer.kind is LayerKind.HCA:
+        return caches
+    keys = CacheSpec(CacheRole.INDEX_KEY, index_row(config, formats), SGLANG_PAGE_TOKENS, ratio, None, 1)
+    return (*caches, keys, state(CacheRole.INDEX_STATE, config.index_head_dim))
+
+
+def sglang_window_bytes_per_token(config: V4Config, formats: CacheFormats) -> float:
+    """Window KV bytes of one layer and token, page padding included (585 for fp8_ds_mla)."""
+    return _page_bytes(kv_row(config, formats), SGLANG_PAGE_TOKENS, formats) / SGLANG_PAGE_TOKENS
+
+
+def sglang_compressed_bytes_per_entry(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> float:
+    """Compressed KV bytes of one entry of `layer`, page padding included (585 for CSA, 864 for HCA in fp8_ds_mla)."""
+    rows = SGLANG_PAGE_TOKENS // layer.compress_ratio
+    return _page_bytes(kv_row(config, formats), rows, formats) / rows
+
+
+def sglang_state_ring_rows(layer: LayerSpec, speculative: bool) -> int:
+    """Rows of one compressor-state ring: per window page for CSA, per request for HCA."""
+    return _STATE_RING_ROWS[layer.kind][speculative]
+
+
+def _page_bytes(row: RowFormat, rows: int, formats: CacheFormats) -> int:
+    align = formats.alignment if formats.kv is KvFormat.FP8_DS_MLA else 1
+    return round_up(rows * row.row_bytes, align)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way to serve one checkpoint: everything that decides memory and flags, typed. Recipes and plans both become this."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv4.data import data_folder, read_yaml
+from dsv4.errors import Dsv4Error
+from dsv4.machine.hardware import Gpu
+from dsv4.model.config import DraftKind, V4Config
+from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
+
+EngineName = Literal["vllm", "sglang"]
+MAX_CONTEXT = 1_048_576
+
+
+class PlanError(Dsv4Error):
+    """What was asked of the planner cannot be answered: an impossible count, context or version."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A released checkpoint. id: short name; total_bytes: all its tensors."""
+
+    id: str
+    repo: str
+    family: str
+    released: str
+    total_bytes: int
+    config: V4Config
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """method: none, mtp (April checkpoints) or dspark (0731, 0813); num_tokens: drafted per step."""
+
+    method: DraftKind = "none"
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """tp: attention tensor-parallel ranks; dp: attention replicas, each with its own KV pool; ep: whole experts per
+    rank over tp * dp ranks; pp: pipeline stages. max_num_batched_tokens is per step and per replica (SGLang:
+    chunked prefill size); max_num_seqs per replica; memory_fraction: gpu_memory_utilization or mem_fraction_static.
+    swa_full_tokens_ratio: SGLang only, None lets it size windows from max_num_seqs. state: vLLM only, how compressor
+    state is kept; see `usual_state`.
+    """
+
+    checkpoint: Checkpoint
+    engine: EngineName
+    gpu: Gpu
+    count: int
+    nodes: int
+    tp: int
+    dp: int
+    ep: bool
+    pp: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    memory_fraction: float
+    async_scheduling: bool = True
+    kv: KvFormat = KvFormat.FP8_DS_MLA
+    index: IndexFormat = IndexFormat.FP8
+    swa_full_tokens_ratio: float | None = None
+    speculation: Speculation = Speculation()
+    moe_backend: str = "auto"
+    a2a_backend: str = "none"
+    attention_backend: str = "auto"
+    decode_graphs_only: bool = False
+    state: StateMapping = StateMapping.PAGED
+
+    @property
+    def config(self) -> V4Config:
+        return self.checkpoint.config
+
+    @property
+    def formats(self) -> CacheFormats:
+        return CacheFormats(self.kv, self.index)
+
+    @property
+    def has_draft(self) -> bool:
+        return self.speculation.method != "none"
+
+    @property
+    def num_draft_layers(self) -> int:
+        """Draft layers that own window caches."""
+        return self.config.num_draft_layers if self.has_draft else 0
+
+    @property
+    def shape(self) -> str:
+        """Parallelism in words, as `TP8`, `TP8 x PP2` or `DP8 + EP`."""
+        parts = [f"{name}{n}" for name, n in (("TP", self.tp), ("DP", self.dp), ("PP", self.pp)) if n > 1]
+        return (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
+
+
+def usual_state(engine: EngineName, plugin: bool) -> StateMapping:
+    """How compressor state is kept when DSV4_STATE does not say: dsv4's vLLM plugin keeps summaries, everybody else pages."""
+    return StateMapping.SUMMARY if engine == "vllm" and plugin else StateMapping.PAGED
+
+
+@functools.cache
+def all_checkpoints() -> tuple[Checkpoint, ...]:
+    """Every checkpoint in recipes/checkpoints.yaml."""
+    folder = data_folder()
+    return tuple(
+        Checkpoint(
+            id=entry["id"],
+            repo=entry["repo"],
+            family=entry["family"],
+            released=str(entry["released"]),
+            total_bytes=entry["total_bytes"],
+            config=V4Config.from_path(folder / "configs" / entry["config"]),
+        )
+        for entry in read_yaml(folder / "checkpoints.yaml")
+    )
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint with this id or repository. Raises PlanError naming the nearest ids."""
+    by_name = {n.lower(): c for c in all_checkpoints() for n in (c.id, c.repo, c.repo.split("/")[-1])}
+    wanted = name.strip().lower().removesuffix("/")
+    if wanted in by_name:
+        return by_name[wanted]
+    near = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.4)
+    ids = list(dict.fromkeys(by_name[n].id for n in near)) or [c.id for c in all_checkpoints()]
+    raise PlanError(f"--model {name}: unknown checkpoint; nearest: {', '.join(ids)}")
+
+
+def parse_context(text: str) -> int:
+    """Tokens in `text`: plain, or with k or m as binary thousands (800k is 819,200; 1m is 1,048,576). Raises PlanError."""
+    raw = text.strip().lower().replace(",", "").replace("_", "")
+    scale = {"k": 1024, "m": 1024 * 1024}.get(raw[-1:], 1)
+    digits = raw[:-1] if scale > 1 else raw
+    try:
+        tokens = int(float(digits) * scale) if digits.isascii() and digits.replace(".", "", 1).isdigit() else 0
+    except (ValueError, OverflowError):
+        tokens = 0
+    if tokens < 1:
+        raise PlanError(f"context {text}: is not a number of tokens; write 800k, 1m or 819200")
+    if tokens > MAX_CONTEXT:
+        raise PlanError(f"context {text}: is {tokens:,} tokens; DeepSeek-V4 ends at {MAX_CONTEXT:,} (1m)")
+    return tokens

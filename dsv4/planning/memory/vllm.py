@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's KV accounting without vLLM: groups, blocks of one shared pool, and what a request must be able to hold.
+
+Mirrors `_get_packed_kv_cache_groups`, `SlidingWindowSpec.max_admission_blocks_per_request` and `VllmConfig.max_in_flight_tokens`
+of vLLM 0.32 and 0.33 (`vllm/v1/core/kv_cache_utils.py`, in 0.33 `kv_cache_planning.py`); tests compare with those functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
+from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, StateMapping, layer_caches
+
+
+class BlockPacking(str, Enum):
+    """How wide a block of the pool is."""
+
+    WIDEST_GROUP = "widest_group"  # 0.28 and later: the widest group's pages side by side
+    COMMON_SLOTS = "common_slots"  # 0.21 to 0.27: as many (KV + index + HCA) slots as the longest group has layers
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """One cache as vLLM registers it. layer: index of the decoder layer, drafts follow the backbone."""
+
+    layer: int
+    spec: CacheSpec
+
+
+@dataclass(frozen=True)
+class KvGroup:
+    """Caches that share a block table: every block holds one page of each."""
+
+    page_tokens: int
+    sliding_window: int | None
+    per_request: bool
+    caches: tuple[CacheLayer, ...]
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(cache.spec.page_bytes for cache in self.caches)
+
+    @property
+    def max_layers_per_page_size(self) -> int:
+        return max(Counter(cache.spec.page_bytes for cache in self.caches).values())
+
+    def request_blocks(self, max_model_len: int, in_flight_tokens: int, retained_tokens: int = 0) -> int:
+        """Blocks that admission reserves for one request of `max_model_len` tokens."""
+        if self.per_request:
+            return 1
+        if self.sliding_window is None:
+            return -(-max_model_len // self.page_tokens)
+        tokens = min(self.sliding_window - 1 + retained_tokens + in_flight_tokens, max_model_len)
+        return -(-tokens // self.page_tokens) + 1  # the window may start inside a block
+
+
+@dataclass(frozen=True)
+class VllmPool:
+    """The KV pool of one rank: `groups` draw blocks of `block_bytes` from it."""
+
+    groups: tuple[KvGroup, ...]
+    block_bytes: int
+
+    def request_blocks(self, max_model_len: int, in_flight_tokens: int, retained_tokens: int = 0) -> int:
+        """Blocks one request of `max_model_len` tokens needs."""
+        return sum(g.request_blocks(max_model_len, in_flight_tokens, retained_tokens) for g in self.groups)
+
+    def request_bytes(self, max_model_len: int, in_flight_tokens: int, retained_tokens: int = 0) -> int:
+        """Bytes one request needs: vLLM's "KV cache is needed"."""
+        return self.block_bytes * self.request_blocks(max_model_len, in_flight_tokens, retained_tokens)
+
+    def state_bytes(self, in_flight_tokens: int, max_model_len: int) -> int:
+        """The part of `request_bytes` that windows and compressor states take: the in-flight reserve."""
+        windowed = [g for g in self.groups if g.sliding_window is not None]
+        return self.block_bytes * sum(g.request_blocks(max_model_len, in_flight_tokens) for g in windowed)
+
+    def num_blocks(self, pool_bytes: int) -> int:
+        return max(pool_bytes, 0) // self.block_bytes
+
+    def max_concurrency(self, pool_bytes: int, max_model_len: int, in_flight_tokens: int) -> float:
+        """Requests of `max_model_len` tokens at once: vLLM's "Maximum concurrency"."""
+        return self.num_blocks(pool_bytes) / self.request_blocks(max_model_len, in_flight_tokens)
+
+    def fits(self, pool_bytes: int, max_model_len: int, in_flight_tokens: int) -> bool:
+        """Whether vLLM starts: one request must fit beside the null block."""
+        return self.request_bytes(max_model_len, in_flight_tokens) <= pool_bytes - self.block_bytes
+
+    def max_model_len(self, pool_bytes: int, in_flight_tokens: int, limit: int, concurrency: int = 1) -> int:
+        """Longest context of which `concurrency` requests fit beside the null block; 0 when none does."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            need = concurrency * self.request_bytes(middle, in_flight_tokens)
+            low, high = (middle, high) if need <= pool_bytes - self.block_bytes else (low, middle - 1)
+        return low
+
+
+def in_flight_tokens(max_num_batched_tokens: int, async_scheduling: bool, pp: int) -> int:
+    """Tokens scheduled and not yet settled: every concurrent batch may be full.
+
+    Async scheduling keeps one batch more than the pipeline has stages (GPU model runner V2, the default since 0.30).
+    """
+    return max_num_batched_tokens * (pp + 1 if async_scheduling else pp)
+
+
+@functools.lru_cache(maxsize=64)
+def vllm_pool(
+    config: V4Config,
+    formats: CacheFormats,
+    num_draft_layers: int = 0,
+    stage: range | None = None,
+    packing: BlockPacking = BlockPacking.WIDEST_GROUP,
+    mapping: StateMapping = StateMapping.PAGED,
+) -> VllmPool:
+    """The pool of one rank. Groups are formed over the whole model, then cut to the layers of pipeline stage `stage`.
+
+    mapping: PAGED is native vLLM's, SUMMARY is dsv4's own (docs/kv-mapping.md).
+    """
+    groups = _groups(tuple(_cache_layers(config, formats, num_draft_layers, mapping)))
+    if packing is BlockPacking.COMMON_SLOTS:
+        return VllmPool(groups, _common_slots_bytes(config, formats, groups))
+    if stage is not None:
+        groups = tuple(replace(g, caches=tuple(c for c in g.caches if c.layer in stage)) for g in groups)
+    return VllmPool(groups, max(g.page_bytes for g in groups))
+
+
+def stage_with_draft(stage: range, config: V4Config, num_draft_layers: int) -> range:
+    """Layers of a pipeline stage, with the draft's when it is the last one."""
+    is_last = stage.stop == config.num_hidden_layers
+    return range(stage.start, stage.stop + (num_draft_layers if is_last else 0))
+
+
+def _cache_layers(config: V4Config, formats: CacheFormats, num_draft_layers: int, mapping: StateMapping) -> Iterable[CacheLayer]:
+    draft = (LayerSpec(config.num_hidden_layers + i, LayerKind.SWA, Routing.TOPK) for i in range(num_draft_layers))
+    for layer in (*config.layers, *draft):
+        for spec in layer_caches(config, layer, formats, mapping):
+            yield CacheLayer(layer.index, spec)
+
+
+def _groups(caches: Sequence[CacheLayer]) -> tuple[KvGroup, ...]:
+    buckets: dict[tuple[int, int | None, bool], list[CacheLayer]] = {}
+    for cache in caches:
+        buckets.setdefault((cache.spec.page_tokens, cache.spec.sliding_window, cache.spec.per_request), []).append(cache)
+    whole = [KvGroup(*key, tuple(members)) for key, members in buckets.items()]
+    counts = [Counter(c.spec.page_bytes for c in g.caches) for g in whole]
+    # A bucket with as many layers of each page size repeats one pattern; the longest mixed pattern must stay whole.
+    balanced = [len(set(count.values())) == 1 for count in counts]
+    floor = max((g.max_layers_per_page_size for g, b, c in zip(whole, balanced, counts, strict=True) if b and len(c) > 1), default=0)
+    if not floor:
+        return _capped_to_widest(whole)
+    repeats = _least_padding([g.max_layers_per_page_size for g, b in zip(whole, balanced, strict=True) if b], floor)
+    split: list[KvGroup] = []
+    for group, is_balanced in zip(whole, balanced, strict=True):
+        parts = -(-group.max_layers_per_page_size // repeats) if is_balanced else 1
+        split += _split(group, parts)
+    return tuple(split)
+
+
+def _capped_to_widest(whole: Sequence[KvGroup]) -> tuple[KvGroup, ...]:
+    """Without a pattern to keep whole, window and per-request groups are split until they fit the widest other group's block."""
+
+    def splits(group: KvGroup) -> bool:
+        return group.per_request or group.sliding_window is not None
+
+    widest = max(g.caches[0].spec.page_bytes if splits(g) else g.page_bytes for g in whole)
+    groups: list[KvGroup] = []
+    for group in whole:
+        per_block = max(widest // group.caches[0].spec.page_bytes, 1)
+        groups += _split(group, -(-len(group.caches) // per_block) if splits(group) else 1)
+    return tuple(groups)
+
+
+def _split(group: KvGroup, parts: int) -> list[KvGroup]:
+    """Deal the repeats of the group's pattern (one cache per page size) round robin to `parts` groups."""
+    if parts == 1:
+        return [group]
+    by_size: dict[int, list[CacheLayer]] = {}
+    for cache in group.caches:
+        by_size.setdefault(cache.spec.page_bytes, []).append(cache)
+    repeats = list(zip(*by_size.values(), strict=True))
+    dealt = ([cache for repeat in repeats[i::parts] for cache in repeat] for i in range(parts))
+    return [replace(group, caches=tuple(caches)) for caches in dealt]
+
+
+def _least_padding(values: Sequence[int], lower_bound: int) -> int:
+    """The chunk size that pads `values` least; ties prefer the larger. Mirrors `_approximate_gcd`."""
+    candidates = range(lower_bound, max(*values, lower_bound) + 1)
+    return min(candidates, key=lambda d: (sum(-v % d for v in values), -d))
+
+
+def _common_slots_bytes(config: V4Config, formats: CacheFormats, groups: Sequence[KvGroup]) -> int:
+    wanted = (CacheRole.COMPRESSED, CacheRole.INDEX_KEY)
+    pages = {
+        (spec.role, spec.tokens_per_row): spec.page_bytes
+        for layer in config.layers
+        for spec in layer_caches(config, layer, formats)
+        if spec.role in wanted
+    }
+    return max(g.max_layers_per_page_size for g in groups) * sum(pages.values())

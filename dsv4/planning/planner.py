@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works on given GPUs, ranked, with the proof; what fails, by how much, and which knob buys most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dsv4.machine.hardware import Gpu
+from dsv4.model.config import FP8_BLOCK
+from dsv4.model.kv_layout import IndexFormat, StateMapping
+from dsv4.planning.deployment import MAX_CONTEXT, Checkpoint, Deployment, EngineName, PlanError, Speculation, usual_state
+from dsv4.planning.memory.proof import Proof, Verdict, prove
+from dsv4.planning.recipe.schema import MAX_GPUS, Recipe, shipped_recipes
+from dsv4.planning.rules import violations
+
+GIB = 1 << 30
+DEFAULT_STEP_TOKENS = 4096
+STEP_GRAIN = 256
+MAX_STEP_TOKENS = 65_536
+Preference = Literal["latency", "throughput"]
+_DRAFT_TOKENS = {"mtp": 1, "dspark": 5}
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One change and the bytes it brings nearer to fitting. fits: whether the change alone is enough."""
+
+    text: str
+    frees_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration: its proof, or why no proof is needed. step_limit: the largest max_num_batched_tokens that
+    still fits, 0 when none does."""
+
+    deployment: Deployment
+    proof: Proof
+    violations: tuple[str, ...]
+    knobs: tuple[Knob, ...]
+    step_limit: int
+    recipe: str | None
+
+    @property
+    def works(self) -> bool:
+        return not self.violations and self.proof.verdict is not Verdict.NO
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user asked. context: tokens; concurrency: requests of that length at once."""
+
+    checkpoint: Checkpoint
+    gpu: Gpu
+    count: int
+    nodes: int
+    context: int
+    concurrency: int
+    engines: tuple[EngineName, ...]
+    max_num_batched_tokens: int = DEFAULT_STEP_TOKENS
+    prefer: Preference = "throughput"
+    state: StateMapping | None = None
+
+
+def ask(
+    checkpoint: Checkpoint,
+    gpu: Gpu,
+    count: int,
+    nodes: int | None = None,
+    context: int = MAX_CONTEXT,
+    concurrency: int = 1,
+    engine: EngineName | None = None,
+    max_num_batched_tokens: int = DEFAULT_STEP_TOKENS,
+    prefer: Preference = "throughput",
+    state: StateMapping | None = None,
+) -> Question:
+    """A checked question; nodes default to as few as the GPUs need.
+
+    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once. state: how vLLM keeps
+    compressor state, None as whoever serves there does. Raises PlanError.
+    """
+    if not 1 <= count <= MAX_GPUS:
+        raise PlanError(f"--count {count}: impossible; give 1 to {MAX_GPUS} GPUs")
+    nodes = -(-count // gpu.gpus_per_node) if nodes is None else nodes
+    if nodes < 1 or count % nodes:
+        raise PlanError(f"--count {count}: does not divide over {nodes} nodes; give a multiple, or another --nodes")
+    if count // nodes > gpu.gpus_per_node:
+        raise PlanError(
+            f"--nodes {nodes}: a {gpu.id} node has at most {gpu.gpus_per_node} GPUs; {count} need {-(-count // gpu.gpus_per_node)} nodes"
+        )
+    if not 1 <= context <= MAX_CONTEXT:
+        raise PlanError(f"--context {context}: DeepSeek-V4 has contexts of 1 to {MAX_CONTEXT:,} tokens")
+    if not 1 <= concurrency <= 65_536:
+        raise PlanError(f"--concurrency {concurrency}: give 1 to 65536 requests")
+    if not STEP_GRAIN <= max_num_batched_tokens <= MAX_STEP_TOKENS:
+        raise PlanError(f"--max-num-batched-tokens {max_num_batched_tokens}: give {STEP_GRAIN} to {MAX_STEP_TOKENS}")
+    engines: tuple[EngineName, ...] = (engine,) if engine else ("vllm", "sglang")
+    if state is StateMapping.SUMMARY:
+        if engine == "sglang":
+            raise PlanError("--state summary: it is a mapping of dsv4's vLLM plugin; leave it out for SGLang")
+        engines = ("vllm",)
+    return Question(checkpoint, gpu, count, nodes, context, concurrency, engines, max_num_batched_tokens, prefer, state)
+
+
+def plan(question: Question) -> list[Candidate]:
+    """Every configuration worth naming, best first: what fits, then what may, then what does not by what is missing."""
+    recipes = [r for r in shipped_recipes(question.gpu.id) if r.can_work]
+    found = [candidate(d, question.concurrency, recipes) for d in deployments(question)]
+    return sorted(found, key=lambda c: _rank(c, question.prefer))
+
+
+def candidate(d: Deployment, concurrency: int, recipes: Sequence[Recipe] = ()) -> Candidate:
+    """Prove one deployment and, where it fails, look for knobs."""
+    proof = prove(d, concurrency)
+    broken = tuple(violations(d))
+    fails = not broken and proof.verdict is not Verdict.FITS
+    return Candidate(
+        deployment=d,
+        proof=proof,
+        violations=broken,
+        knobs=tuple(knobs(proof, concurrency)) if fails else (),
+        step_limit=0 if broken else step_limit(d, concurrency),
+        recipe=_nearest(recipes, d),
+    )
+
+
+def step_limit(d: Deployment, concurrency: int) -> int:
+    """The largest max_num_batched_tokens, in steps of 256, with which `d` fits; 0 when none does."""
+    low, high = 0, MAX_STEP_TOKENS // STEP_GRAIN
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = prove(replace(d, max_num_batched_tokens=middle * STEP_GRAIN), concurrency).verdict is Verdict.FITS
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * STEP_GRAIN
+
+
+def knobs(proof: Proof, concurrency: int) -> list[Knob]:
+    """Changes that bring `proof`'s deployment nearer to fitting, the one that buys most first."""
+    useful = [knob for knob, _ in _useful(proof, proof, concurrency)]
+    if any(k.fits for k in useful):
+        return useful
+    return [*_together(proof, concurrency), *_more_gpus(proof, concurrency), *useful]
+
+
+def _useful(origin: Proof, proof: Proof, concurrency: int) -> list[tuple[Knob, Proof]]:
+    """Single changes to `proof`, counted from `origin`, the one that buys most first."""
+    gained = _knob("", origin, proof).frees_bytes
+    found = []
+    for text, changed in _changes(proof.deployment, proof, concurrency):
+        if not violations(changed):
+            after = prove(changed, concurrency)
+            knob = _knob(text, origin, after)
+            found += [(knob, after)] if knob.frees_bytes > gained else []
+    return sorted(found, key=lambda pair: (-pair[0].fits, -pair[0].frees_bytes))
+
+
+def _together(proof: Proof, concurrency: int) -> list[Knob]:
+    """Changes that fit when taken one after the other, each time the one that buys most; at most four."""
+    texts: list[str] = []
+    now = proof
+    for _ in range(4):
+        useful = _useful(proof, now, concurrency)
+        if not useful:
+            return []
+        knob, now = useful[0]
+        texts = [t for t in texts if t.split(" to ")[0] != knob.text.split(" to ")[0]] + [knob.text]  # a value given later replaces
+        if knob.fits:
+            return [Knob(" and ".join(texts), knob.frees_bytes, True)]
+    return []
+
+
+def _more_gpus(proof: Proof, concurrency: int) -> list[Knob]:
+    """The smallest multiple of the GPUs that fits, as pipeline stages over more nodes or TP inside one."""
+    d = proof.deployment
+    for factor in (2, 3, 4):
+        inside = d.count * factor <= d.gpu.gpus_per_node
+        nodes = d.nodes if inside else -(-d.count * factor // d.gpu.gpus_per_node)
+        bigger = replace(d, count=d.count * factor, nodes=nodes)
+        if inside and d.dp == 1:
+            bigger = replace(bigger, tp=d.tp * factor)
+        elif d.dp > 1:
+            bigger = replace(bigger, dp=d.dp * factor)
+        else:
+            bigger = replace(bigger, pp=d.pp * factor, speculation=Speculation())
+        if not violations(bigger) and (after := prove(bigger, concurrency)).verdict is Verdict.FITS:
+            return [_knob(f"use {bigger.count} GPUs ({bigger.shape})", proof, after)]
+    return []
+
+
+def _knob(text: str, before: Proof, after: Proof) -> Knob:
+    pool = (before.need_bytes - before.pool_low) - (after.need_bytes - after.pool_low)
+    headroom = before.headroom_shortfall_bytes - after.headroom_shortfall_bytes
+    return Knob(text, pool + headroom, after.verdict is Verdict.FITS)
+
+
+def _changes(d: Deployment, proof: Proof, concurrency: int) -> Iterator[tuple[str, Deployment]]:
+    limit = step_limit(d, concurrency)
+    lower = min(limit or 512, d.max_num_batched_tokens)
+    if lower < d.max_num_batched_tokens:
+        seqs = min(d.max_num_seqs, lower // (1 + d.speculation.num_tokens))
+        yield f"lower max_num_batched_tokens to {lower}", replace(d, max_num_batched_tokens=lower, max_num_seqs=seqs)
+    if d.engine == "vllm" and d.memory_fraction < 0.97:
+        yield "raise gpu_memory_utilization to 0.97", replace(d, memory_fraction=0.97)
+    if d.engine == "sglang" and d.memory_fraction < 0.92:
+        yield "raise mem_fraction_static to 0.92", replace(d, memory_fraction=0.92)
+    if d.async_scheduling and d.engine == "vllm":
+        yield "turn async scheduling off", replace(d, async_scheduling=False)
+    if d.has_draft:
+        yield "turn speculation off", replace(d, speculation=Speculation())
+    if d.index is IndexFormat.FP8 and d.gpu.capability[0] == 10:
+        yield "store index keys as mxfp4", replace(d, index=IndexFormat.MXFP4)
+    if d.dp > 1:
+        yield f"use TP{d.tp * d.dp} instead of {d.shape}", replace(d, tp=d.tp * d.dp, dp=1)
+    cap = proof.max_context_low // 1024 * 1024
+    if d.max_model_len // 4 <= cap < d.max_model_len and cap:  # less would be another service
+        yield f"cap the context at {cap:,} tokens", replace(d, max_model_len=cap)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configurations worth naming
+
+
+def deployments(q: Question) -> Iterator[Deployment]:
+    """Engines x shapes x draft on or off, with the defaults that dsv4's recipes use."""
+    for engine in q.engines:
+        for tp, dp, pp, ep in shapes(q):
+            for speculation in _speculations(q, pp):
+                yield deployment(q, engine, tp, dp, pp, ep, speculation)
+
+
+def deployment(q: Question, engine: EngineName, tp: int, dp: int, pp: int, ep: bool, speculation: Speculation) -> Deployment:
+    """One configuration with defaults: fractions and kernels as published recipes for the card have them."""
+    gpu = q.gpu
+    per_replica = -(-q.concurrency // dp)
+    seqs = min(max(16, per_replica), q.max_num_batched_tokens // (1 + speculation.num_tokens))
+    return Deployment(
+        checkpoint=q.checkpoint,
+        engine=engine,
+        gpu=gpu,
+        count=q.count,
+        nodes=q.nodes,
+        tp=tp,
+        dp=dp,
+        ep=ep,
+        pp=pp,
+        max_model_len=q.context,
+        max_num_batched_tokens=q.max_num_batched_tokens,
+        max_num_seqs=seqs,
+        memory_fraction=0.95 if engine == "vllm" else 0.9 if gpu.visible_mib > 60_000 else 0.88,
+        index=IndexFormat.MXFP4 if gpu.capability[0] == 10 else IndexFormat.FP8,
+        swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
+        speculation=speculation,
+        decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
+        state=q.state or usual_state(engine, gpu.needs_plugin),
+    )
+
+
+def shapes(q: Question) -> list[tuple[int, int, int, bool]]:
+    """(tp, dp, pp, ep) that use every GPU: TP inside a node; DP or PP across nodes; EP wherever attention is replicated."""
+    per_node = q.count // q.nodes
+    fabric = q.count if q.gpu.arch == "aarch64" else per_node  # a GB200/GB300 rack is one NVLink domain
+    found: list[tuple[int, int, int, bool]] = []
+    for tp in (t for t in (1, 2, 4, 8, 16) if fabric % t == 0 and q.count % t == 0):
+        rest = q.count // tp
+        if rest == 1:
+            # Slices of experts keep every rank busy; whole experts only where a slice would break an FP8 block.
+            found.append((tp, 1, 1, bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)))
+            continue
+        found.append((tp, rest, 1, True))
+        if q.nodes > 1 and rest == q.nodes <= q.checkpoint.config.num_hidden_layers:
+            found.append((tp, 1, rest, True))
+    return found
+
+
+def _speculations(q: Question, pp: int) -> list[Speculation]:
+    draft = q.checkpoint.config.draft
+    # A summary cannot be rolled back, so nothing that rejects drafted tokens runs on it.
+    if draft == "none" or pp > 1 or q.gpu.needs_plugin or q.state is StateMapping.SUMMARY:
+        return [Speculation()]
+    return [Speculation(), Speculation(draft, _DRAFT_TOKENS[draft])]
+
+
+def _nearest(recipes: Sequence[Recipe], d: Deployment) -> str | None:
+    """The recipe of this shape whose context is nearest."""
+    same = [r for r in recipes if _same_shape(r, d)]
+    return min(same, key=lambda r: abs(r.lengths.max_model_len - d.max_model_len)).id if same else None
+
+
+def _same_shape(r: Recipe, d: Deployment) -> bool:
+    return (
+        r.engine.name == d.engine
+        and r.checkpoint.id == d.checkpoint.id
+        and r.hardware.count == d.count
+        and (r.parallel.tp, r.parallel.dp, r.parallel.pp) == (d.tp, d.dp, d.pp)
+        and (r.speculative.method != "none") == d.has_draft
+    )
+
+
+def _rank(c: Candidate, prefer: Preference) -> tuple[float, ...]:
+    order = 3.0 if c.violations else {Verdict.FITS: 0, Verdict.TIGHT: 1, Verdict.NO: 2}[c.proof.verdict]
+    # A wider attention TP and a draft shorten every step of a request; replicas and no draft hold more requests.
+    latency = (-c.deployment.tp, -c.deployment.has_draft) if prefer == "latency" else (0, 0)
+    return (order, *latency, c.proof.shortfall_bytes, -c.proof.concurrency_low, -c.proof.max_context_low)

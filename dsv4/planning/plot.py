@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws context against concurrency, one line per configuration that works, with the spread of the overheads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dsv4.planning.deployment import MAX_CONTEXT, PlanError
+from dsv4.planning.memory.proof import Proof, prove
+from dsv4.planning.planner import Candidate, Question
+
+CONTEXTS = tuple(4096 * 2**i for i in range(9))  # 4K to 1M
+MAX_LINES = 8
+
+
+def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
+    """Write `path` (.svg or .png). Raises PlanError when nothing works or matplotlib is absent."""
+    if path.suffix not in (".svg", ".png"):
+        raise PlanError(f"--plot {path}: give a name that ends in .svg or .png")
+    works = [c for c in found if c.works][:MAX_LINES]
+    if not works:
+        raise PlanError(f"--plot {path}: nothing fits, so there is nothing to draw")
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise PlanError("--plot needs matplotlib, which is not installed; pip install 'dsv4[plan]'") from e
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "dsv4"  # the same plan gives the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for c in works:
+        _line(axes, c)
+    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="requests at once, all replicas")
+    axes.set_title(f"{question.checkpoint.id} on {question.count} x {question.gpu.id}, steps of {question.max_num_batched_tokens:,} tokens")
+    axes.set_xticks(CONTEXTS, [f"{n // 1024}K" if n < MAX_CONTEXT else "1M" for n in CONTEXTS])
+    axes.minorticks_off()
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    try:
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as e:
+        raise PlanError(f"--plot {path}: cannot be written ({e.strerror})") from e
+    finally:
+        pyplot.close(figure)
+
+
+def points(c: Candidate) -> list[Proof]:
+    """The candidate proved at each of CONTEXTS."""
+    return [prove(replace(c.deployment, max_model_len=n)) for n in CONTEXTS]
+
+
+def _line(axes: object, c: Candidate) -> None:
+    d = c.deployment
+    proofs = points(c)
+    label = f"{d.engine} {d.shape}{'' if d.speculation.method == 'none' else ' ' + d.speculation.method}"
+    low = [p.by_memory_low for p in proofs]  # memory, not the max_num_seqs of the plan
+    high = [p.by_memory_high for p in proofs]
+    axes.plot(CONTEXTS, low, marker="o", markersize=3, label=label)  # type: ignore[attr-defined]
+    axes.fill_between(CONTEXTS, low, high, alpha=0.15)  # type: ignore[attr-defined]

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's view of a step turned into the core's plan, once per step, and the caches for V4's layers to use it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from torch import Tensor
+
+from dsv4.errors import CompatError
+from dsv4.model.config import CSA_RATIO, HCA_RATIO
+from dsv4.model.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4.ops import plan
+from dsv4.ops.compressor.ring import RingPlan, Rings, plan_many, plan_single
+from dsv4.ops.pages import BatchView
+from dsv4_sglang.caches import V4Pool
+from dsv4_sglang.names import ATTENTION_BACKEND
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class EntryPlan:
+    """Compressed entries of one ratio. store_slots, lens: [T] int32; rings: their open windows. request_slots: [R, E] int32,
+    where every entry is attended (HCA); None where an indexer chooses, as E is 262,144 a request there."""
+
+    store_slots: Tensor
+    lens: Tensor
+    request_slots: Tensor | None
+    max_entries: int
+    rings: RingPlan
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step. block_table: [R, n] int32, full pages; window_store, window_lens: [T] int32; window_slots: [T, 128] int32."""
+
+    tokens: plan.TokenPlan
+    block_table: Tensor
+    window_store: Tensor
+    window_slots: Tensor
+    window_lens: Tensor
+    entries: dict[int, EntryPlan]
+
+
+class V4AttentionBackend(AttentionBackend):
+    """Builds the plan of each step. Layers read `plan` and `pool`, and call the operators themselves."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()
+        pool = runner.token_to_kv_pool
+        if not isinstance(pool, V4Pool):
+            raise CompatError(
+                f"dsv4's hook on SGLang's KV pool did not apply: the pool is {type(pool).__module__}.{type(pool).__qualname__}."
+                " The server's log has the reason where it says 'Failed to apply hooks'; install a supported SGLang or report it"
+            )
+        self.pool = self.token_to_kv_pool = pool
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.window = pool.config.sliding_window
+        self.context_len = runner.model_config.context_len
+        self.ratios = sorted({layer.compress_ratio for layer in pool.config.layers} - {0})
+        self.plan: StepPlan | None = None
+        self.buffers = plan.Persistent()
+        self.max_bs = 0
+
+    # ---- SGLang's interface ----------------------------------------------------------------------------------------
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        if forward_batch.forward_mode.is_idle():
+            self.plan = None
+            return
+        lens = forward_batch.seq_lens_cpu if forward_batch.seq_lens_cpu is not None else forward_batch.seq_lens
+        self.plan = self._plan(forward_batch, int(lens.max()))
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.max_bs = max_bs
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Captured decode steps read buffers that keep their address and cover the longest context."""
+        self.plan = self._keep(self._plan(forward_batch, self.context_len), forward_batch.batch_size)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError("V4's layers call dsv4's operators, not an attention layer of SGLang's")
+
+    forward_decode = forward_extend
+
+    # ---- the plan --------------------------------------------------------------------------------------------------
+
+    def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepPlan:
+        batch, is_decode = _batch_view(fb, max_seq_len), fb.forward_mode.is_decode()
+        block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len)
+        tokens = plan.plan_tokens(batch)
+        # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the request it borrows.
+        real = fb.out_cache_loc[: batch.num_tokens] >= SGLANG_PAGE_TOKENS
+        tokens = plan.TokenPlan(tokens.request_of_token, tokens.positions, tokens.valid & real)
+        slots, lens = plan.window_slots(window_table, tokens, SGLANG_PAGE_TOKENS, self.window)
+        store = plan.token_slots(window_table, tokens, SGLANG_PAGE_TOKENS)
+        rings = {
+            CSA_RATIO: Rings(window_table, SGLANG_PAGE_TOKENS, CSA_RATIO, windows=2),
+            HCA_RATIO: Rings(fb.req_pool_indices[:, None].int(), max(self.context_len, max_seq_len) + 1, HCA_RATIO, windows=1),
+        }
+        entries = {}
+        for ratio in self.ratios:
+            rows, max_entries = SGLANG_PAGE_TOKENS // ratio, max_seq_len // ratio
+            ring = plan_single(rings[ratio], tokens) if is_decode else plan_many(rings[ratio], tokens, batch)
+            entries[ratio] = EntryPlan(
+                plan.entry_store_slots(block_table, tokens, rows, ratio),
+                plan.entry_lens(tokens, ratio),
+                plan.request_entry_slots(block_table, rows, max_entries) if ratio == HCA_RATIO else None,
+                max_entries,
+                ring,
+            )
+        return StepPlan(tokens, block_table, store, slots, lens, entries)
+
+    def _tables(self, req_pool_indices: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
+        """Full and window pages of every request: [R, n] int32 each; places beyond a request's length mean nothing."""
+        starts = self.req_to_token[req_pool_indices, :max_seq_len:SGLANG_PAGE_TOKENS].long()
+        window = self.pool.translate_loc_from_full_to_swa(starts).clamp(min=0)
+        return (starts // SGLANG_PAGE_TOKENS).int(), (window // SGLANG_PAGE_TOKENS).int()
+
+    def _keep(self, step: StepPlan, batch_size: int) -> StepPlan:
+        def keep(name: str, value: Tensor) -> Tensor:
+            return self.buffers.keep(name, value, (max(self.max_bs, batch_size), *value.shape[1:]))
+
+        tokens = plan.TokenPlan(
+            keep("request", step.tokens.request_of_token), keep("positions", step.tokens.positions), keep("valid", step.tokens.valid)
+        )
+        entries = {
+            ratio: EntryPlan(
+                keep(f"store{ratio}", e.store_slots),
+                keep(f"lens{ratio}", e.lens),
+                None if e.request_slots is None else keep(f"slots{ratio}", e.request_slots),
+                e.max_entries,
+                RingPlan(
+                    keep(f"ring_positions{ratio}", e.rings.positions),
+                    keep(f"ring_table{ratio}", e.rings.table),
+                    keep(f"ring_store{ratio}", e.rings.store_slots),
+                ),
+            )
+            for ratio, e in step.entries.items()
+        }
+        return StepPlan(
+            tokens,
+            keep("block_table", step.block_table),
+            keep("window_store", step.window_store),
+            keep("window_slots", step.window_slots),
+            keep("window_lens", step.window_lens),
+            entries,
+        )
+
+
+def _batch_view(fb: ForwardBatch, max_seq_len: int) -> BatchView:
+    """The step for the core."""
+    num_reqs, device = fb.batch_size, fb.seq_lens.device
+    if fb.forward_mode.is_decode():
+        starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
+        return BatchView(starts, fb.seq_lens.int(), num_reqs, num_reqs, max_seq_len, 1)
+    starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
+    starts[1:] = fb.extend_seq_lens.cumsum(0)
+    return BatchView(starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len, max(fb.extend_seq_lens_cpu))
+
+
+def register_backend() -> None:
+    """Offer the backend under its name, in the registry and on the command line. Safe to call twice."""
+    register_attention_backend(ATTENTION_BACKEND)(V4AttentionBackend)
+    if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
+        ATTENTION_BACKEND_CHOICES.append(ATTENTION_BACKEND)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""V4's caches as vLLM KV-cache layers.
+
+Each decoder layer registers one window cache; compressed layers add their entries and the compressor's open windows,
+CSA layers the index keys and theirs. vLLM groups, allocates, hashes and evicts the pages; geometry comes from
+`dsv4.model.kv_layout`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
+
+from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
+from dsv4.ops.pages import Pages, RowsFormat, view_pages
+from dsv4_vllm.metadata import EntryBackend, StateBackend, SummaryBackend, V4Backend, WindowBackend
+
+_BACKENDS: dict[CacheRole, type[V4Backend]] = {
+    CacheRole.WINDOW: WindowBackend,
+    CacheRole.COMPRESSED: EntryBackend,
+    CacheRole.INDEX_KEY: EntryBackend,
+    CacheRole.STATE: StateBackend,
+    CacheRole.INDEX_STATE: StateBackend,
+}
+
+
+class V4Cache(nn.Module, AttentionLayerBase):
+    """One cache of one decoder layer, registered with vLLM under `prefix`."""
+
+    def __init__(self, prefix: str, spec: CacheSpec, formats: CacheFormats, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.spec = spec
+        self.formats = formats
+        self.dtype = dtype
+        self.row_format, _ = _storage(spec.role, formats, dtype)
+        self.kv_cache = torch.tensor([])
+        self._pages: Pages | None = None
+        self._tail: Tensor | None = None
+        context = get_current_vllm_config().compilation_config.static_forward_context
+        if prefix in context:
+            raise ValueError(f"Duplicate layer name: {prefix}")
+        context[prefix] = self
+
+    @property
+    def pages(self) -> Pages:
+        assert self._pages is not None, f"{self.prefix}: vLLM has not allocated this cache yet"
+        return self._pages
+
+    @property
+    def tail(self) -> Tensor | None:
+        """The pages' tails, fp32 [pages, tail_bytes / 4]; None where pages have none."""
+        return self._tail
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """kv_cache: [pages, 1, rows, content], contiguous inside a page."""
+        self.kv_cache = kv_cache
+        self._pages = view_pages(kv_cache.squeeze(1), self.spec, self.row_format)
+        self._tail = view_tail(kv_cache, self.spec) if self.spec.tail_bytes else None
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return SummaryBackend if self.spec.per_request else _BACKENDS[self.spec.role]
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return kv_cache_spec(self.spec, self.formats, self.dtype)
+
+
+def kv_cache_spec(cache: CacheSpec, formats: CacheFormats, model_dtype: torch.dtype) -> KVCacheSpec:
+    """`cache` in vLLM's terms."""
+    row_format, dtype = _storage(cache.role, formats, model_dtype)
+    packed = row_format not in (KvFormat.PLAIN, IndexFormat.PLAIN)
+    common: dict[str, Any] = {
+        "block_size": cache.page_tokens,
+        "num_kv_heads": 1,
+        "max_tp_shards": 1,  # one KV head: every tensor-parallel rank holds a replica
+        "head_size": cache.row.row_bytes // dtype.itemsize,
+        "dtype": dtype,
+        "state_content_bytes": cache.row.row_bytes if packed else None,
+    }
+    if cache.role in (CacheRole.WINDOW, CacheRole.COMPRESSED):
+        common |= {"cache_dtype_str": formats.kv.value if packed else "auto", "model_version": "deepseek_v4"}
+    if cache.per_request or cache.tail_bytes:  # vLLM knows pages of rows only; tail and alignment are padding to it
+        common["page_size_padded"] = cache.page_bytes
+    else:
+        common["alignment"] = cache.alignment
+    if cache.per_request:
+        spec: KVCacheSpec = CircularBufferSpec(**common, head_size_v=0, tokens_per_state=cache.tokens_per_row)
+    elif cache.sliding_window is not None:
+        spec = SlidingWindowMLASpec(**common, sliding_window=cache.sliding_window)
+    else:
+        spec = MLAAttentionSpec(**common, tokens_per_state=cache.tokens_per_row)
+    assert spec.page_size_bytes == cache.page_bytes, f"{cache}: vLLM plans {spec.page_size_bytes} B a page, kv_layout {cache.page_bytes}"
+    return spec
+
+
+def view_tail(memory: Tensor, spec: CacheSpec) -> Tensor:
+    """The bytes behind each page's rows, as fp32 [pages, tail_bytes / 4]: memory is the engine's view [pages, 1, rows, content]."""
+    storage = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory.untyped_storage())
+    page_stride = memory.stride(0) * memory.element_size()
+    offset = memory.storage_offset() * memory.element_size() + spec.tail_offset
+    return torch.as_strided(storage, (memory.shape[0], spec.tail_bytes), (page_stride, 1), offset).view(torch.float32)
+
+
+def _storage(role: CacheRole, formats: CacheFormats, dtype: torch.dtype) -> tuple[RowsFormat, torch.dtype]:
+    """How rows of a role are stored, and the dtype vLLM allocates."""
+    if role in (CacheRole.STATE, CacheRole.INDEX_STATE):
+        return KvFormat.PLAIN, torch.float32
+    row_format: RowsFormat = formats.index if role is CacheRole.INDEX_KEY else formats.kv
+    return row_format, dtype if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN) else torch.uint8

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dsv4 plan`, `launch` and `recipes` as a new user runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENGINES = ("torch", "triton", "vllm", "sglang", "transformers", "numpy")
+
+# Refuses what a laptop without torch does not have, whatever is installed here.
+BLOCKER = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {ENGINES[:5]!r}:
+            raise ImportError("refused: " + name)
+sys.meta_path.insert(0, Refuse())
+from dsv4.cli.main import main
+main()
+"""
+
+
+def _run(*args: str, cwd: Path | None = None, path: Path = ROOT, program: str = BLOCKER) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("DSV4_")} | {"PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, "-c", program, *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def _examples(page: Path) -> list[str]:
+    blocks = re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [line for line in lines if re.match(r"dsv4 (plan|launch|recipes)\b", line)]
+
+
+EXAMPLES = [(page.name, line) for page in (ROOT / "README.md", ROOT / "docs" / "planner.md") for line in _examples(page)]
+
+
+@pytest.mark.parametrize(("page", "line"), EXAMPLES)
+def test_examples_of_the_docs_run_without_torch(page, line, tmp_path):
+    program = tmp_path / "dsv4"
+    program.write_text(f"#!{sys.executable}\n{BLOCKER}")
+    program.chmod(0o755)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-euc", line], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout or "--plot" in line
+
+
+def test_the_docs_have_examples():
+    assert len(EXAMPLES) >= 10
+
+
+PLAN = ("plan", "--model", "pro", "--gpu", "h200", "--count", "8", "--context", "800k")
+
+
+def test_plan_imports_neither_torch_nor_an_engine():
+    program = "import sys\nfrom dsv4.cli.main import main\ntry:\n    main()\nfinally:\n    print(sorted(sys.modules), file=sys.stderr)\n"
+    done = _run(*PLAN, program=program)
+    assert done.returncode == 0
+    loaded = {name.split(".")[0].strip("'") for name in done.stderr.strip("[]\n").split(", ")}
+    assert loaded.isdisjoint({*ENGINES, "matplotlib", "pynvml"} - {"numpy"})
+
+
+def test_plan_answers_in_under_a_second_of_cpu():
+    best = float("inf")
+    for _ in range(3):
+        before = os.times()
+        wall = time.perf_counter()
+        assert _run(*PLAN).returncode == 0
+        after = os.times()
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        best = min(best, cpu, time.perf_counter() - wall)
+    assert best < 1.0
+
+
+def test_plan_prints_the_proof_and_where_the_step_stops():
+    out = _run(*PLAN, "--engine", "vllm", "--proofs", "9").stdout
+    assert "Proof of vllm TP8:" in out
+    assert re.search(r"stops fitting above max_num_batched_tokens \d{1,2},\d{3}", out)
+
+
+def test_plan_as_json_has_terms_with_sources():
+    answer = json.loads(_run(*PLAN, "--json").stdout)
+    first = answer["configurations"][0]
+    assert first["works"]
+    assert first["proof"]["verdict"] == "fits"
+    assert all(term["source"] for term in first["proof"]["terms"])
+
+
+def test_plan_names_missing_gib_and_the_knob():
+    done = _run("plan", "--model", "pro", "--gpu", "h200", "--count", "8", "--engine", "vllm", "--max-num-batched-tokens", "32768")
+    assert re.search(r"GiB short; lower max_num_batched_tokens to \d+: frees \d+\.\d GiB and fits", done.stdout)
+
+
+def test_plot_writes_the_same_svg_twice(tmp_path):
+    files = [tmp_path / f"{i}.svg" for i in range(2)]
+    for file in files:
+        done = _run("plan", "--gpu", "h200", "--count", "8", "--plot", str(file))
+        assert done.returncode == 0, done.stderr
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    assert first.startswith(b"<?xml")
+
+
+BAD = [
+    (["plan", "--gpu", "h300"], "--gpu h300: unknown GPU; nearest: h200"),
+    (["plan", "--gpu", "h200", "--count", "0"], "--count 0: impossible"),
+    (["plan", "--gpu", "h200", "--count", "x"], "'x' is not a valid integer"),
+    (["plan", "--gpu", "h200", "--count", "12", "--nodes", "5"], "does not divide over 5 nodes"),
+    (["plan", "--gpu", "h200", "--nodes", "-1"], "impossible"),
+    (["plan", "--gpu", "h200", "--context", "2m"], "DeepSeek-V4 ends at 1,048,576"),
+    (["plan", "--gpu", "h200", "--context", "many"], "is not a number of tokens"),
+    (["plan", "--gpu", "h200", "--engine", "trt"], "'trt' is not one of 'vllm', 'sglang'"),
+    (["plan", "--gpu", "h200", "--model", "v3"], "--model v3: unknown checkpoint"),
+    (["plan", "--gpu", "h200", "--contxt", "1m"], "No such option"),
+    (["plan", "--gpu", "h200", "--plot", "x.pdf"], "ends in .svg or .png"),
+    (["plan", "--gpu", "h200", "--plot", "/nowhere/x.svg"], "/nowhere/x.svg"),
+    (["launch", "h200-x8-pro-vllm"], "no such recipe; nearest: h200-x8-pro-vllm"),
+    (["launch", "h100-x8-pro-vllm-context"], "cannot work: weights alone are 101.9 GiB"),
+    (["launch", "h200-x16-pro-vllm-throughput", "--format", "nomad"], "'nomad' is not one of"),
+    (["launch"], "Missing argument"),
+    (["recipes", "show", "/etc/passwd"], "/etc/passwd"),
+    (["recipes", "show", "absent.yaml"], "cannot be read"),
+    (["recipes", "check", "zzz"], "zzz: no such recipe"),
+    (["recipes", "list", "--gpu", "tpu"], "unknown GPU"),
+    (["recipes", "check", "--engine-path", "/nowhere"], "/nowhere"),
+    (["recipes", "check", "--engine-path", "."], "holds no vllm or sglang"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "message"), BAD, ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+def test_bad_input_is_one_line_and_exit_2(args, message, tmp_path):
+    done = _run(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_without_a_gpu_plan_asks_for_one():
+    done = _run("plan", "--model", "flash")
+    if done.returncode == 2:
+        assert re.search(r"give --gpu", done.stderr)
+        assert done.stderr.count("\n") == 1
+    else:  # a machine with GPUs answers for them
+        assert "flash" in done.stdout
+
+
+def test_a_yaml_bomb_is_one_line_and_exit_2(tmp_path):
+    file = tmp_path / "bomb.yaml"
+    file.write_text("a: &a [1,1]\nb: [*a,*a]\n")
+    done = _run("launch", str(file))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "anchor or alias" in done.stderr
+
+
+def test_check_prints_one_line_per_recipe_and_names_skipped_engines():
+    done = _run("recipes", "check", "--no-engines")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    listed = _run("recipes", "list").stdout.splitlines()
+    assert len(lines) == len(listed) > 80
+    assert all(re.match(r"\S+ +ok +schema (rules|refusal) memory", line) for line in lines)
+    assert sum("vllm-0.33.0:SKIPPED" in line and "vllm 0.33.0 is not installed here" in line for line in lines) > 30
+
+
+def test_check_exits_1_when_a_rung_fails(tmp_path):
+    source = ROOT / "recipes" / "h200" / "h200-x8-pro-vllm-context-800k.yaml"
+    file = tmp_path / source.name
+    file.write_text(source.read_text().replace("max_num_batched_tokens: 4096", "max_num_batched_tokens: 32768"))
+    done = _run("recipes", "check", "--no-engines", str(file))
+    assert done.returncode == 1
+    assert "memory:FAIL" in done.stdout
+
+
+def test_launch_finds_the_twin_for_the_other_engine():
+    out = json.loads(_run("launch", "h200-x8-pro-vllm-context-800k", "--engine", "sglang", "--json").stdout)
+    assert out["argv"]["head"][:2] == ["sglang", "serve"]
+
+
+def test_the_built_wheel_carries_the_recipes(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(installed)
+    done = _run("recipes", "list", "--json", cwd=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) > 80
+    assert _run(*PLAN, cwd=tmp_path, path=installed).returncode == 0

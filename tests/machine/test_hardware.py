@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from dsv4.machine import hardware
+from dsv4.machine.decide import Device
+from dsv4.machine.hardware import HardwareError, all_gpus, detect_machine, find_gpu, match_device
+
+
+def test_ids_and_aliases_are_unique():
+    names = [n.lower() for gpu in all_gpus() for n in (gpu.id, *gpu.aliases)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["H200", "h200-141g", "NVIDIA H200", " h200 ", "nvidia_h200"])
+def test_a_card_is_found_whatever_the_spelling(name):
+    assert find_gpu(name).id == "h200"
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("h201", "h200"), ("a100-40g", "a100-80g"), ("4090-24", "rtx-4090"), ("b20", "b200")])
+def test_an_unknown_card_names_the_nearest(name, nearest):
+    with pytest.raises(HardwareError, match=f"unknown GPU; nearest: .*{nearest}") as e:
+        find_gpu(name)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["", "zzzzzz", "\x00", "🙂", "a" * 10_000])
+def test_nonsense_lists_the_known_cards(name):
+    with pytest.raises(HardwareError, match="unknown GPU"):
+        find_gpu(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "gpu"),
+    [
+        ("NVIDIA H200", 143_771, "h200"),
+        ("NVIDIA H100 80GB HBM3", 81_559, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 81_920, "a100-80g"),
+        ("NVIDIA GeForce RTX 4090", 24_564, "rtx-4090"),
+        ("NVIDIA GeForce RTX 4090", 49_140, "rtx-4090-48g"),
+        ("NVIDIA L40S", 46_068, "l40s"),
+        ("NVIDIA L20", 46_068, "l20"),
+        ("NVIDIA H20", 97_871, "h20"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97_887, "rtx-pro-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97_887, "rtx-pro-6000"),
+        ("NVIDIA GB200", 189_471, "gb200"),
+        ("NVIDIA B300 SXM6 AC", 275_040, "b300"),
+    ],
+)
+def test_nvml_names_and_sizes_identify_the_card(name, mib, gpu):
+    assert match_device(name, mib).id == gpu
+
+
+@pytest.mark.parametrize(("name", "mib"), [("NVIDIA A100-SXM4-40GB", 40_960), ("Tesla T4", 15_360), ("NVIDIA H20", 143_771)])
+def test_a_card_outside_the_table_says_so(name, mib):
+    with pytest.raises(HardwareError, match="is not in dsv4's table"):
+        match_device(name, mib)
+
+
+def test_several_equal_gpus_make_one_machine(monkeypatch):
+    monkeypatch.setattr(hardware, "detect_devices", lambda: (Device("cuda", "NVIDIA H200", (9, 0), 143_771),) * 8)
+    machine = detect_machine()
+    assert (machine.gpu.id, machine.count) == ("h200", 8)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ((Device("cpu", "CPU"),), "no NVIDIA GPU"),
+        ((Device("rocm", "AMD GPU"),), "no NVIDIA GPU"),
+        ((Device("cuda", "NVIDIA H200", (9, 0), 143_771), Device("cuda", "NVIDIA L20", (8, 9), 46_068)), "mixes GPUs"),
+    ],
+)
+def test_no_gpu_and_mixed_gpus_ask_for_the_option(monkeypatch, devices, message):
+    monkeypatch.setattr(hardware, "detect_devices", lambda: devices)
+    with pytest.raises(HardwareError, match=message):
+        detect_machine()
+
+
+def test_cuda_sees_what_pytorch_reports():
+    assert find_gpu("h100").total_bytes / hardware.GIB == pytest.approx(79.18, abs=0.02)
+    assert find_gpu("rtx-3090").total_bytes / hardware.GIB == pytest.approx(23.56, abs=0.01)
+
+
+def test_exactly_the_cards_below_hopper_need_the_plugin():
+    assert {g.id for g in all_gpus() if g.needs_plugin} == {"a100-80g", "l40s", "l20", "rtx-4090-48g", "rtx-4090", "rtx-3090"}

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dsv4.errors import CheckpointError, ConfigError
+from dsv4.model.checkpoint import INDEX_FILE, Component, TensorSpec, bytes_by_component, read_headers, tensor_specs, validate
+from dsv4.model.config import V4Config
+from dsv4.reference.tiny import write_tiny
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# name: (tensors, bytes); published totals of the real checkpoints, see the spec's sections 1.3 and 2.4
+TOTALS = {
+    "DeepSeek-V4-Flash": (69_187, 159_609_485_896),
+    "DeepSeek-V4-Pro": (145_116, 864_704_792_696),
+    "DeepSeek-V4-Flash-0731": (72_317, 166_878_536_440),
+    "DeepSeek-V4-Pro-0813": (149_782, 892_727_580_904),
+}
+
+
+def config_of(name: str) -> V4Config:
+    return V4Config.from_path(GOLDEN / "configs" / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_equal_the_published_checkpoint(name):
+    specs = tensor_specs(config_of(name))
+    assert (len(specs), sum(spec.nbytes for spec in specs.values())) == TOTALS[name]
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_names_shapes_and_dtypes_equal_the_golden_inventory(name):
+    golden = (GOLDEN / "tensors" / f"{name}.tsv").read_text()
+    assert inventory(config_of(name)) == golden
+
+
+def inventory(config: V4Config) -> str:
+    """Every tensor but the experts after expert 0. Rows: name, shape, dtype, tensor-parallel axis, layers that have it."""
+    layers: dict[str, list[str]] = {}
+    for spec in tensor_specs(config).values():
+        if ".experts." in spec.name and ".experts.0." not in spec.name:
+            continue
+        group, layer, rest = re.match(r"(?:(layers|mtp)\.(\d+)\.)?(.*)", spec.name).groups(default="")
+        name = f"{group}.*.{rest}" if group else rest
+        axis = "-" if spec.shard_axis is None else spec.shard_axis
+        layers.setdefault(f"{name}\t{list(spec.shape)}\t{spec.dtype}\t{axis}", []).append(layer)
+    return "".join(f"{row}\t{','.join(where)}\n" for row, where in layers.items())
+
+
+def test_bytes_by_component_equal_the_published_breakdown():
+    assert {c.value: n for c, n in bytes_by_component(config_of("DeepSeek-V4-Flash")).items()} == {
+        "routed_experts": 147_169_738_752,
+        "attention": 4_599_346_048,
+        "mtp": 3_593_787_756,
+        "shared_experts": 1_082_196_480,
+        "embed": 1_059_061_760,
+        "head": 1_059_061_760,
+        "compressor": 525_680_640,
+        "indexer": 275_347_968,
+        "mhc": 135_537_756,
+        "router": 90_218_496,
+        "tid2eid": 18_616_320,
+        "norm": 892_160,
+    }
+
+
+def test_base_experts_are_fp8_and_reproduce_the_published_size():
+    base = replace(config_of("DeepSeek-V4-Flash"), expert_dtype="fp8")
+    e8m0 = sum(spec.nbytes for spec in tensor_specs(base).values())
+    f32 = sum(spec.nbytes for spec in tensor_specs(base, "F32").values())
+    assert (round(e8m0 / 1e9, 2), round(f32 / 1e9, 2)) == (292.50, 292.56)
+
+
+@pytest.mark.parametrize("name", TOTALS)
+@pytest.mark.parametrize("tp", [2, 8])
+def test_every_shard_axis_divides_and_scales_split_with_their_weights(name, tp):
+    specs = tensor_specs(config_of(name))
+    for spec in specs.values():
+        if spec.shard_axis is not None:
+            assert spec.shape[spec.shard_axis] % tp == 0, spec
+        if spec.name.endswith(".scale"):
+            assert spec.shard_axis == specs[spec.name.removesuffix("scale") + "weight"].shard_axis
+
+
+def test_draft_specs_can_be_left_out():
+    config = config_of("DeepSeek-V4-Flash-0731")
+    assert not any(spec.is_draft for spec in tensor_specs(config, include_draft=False).values())
+    assert {s.component for s in tensor_specs(config).values() if s.is_draft} == {Component.MTP}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation
+
+
+@pytest.fixture
+def copy(tiny_flash: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_flash, tmp_path / "copy"))
+
+
+def edit(folder: Path, name: str, tensor: torch.Tensor | None, new_name: str | None = None) -> None:
+    """Replace, rename or delete one tensor and keep the index true."""
+    index_file = folder / INDEX_FILE
+    index = json.loads(index_file.read_text())
+    shard = index["weight_map"].pop(name, None) or sorted(set(index["weight_map"].values()))[0]
+    with safe_open(folder / shard, framework="pt") as f:
+        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - no mapping
+    old = tensors.pop(name, None)
+    tensor = old if new_name else tensor
+    if tensor is not None:
+        tensors[new_name or name] = tensor
+        index["weight_map"][new_name or name] = shard
+    save_file(tensors, folder / shard)
+    index_file.write_text(json.dumps(index))
+
+
+def error_of(folder: Path, **options) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        validate(folder, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("experts", ["fp4", "fp8"])
+@pytest.mark.parametrize("draft", ["mtp", "dspark", "none"])
+def test_a_complete_checkpoint_passes(tmp_path, experts, draft):
+    report = validate(write_tiny(tmp_path / "t", num_layers=2, experts=experts, draft=draft))
+    assert (report.draft, report.config.expert_dtype) == (draft, experts)
+    assert report.total_bytes == sum(spec.nbytes for spec in tensor_specs(report.config).values())
+
+
+def test_base_checkpoints_may_have_fp32_block_scales(tmp_path):
+    report = validate(write_tiny(tmp_path / "t", num_layers=1, experts="fp8", fp8_scale_dtype="F32"))
+    assert report.expert_scale_dtype == "F32"
+
+
+def test_released_checkpoints_must_have_e8m0_block_scales(copy):
+    edit(copy, "layers.0.attn.wkv.scale", torch.ones(4, 2))
+    assert "layers.0.attn.wkv.scale has dtype F32, expected F8_E8M0" in error_of(copy)
+
+
+def test_tid2eid_may_be_int32(copy):
+    name = "layers.0.ffn.gate.tid2eid"
+    edit(copy, name, torch.zeros(512, 2, dtype=torch.int32))
+    assert validate(copy).headers[name].dtype == "I32"
+
+
+def test_missing_tensor_is_named(copy):
+    edit(copy, "layers.3.attn.wq_b.weight", None)
+    message = error_of(copy)
+    assert message.splitlines()[0].startswith(f"{copy}: 1 missing, 0 extra, 0 misshapen, 0 mis-typed of 585 tensors")
+    assert "layers.3.attn.wq_b.weight is missing" in message
+
+
+def test_extra_tensor_is_named(copy):
+    edit(copy, "layers.3.attn.stray", torch.zeros(3))
+    assert "layers.3.attn.stray is not a tensor of this model" in error_of(copy)
+
+
+def test_misshapen_tensor_is_named_with_both_shapes(copy):
+    edit(copy, "layers.3.attn.attn_sink", torch.zeros(9))
+    assert "layers.3.attn.attn_sink has shape [9], config.json implies [8]" in error_of(copy)
+
+
+def test_mistyped_tensor_is_named_with_both_dtypes(copy):
+    edit(copy, "layers.0.attn.attn_sink", torch.zeros(8, dtype=torch.bfloat16))
+    assert "layers.0.attn.attn_sink has dtype BF16, expected F32" in error_of(copy)
+
+
+def test_every_problem_is_named_in_one_error(copy):
+    edit(copy, "norm.weight", None)
+    edit(copy, "layers.1.attn.kv_norm.weight", torch.zeros(7))
+    edit(copy, "layers.2.ffn.gate.weight", None, new_name="layers.2.ffn.gate.wait")
+    message = error_of(copy)
+    assert "2 missing, 1 extra, 1 misshapen, 1 mis-typed" in message
+    for name in ("norm.weight is missing", "layers.1.attn.kv_norm.weight has", "layers.2.ffn.gate.weight is", "layers.2.ffn.gate.wait is"):
+        assert name in message
+
+
+def test_many_problems_of_one_pattern_share_a_line_that_covers_exactly_them(copy):
+    for expert in range(8):
+        for linear in ("w1", "w3") if expert != 5 else ("w1",):
+            edit(copy, f"layers.1.ffn.experts.{expert}.{linear}.weight", None)
+        edit(copy, f"layers.4.ffn.experts.{expert}.w3.weight", None)
+    message = error_of(copy)
+    assert "layers.1.ffn.experts.{0-4,6-7}.w3.weight is missing" in message
+    assert "layers.4.ffn.experts.{0-7}.w3.weight is missing" in message
+    assert "layers.1.ffn.experts.5.w1.weight is missing" in message
+
+
+def test_flash_weights_with_a_pro_config_are_recognised(tmp_path):
+    flash = config_of("DeepSeek-V4-Flash").with_layers(1)
+    folder = stub_checkpoint(tmp_path / "flash", [s for s in tensor_specs(flash).values() if ".experts." not in s.name])
+    message = error_of(folder, config=config_of("DeepSeek-V4-Pro"))
+    assert "is this a Flash checkpoint with a Pro config?" in message.splitlines()[0]
+    assert len(message) < 40_000
+
+
+def stub_checkpoint(folder: Path, specs: list[TensorSpec]) -> Path:
+    """Headers of `specs` over a sparse file: any size, no disk."""
+    folder.mkdir()
+    header, offset = {}, 0
+    for spec in specs:
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return folder
+
+
+def test_absent_draft_is_accepted_unless_required(tiny_flash, tmp_path):
+    specs = tensor_specs(V4Config.from_path(tiny_flash), include_draft=False)
+    folder = stub_checkpoint(tmp_path / "no-draft", list(specs.values()))
+    shutil.copy(tiny_flash / "config.json", folder)
+    assert validate(folder).draft == "none"
+    assert "mtp.0.e_proj.weight is missing" in error_of(folder, require_draft=True)
+
+
+def test_incomplete_draft_is_refused(copy):
+    edit(copy, "mtp.0.e_proj.weight", None)
+    assert "the mtp draft is incomplete" in error_of(copy)
+
+
+def test_undeclared_draft_is_reported_as_ignored(copy):
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"num_nextn_predict_layers": 0}))
+    report = validate(copy)
+    assert report.draft == "none"
+    assert "mtp.0.e_proj.weight" in report.ignored
+
+
+def test_requiring_a_draft_that_config_lacks_is_refused(tmp_path):
+    folder = write_tiny(tmp_path / "t", num_layers=1, draft="none")
+    assert "declares no draft" in error_of(folder, require_draft=True)
+
+
+def test_wrong_expert_dtype_in_config_is_explained(tmp_path):
+    folder = write_tiny(tmp_path / "t", num_layers=1, experts="fp8")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"expert_dtype": "fp4"}))
+    assert 'set "expert_dtype" to "fp8"' in error_of(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damaged folders
+
+
+def test_truncated_shards_are_all_named(copy):
+    shards = sorted(copy.glob("*.safetensors"))
+    for shard in shards[:2]:
+        with shard.open("r+b") as file:
+            file.truncate(shard.stat().st_size - 1)
+    message = error_of(copy)
+    assert "2 of 3 shards cannot be read" in message
+    assert all(f"{shard.name}: truncated" in message for shard in shards[:2])
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, b"<html>not found</html>" * 100])
+def test_a_shard_that_is_no_safetensors_is_named(copy, content):
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    shard.write_bytes(content)
+    assert f"{shard.name}: truncated or not safetensors" in error_of(copy)
+
+
+def test_missing_shards_are_all_named(copy):
+    for shard in sorted(copy.glob("*.safetensors"))[1:]:
+        shard.unlink()
+    message = error_of(copy)
+    assert "2 of 3 shards" in message
+    assert "model-00002-of-00003.safetensors" in message
+    assert "model-00003-of-00003.safetensors" in message
+
+
+def test_index_that_names_a_tensor_no_shard_holds_is_refused(copy):
+    index = json.loads((copy / INDEX_FILE).read_text())
+    index["weight_map"]["layers.9.ghost"] = "model-00001-of-00003.safetensors"
+    (copy / INDEX_FILE).write_text(json.dumps(index))
+    assert "layers.9.ghost: not in model-00001-of-00003.safetensors" in error_of(copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', "\x00"])
+def test_index_that_is_no_index_is_refused(copy, content):
+    (copy / INDEX_FILE).write_text(content)
+    assert "is no index with a weight_map" in error_of(copy)
+
+
+def test_folder_without_weights_is_refused(tmp_path):
+    assert "is the download complete?" in error_of(tmp_path)
+
+
+def test_absent_folder_is_refused(tmp_path):
+    assert "no such folder" in error_of(tmp_path / "absent")
+
+
+def test_folder_without_config_is_refused(copy):
+    (copy / "config.json").unlink()
+    with pytest.raises(ConfigError, match="is this a checkpoint folder"):
+        validate(copy)
+
+
+def test_shards_without_an_index_are_read(copy):
+    (copy / INDEX_FILE).unlink()
+    assert len(read_headers(copy)) == 585

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4.machine.hardware import all_gpus, find_gpu
+from dsv4.model.kv_layout import StateMapping
+from dsv4.planning.deployment import MAX_CONTEXT, PlanError, find_checkpoint, parse_context
+from dsv4.planning.memory.proof import Verdict, prove
+from dsv4.planning.planner import Candidate, ask, candidate, plan, step_limit
+from dsv4.planning.recipe.schema import shipped_recipes
+from dsv4.planning.text import describe
+
+GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
+
+
+def _plan(model: str, gpu: str, count: int, **options) -> list[Candidate]:
+    return plan(ask(find_checkpoint(model), find_gpu(gpu), count, **options))
+
+
+def _find(found: list[Candidate], engine: str, shape: str, draft: str = "none") -> Candidate:
+    (one,) = [c for c in found if (c.deployment.engine, c.deployment.shape, c.deployment.speculation.method) == (engine, shape, draft)]
+    return one
+
+
+def test_pro_on_8_h200_serves_800k_and_says_where_the_step_stops_fitting():
+    c = _find(_plan("pro", "h200", 8, context=819_200), "vllm", "TP8")
+    assert c.proof.verdict is Verdict.FITS
+    limit = c.step_limit
+    assert 4096 < limit < 16_384
+    fits = prove(replace(c.deployment, max_num_batched_tokens=limit))
+    stops = prove(replace(c.deployment, max_num_batched_tokens=limit + 256))
+    assert (fits.verdict is Verdict.FITS, stops.verdict is Verdict.FITS) == (True, False)
+
+
+def test_the_default_step_of_vllm_does_not_fit_and_the_knob_is_the_step():
+    c = _find(_plan("pro", "h200", 8, context=819_200, max_num_batched_tokens=16_384, engine="vllm"), "vllm", "TP8")
+    assert c.proof.verdict is not Verdict.FITS
+    knob = c.knobs[0]
+    assert knob.fits
+    assert knob.text.startswith("lower max_num_batched_tokens to ")
+    lower = int(knob.text.rsplit(" ", 1)[1])
+    fixed = prove(replace(c.deployment, max_num_batched_tokens=lower, max_num_seqs=min(c.deployment.max_num_seqs, lower)))
+    assert fixed.verdict is Verdict.FITS
+
+
+def test_a_knob_frees_what_it_says():
+    c = _find(_plan("pro", "h200", 8, max_num_batched_tokens=16_384, engine="vllm"), "vllm", "TP8")
+    for knob in c.knobs:
+        if knob.text == "turn async scheduling off":
+            after = prove(replace(c.deployment, async_scheduling=False))
+            assert knob.frees_bytes == c.proof.need_bytes - after.need_bytes
+
+
+def test_cards_that_only_the_plugin_serves_are_planned_as_the_plugin_keeps_state():
+    a100 = _find(_plan("flash", "a100", 8, engine="vllm"), "vllm", "TP8")
+    assert a100.deployment.state is StateMapping.SUMMARY
+    assert "DSV4_" not in describe(ask(find_checkpoint("flash"), find_gpu("a100"), 8, engine="vllm"), [a100], 1)
+    paged = _find(_plan("flash", "a100", 8, engine="vllm", state=StateMapping.PAGED), "vllm", "TP8")
+    assert paged.proof.request_bytes > a100.proof.request_bytes
+    assert "DSV4_STATE=paged vllm serve" in describe(ask(find_checkpoint("flash"), find_gpu("a100"), 8, engine="vllm"), [paged], 1)
+
+
+def test_the_plugins_state_doubles_the_step_that_docs_name():
+    recipe = next(r for r in shipped_recipes() if r.id == "a100-80g-x4-flash-vllm-context")
+    d, n = recipe.deployment(), recipe.lengths.concurrency
+    limits = step_limit(replace(d, state=StateMapping.PAGED), n), step_limit(d, n)
+    assert "from {:,} to {:,} tokens".format(*limits) in (ROOT / "docs" / "planner.md").read_text()
+
+
+def test_recipes_name_the_step_where_they_stop_fitting():
+    named = 0
+    for recipe in shipped_recipes():
+        for reason in recipe.why_not:
+            if match := re.fullmatch(r"max_num_batched_tokens above (\d+)", reason.what):
+                named += 1
+                assert int(match[1]) == step_limit(recipe.deployment(), recipe.lengths.concurrency), recipe.id
+    assert named > 100
+
+
+def test_cards_that_native_serves_are_planned_as_native_keeps_state():
+    h200 = _find(_plan("flash", "h200", 8, engine="vllm"), "vllm", "TP8")
+    assert h200.deployment.state is StateMapping.PAGED
+    ours = _find(_plan("flash", "h200", 8, engine="vllm", state=StateMapping.SUMMARY), "vllm", "TP8")
+    assert "DSV4_MODE=on vllm serve" in describe(ask(find_checkpoint("flash"), find_gpu("h200"), 8, engine="vllm"), [ours], 1)
+
+
+def test_pro_on_8_h100_needs_16():
+    found = _plan("pro", "h100", 8)
+    assert not any(c.works for c in found)
+    assert "use 16 GPUs (TP8 x PP2)" in _find(found, "vllm", "TP8").knobs[0].text
+
+
+def test_dp_holds_more_1m_requests_than_tp_and_wins_on_8_b200():
+    found = _plan("flash", "b200", 8, engine="vllm", concurrency=8)
+    tp, dp = (_find(found, "vllm", shape) for shape in ("TP8", "DP8 + EP"))
+    assert dp.proof.by_memory_low > 5 * tp.proof.by_memory_low
+    assert found.index(dp) < found.index(tp)
+
+
+def test_pro_never_gets_tp16():
+    assert all(c.deployment.tp < 16 for c in _plan("pro", "h100", 16))
+
+
+def test_mxfp4_index_keys_are_used_on_compute_capability_10_only():
+    for gpu in ("b200", "h200", "rtx-pro-6000"):
+        mxfp4 = {c.deployment.index.value for c in _plan("flash", gpu, 4)}
+        assert mxfp4 == {"mxfp4" if gpu == "b200" else "fp8"}
+
+
+def test_a_configuration_with_a_shipped_recipe_names_it():
+    assert _find(_plan("flash", "a100", 8), "vllm", "TP8").recipe == "a100-80g-x8-flash-vllm-context"
+
+
+def test_ranking_puts_what_works_first_and_less_missing_before_more():
+    found = _plan("pro", "h200", 8, context=819_200)
+    assert [c.works for c in found] == sorted((c.works for c in found), reverse=True)
+    missing = [c.proof.shortfall_bytes for c in found if not c.works and not c.violations]
+    assert missing == sorted(missing)
+
+
+def test_nodes_default_to_what_the_gpus_need():
+    assert ask(find_checkpoint("pro"), find_gpu("gb200"), 8).nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "options", "message"),
+    [
+        ("h200", 0, {}, "--count 0: impossible"),
+        ("h200", -1, {}, "impossible"),
+        ("h200", 10**9, {}, "impossible"),
+        ("h200", 9, {}, "does not divide over 2 nodes"),
+        ("h200", 16, {"nodes": 1}, "a h200 node has at most 8 GPUs; 16 need 2 nodes"),
+        ("h200", 8, {"nodes": 0}, "does not divide"),
+        ("h200", 8, {"nodes": -2}, "does not divide"),
+        ("h200", 8, {"context": 1_048_577}, "contexts of 1 to 1,048,576 tokens"),
+        ("h200", 8, {"concurrency": 0}, "give 1 to 65536 requests"),
+        ("h200", 8, {"max_num_batched_tokens": 1}, "give 256 to 65536"),
+    ],
+)
+def test_impossible_questions_are_one_line(gpu, count, options, message):
+    with pytest.raises(PlanError) as e:
+        ask(find_checkpoint("flash"), find_gpu(gpu), count, **options)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("800k", 819_200), ("1m", 1_048_576), ("1M", 1_048_576), ("819,200", 819_200), ("0.5m", 524_288), ("4096", 4096)]
+)
+def test_contexts_are_read_as_people_write_them(text, tokens):
+    assert parse_context(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "0", "1e9", "two", "1.2.3k", "2m", "1048577", "nan", "inf", "٣", "9" * 400])
+def test_other_contexts_are_refused(text):
+    with pytest.raises(PlanError):
+        parse_context(text)
+
+
+@pytest.mark.parametrize("name", ["v4", "flash-0732", "deepseek-ai/DeepSeek-V3", ""])
+def test_an_unknown_model_names_the_nearest(name):
+    with pytest.raises(PlanError, match="unknown checkpoint; nearest: "):
+        find_checkpoint(name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    model=st.sampled_from(["flash", "flash-0731", "pro", "pro-0813"]),
+    gpu=st.sampled_from([g.id for g in all_gpus()]),
+    count=st.sampled_from([1, 2, 3, 4, 6, 8, 16, 32, 72, 576]),
+    context=st.integers(1, MAX_CONTEXT),
+    concurrency=st.integers(1, 300),
+    step=st.sampled_from([256, 1000, 4096, 65_536]),
+)
+def test_every_question_is_answered_consistently(model, gpu, count, context, concurrency, step):
+    try:
+        question = ask(find_checkpoint(model), find_gpu(gpu), count, None, context, concurrency, None, step)
+    except PlanError:
+        return
+    found = plan(question)
+    assert describe(question, found, 2)
+    for c in found:
+        p = c.proof
+        assert p.pool_low <= p.pool_high
+        assert (p.verdict is Verdict.FITS) == (p.shortfall_bytes == 0)
+        if p.verdict is Verdict.FITS and c.deployment.engine == "vllm":
+            assert p.by_memory_low >= concurrency
+            assert p.max_context_low >= context
+        assert all(t.low <= t.high for t in p.terms)
+
+
+@settings(max_examples=25, deadline=None)
+@given(gpu=st.sampled_from(["h200", "a100-80g", "b200"]), step=st.sampled_from([512, 4096, 16_384]), concurrency=st.integers(1, 16))
+def test_a_larger_card_never_fits_less(gpu, step, concurrency):
+    small = _plan("flash", gpu, 8, engine="vllm", max_num_batched_tokens=step, concurrency=concurrency)[0].deployment
+    card = replace(small.gpu, visible_mib=small.gpu.visible_mib + 1024)
+    before, after = prove(small, concurrency), prove(replace(small, gpu=card), concurrency)
+    assert after.pool_low > before.pool_low
+    assert not (before.verdict is Verdict.FITS and after.verdict is not Verdict.FITS)
+
+
+def test_step_limit_is_zero_when_weights_alone_do_not_fit():
+    d = _plan("pro", "h100", 8, engine="vllm")[0].deployment
+    assert step_limit(d, 1) == 0
+    assert candidate(d, 1).step_limit == 0
+
+
+def test_latency_puts_wide_tp_with_a_draft_first():
+    first = _plan("pro", "h200", 8, context=819_200, engine="vllm", prefer="latency")[0].deployment
+    assert (first.shape, first.speculation.method) == ("TP8", "mtp")
+
+
+def test_the_recipe_named_is_the_one_with_the_nearest_context():
+    for context, recipe in ((819_200, "h200-x8-pro-vllm-context-800k"), (MAX_CONTEXT, "h200-x8-pro-vllm-context-1m")):
+        assert _find(_plan("pro", "h200", 8, context=context), "vllm", "TP8").recipe == recipe
+
+
+def test_the_proof_ends_with_the_command_that_starts_it():
+    question = ask(find_checkpoint("pro"), find_gpu("h100"), 16, engine="vllm", context=131_072)
+    text = describe(question, plan(question), 1)
+    assert "start head: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text
+    assert "start worker: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text
+
+
+def test_several_knobs_are_named_where_one_is_not_enough():
+    c = _find(_plan("flash", "3090", 8, context=8192), "vllm", "TP8")
+    knob = c.knobs[0]
+    assert knob.fits
+    assert " and " in knob.text
+    assert all(not k.fits for k in c.knobs[1:] if not k.text.startswith("use "))

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+
+from dsv4.cli import main as cli
+from dsv4.errors import Dsv4Error
+from dsv4.machine import compat, decide
+from dsv4.machine.decide import Device
+from dsv4.proof import doctor
+from dsv4.proof.doctor import diagnose
+
+STATUS = {
+    "engine": "vllm",
+    "engine_version": "0.32.0",
+    "dsv4_version": "0.1.0",
+    "workers": [
+        {
+            "rank": 0,
+            "model_class": "dsv4_vllm.model.DeepseekV4ForCausalLM",
+            "attention_backends": ["DSV4_WINDOW", "DSV4_COMPRESSED"],
+            "kv_format": "plain",
+            "index_format": "plain",
+            "quant_method": "deepseek_v4_fp8",
+            "ops": {"mhc.pre": {"impl": "reference", "reason": "no GPU"}},
+        }
+    ],
+}
+
+
+@dataclass
+class Machine:
+    """What the doctor will see; by default vLLM with everything in place and no GPU."""
+
+    versions: dict = field(default_factory=lambda: {"vllm": "0.32.0"})
+    devices: tuple = (Device("cpu", "CPU"),)
+    entry_points: bool = True
+    plugins: tuple = ("dsv4_vllm", "dsv4_sglang")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    m = Machine()
+    monkeypatch.setattr(compat, "installed_version", lambda engine: m.versions.get(engine))
+    monkeypatch.setattr(decide, "detect_devices", lambda environ=None: m.devices)
+    monkeypatch.setattr(doctor, "_entry_point", lambda group, name: "dsv4_vllm:register" if m.entry_points else None)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name in m.plugins else None)
+    for name in ("VLLM_PLUGINS", "VLLM_TARGET_DEVICE", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE", *cli.env.VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    return m
+
+
+def only_problem(result) -> str:
+    (problem,) = result.problems
+    return problem
+
+
+def test_a_machine_in_order_has_no_problem_and_says_who_serves(machine):
+    result = diagnose()
+    assert result.ok
+    assert result.engines["vllm"].serves
+    assert "native V4 does not run on cpu" in result.engines["vllm"].reason
+
+
+def test_a_gpu_that_serves_no_v4_is_a_problem(machine):
+    machine.devices = (Device("cuda", "Tesla T4", (7, 5)),)
+    result = diagnose()
+    assert "Tesla T4 is sm75" in only_problem(result)
+    assert not result.engines["vllm"].serves
+
+
+def test_native_is_left_in_place_where_it_runs(machine):
+    machine.devices = (Device("cuda", "H100", (9, 0)),)
+    result = diagnose()
+    assert result.ok
+    assert not result.engines["vllm"].serves
+
+
+def test_unsupported_version_is_a_problem_with_the_fix(machine):
+    machine.versions = {"vllm": "0.30.0"}
+    result = diagnose()
+    assert "vLLM 0.30.0 is outside the range" in only_problem(result)
+    assert not result.engines["vllm"].serves
+
+
+def test_unsupported_version_is_no_problem_when_allowed(machine):
+    machine.versions = {"vllm": "0.30.0"}
+    result = diagnose(environ={"DSV4_ALLOW_UNTESTED": "1"})
+    assert result.ok
+    assert result.engines["vllm"].serves
+
+
+def test_plugin_that_the_engine_cannot_find_is_a_problem(machine):
+    machine.entry_points = False
+    result = diagnose()
+    assert "vllm.general_plugins:dsv4 are not installed" in only_problem(result)
+    assert not result.engines["vllm"].serves
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"DSV4_MOED": "on"}, "did you mean DSV4_MODE?"),
+        ({"DSV4_MODE": "maybe"}, "DSV4_MODE=maybe: expected one of auto, on, off"),
+        ({"VLLM_PLUGINS": "lora_resolver"}, "leaves out dsv4, dsv4_cpu"),
+        ({"VLLM_PLUGINS": "dsv4"}, "leaves out dsv4_cpu"),
+        ({"VLLM_TARGET_DEVICE": "cpu"}, "unset it"),
+    ],
+)
+def test_variables_that_keep_the_plugin_out_are_problems(machine, environ, message):
+    assert message in only_problem(diagnose(environ=environ))
+
+
+def test_vllm_plugins_that_name_ours_are_fine(machine):
+    assert diagnose(environ={"VLLM_PLUGINS": "dsv4, dsv4_cpu"}).ok
+
+
+def test_mode_off_is_obeyed_and_said(machine):
+    result = diagnose(environ={"DSV4_MODE": "off"})
+    assert result.ok
+    assert "DSV4_MODE=off" in result.engines["vllm"].reason
+
+
+def test_cpu_platform_off_means_that_nothing_serves_on_a_cpu(machine):
+    assert not diagnose(environ={"DSV4_CPU_PLATFORM": "off"}).engines["vllm"].serves
+
+
+def test_a_machine_without_engines_is_fine_for_planning(machine):
+    machine.versions = {}
+    result = diagnose()
+    assert result.ok
+    assert "planning and checking work" in result.notes[0]
+
+
+def test_an_engine_without_our_plugin_is_said_and_no_problem(machine):
+    machine.versions, machine.plugins = {"sglang": "0.5.23"}, ("dsv4_vllm",)
+    result = diagnose()
+    assert result.ok
+    assert "no plugin for sglang yet" in result.engines["sglang"].reason
+
+
+def test_sglang_in_order_serves(machine):
+    machine.versions = {"sglang": "0.5.23"}
+    result = diagnose(environ={"SGLANG_PLUGINS": "dsv4,dsv4_cpu", "SGLANG_PLATFORM": "dsv4_cpu"})
+    assert result.ok
+    assert result.engines["sglang"].serves
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SGLANG_PLUGINS": "other"}, "leaves out dsv4, dsv4_cpu"),
+        ({"SGLANG_PLUGINS": "dsv4"}, "leaves out dsv4_cpu"),
+        ({"SGLANG_PLATFORM": "other"}, "SGLANG_PLATFORM=other makes SGLang skip"),
+        ({"SGLANG_USE_CPU_ENGINE": "1"}, "does not have: unset it"),
+    ],
+)
+def test_sglang_variables_that_keep_the_plugin_out_are_problems(machine, environ, message):
+    machine.versions = {"sglang": "0.5.23"}
+    result = diagnose(environ=environ)
+    assert message in only_problem(result)
+    assert not result.engines["sglang"].serves
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A server
+
+
+@pytest.fixture
+def server():
+    """Serve fixed answers: routes[path] = (HTTP status, body)."""
+    routes: dict[str, tuple[int, bytes]] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            code, body = routes.get(self.path, (404, b'{"detail":"Not Found"}'))
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}", routes
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def test_a_server_that_runs_our_classes_is_proved(machine, server):
+    url, routes = server
+    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
+    result = diagnose(url)
+    assert result.ok
+    assert result.server == {"url": url, "serving": True, "status": STATUS}
+
+
+@pytest.mark.parametrize("suffix", ["/", "/v1", "/v1/"])
+def test_the_openai_address_of_the_server_works_too(machine, server, suffix):
+    url, routes = server
+    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
+    assert diagnose(url + suffix).server["serving"]
+
+
+def test_a_proxy_is_not_asked_for_this_machine(machine, server, monkeypatch):
+    url, routes = server
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
+    assert diagnose(url).ok
+
+
+def test_a_server_without_the_route_is_native_or_has_no_plugin(machine, server):
+    url, routes = server
+    routes["/version"] = (200, b'{"version": "0.32.0"}')
+    problem = only_problem(diagnose(url))
+    assert f"vLLM 0.32.0 answers at {url}, but has no /dsv4/status" in problem
+    assert "DSV4_MODE=on" in problem
+
+
+def test_an_sglang_server_without_the_route_is_named(machine, server):
+    url, routes = server
+    routes["/server_info"] = (200, b'{"version": "0.5.23"}')
+    assert f"SGLang 0.5.23 answers at {url}, but has no /dsv4/status" in only_problem(diagnose(url))
+
+
+def test_a_server_that_is_something_else_is_said(machine, server):
+    url, _ = server
+    assert f"a server answers at {url}, but has no /dsv4/status" in only_problem(diagnose(url))
+
+
+def test_a_worker_with_another_model_class_is_a_problem(machine, server):
+    url, routes = server
+    native = {"rank": 1, "model_class": "vllm.models.deepseek_v4.nvidia.model.DeepseekV4ForCausalLM"}
+    routes["/dsv4/status"] = (200, json.dumps({**STATUS, "workers": [*STATUS["workers"], native]}).encode())
+    result = diagnose(url)
+    assert "1 of 2 workers" in only_problem(result)
+    assert native["model_class"] in only_problem(result)
+    assert not result.server["serving"]
+
+
+@pytest.mark.parametrize("workers", [[], None, ["garbage"]])
+def test_a_plugin_without_workers_is_a_problem(machine, server, workers):
+    url, routes = server
+    routes["/dsv4/status"] = (200, json.dumps({**STATUS, "workers": workers}).encode())
+    assert "no worker reported" in only_problem(diagnose(url))
+
+
+@pytest.mark.parametrize("answer", [(200, b"<html>"), (200, b"[]"), (500, b"{}"), (401, b"")])
+def test_an_answer_that_is_no_status_is_a_problem(machine, server, answer):
+    url, routes = server
+    routes["/dsv4/status"] = answer
+    assert f"answered HTTP {answer[0]} without a status object" in only_problem(diagnose(url))
+
+
+def test_nobody_listening_is_said_so(machine):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}"
+    assert "connection refused" in only_problem(diagnose(url))
+
+
+def test_a_server_that_never_answers_is_said_so(machine, monkeypatch):
+    monkeypatch.setattr(doctor, "_TIMEOUT_S", 0.2)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        assert "did not answer" in only_problem(diagnose(f"http://127.0.0.1:{s.getsockname()[1]}"))
+
+
+def test_something_else_than_http_is_said_so(machine):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+
+        def answer():
+            connection, _ = s.accept()
+            connection.recv(4096)
+            connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        assert "cannot be reached" in only_problem(diagnose(f"http://127.0.0.1:{s.getsockname()[1]}"))
+        thread.join()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:99999", "http://x:port", ""])
+def test_a_malformed_address_is_bad_input(machine, url):
+    with pytest.raises(Dsv4Error, match="expected an address such as"):
+        diagnose(url)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor", *args])
+    return caught.value.code, capsys.readouterr()
+
+
+def test_command_exits_0_and_prints_what_serves(machine, server, capsys):
+    url, routes = server
+    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
+    code, captured = run(capsys, "--url", url)
+    assert code == 0
+    for part in ("dsv4 is serving", "dsv4_vllm.model.DeepseekV4ForCausalLM", "DSV4_WINDOW", "mhc.pre", "reference: no GPU"):
+        assert part in captured.out
+
+
+def test_command_exits_1_and_prints_the_next_step(machine, server, capsys):
+    url, _ = server
+    code, captured = run(capsys, "--url", url)
+    assert code == 1
+    assert "PROBLEM" in captured.out
+    assert "restart the server with DSV4_MODE=on" in captured.out
+
+
+def test_command_prints_json(machine, capsys):
+    machine.entry_points = False
+    code, captured = run(capsys, "--json")
+    report = json.loads(captured.out)
+    assert code == 1
+    assert (report["ok"], report["engines"]["vllm"]["version"]) == (False, "0.32.0")
+    assert report["problems"]
+
+
+def test_command_with_a_malformed_address_exits_2(machine, capsys):
+    code, captured = run(capsys, "--url", "nonsense")
+    assert (code, captured.out) == (2, "")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one vLLM engine in this process and prints what it generated: `python -m tests.support.vllm_driver < plan.json > result.json`.
+
+The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record": file or None,
+"mutation": [module, old, new], "launches": bool}; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}.
+The requests of a phase are submitted together, phases one after another. `record` saves every row that was quantised, for replay through
+the reference model; `mutation` breaks a module's source on purpose; `launches` reports the kernels that each layer launched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def mutate(module_name: str, old: str, new: str) -> None:
+    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything else imports it."""
+    import importlib
+    import inspect
+
+    module = importlib.import_module(module_name)
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{module_name} no longer says {old!r}: write the mutation anew"
+    exec(compile(source.replace(old, new), str(module.__file__), "exec"), module.__dict__)
+
+
+def poison_unowned_pages(llm: Any) -> dict[str, int]:
+    """Before every step, fill each page that no request and no cached prefix owns with NaN, in every cache.
+
+    0xFF in every byte is NaN as fp32, bf16, e4m3 and ue8m0. Pages are poisoned while free, so a page that a request gets
+    later starts as NaN too. Returns a counter of poisoned pages.
+    """
+    from dsv4_vllm.caches import V4Cache
+
+    core = llm.llm_engine.engine_core.engine_core
+    pool = core.scheduler.kv_cache_manager.block_pool
+    runner = core.model_executor.driver_worker.worker.model_runner
+    caches = [m.kv_cache for m in runner.get_model().modules() if isinstance(m, V4Cache)]
+    execute, count = runner.execute_model, {"pages": 0}
+    already: set[int] = set()
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        unowned = {b.block_id for b in pool.blocks if b.is_null or (b.ref_cnt == 0 and b.block_hash is None)}
+        fresh = torch.tensor(sorted(unowned - already), dtype=torch.long)  # the others are NaN still: nobody owned them since
+        for cache in caches:
+            cache.view(torch.uint8)[fresh] = 0xFF
+        already.clear()
+        already.update(unowned)
+        count["pages"] += len(fresh)
+        return execute(*args, **kwargs)
+
+    runner.execute_model = poisoned
+    return count
+
+
+def record_quantised(llm: Any) -> dict[str, list[Any]]:
+    """Start recording in this process. See `replay.record_quantised`."""
+    from dsv4_vllm.caches import V4Cache
+    from tests.support.replay import record_quantised
+
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return record_quantised({id(m.pages): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)})
+
+
+def describe(output: Any) -> dict[str, Any]:
+    """A request's tokens and the log-probability of each prompt token (but the first) and each generated one."""
+    completion = output.outputs[0]
+    generated = [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+    prompt = None
+    if output.prompt_logprobs is not None:
+        prompt = [entry[token].logprob for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+    return {
+        "prompt": list(output.prompt_token_ids),
+        "tokens": list(completion.token_ids),
+        "prompt_logprobs": prompt,
+        "logprobs": generated,
+        "cached": output.num_cached_tokens,
+    }
+
+
+def main() -> None:
+    plan = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # worker processes inherit file descriptor 1 and log there
+    if plan.get("mutation"):
+        mutate(*plan["mutation"])
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.support import interpreter_bf16
+
+        interpreter_bf16.install()
+    mapped = []
+    if plan.get("mapping"):
+        from tests.support import mapping
+
+        mapped = mapping.record_mapping()
+    from vllm import LLM, SamplingParams
+
+    start = time.monotonic()
+    llm = LLM(enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, **plan["engine"])
+    ready = time.monotonic() - start
+    poisoned = poison_unowned_pages(llm) if plan.get("poison") else {"pages": 0}
+    recorded = record_quantised(llm) if plan.get("record") else None
+    launched = []
+    if plan.get("launches"):
+        from dsv4_vllm.model import V4DecoderLayer
+        from tests.support.launches import record_launches
+
+        launched = record_launches(V4DecoderLayer)
+    phases = []
+    for phase in plan["phases"]:
+        params = [
+            SamplingParams(
+                max_tokens=r["max_tokens"], temperature=0, detokenize=False, ignore_eos=True, logprobs=0,
+                prompt_logprobs=0 if r.get("prompt_logprobs") else None,
+            )
+            for r in phase
+        ]  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": r["prompt"]} for r in phase], params, use_tqdm=False)
+        phases.append([describe(o) for o in outputs])
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    result = {
+        "ready_s": ready,
+        "phases": phases,
+        "preemptions": metrics.get("vllm:num_preemptions", 0),
+        "poisoned_pages": poisoned["pages"],
+        "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
+        "launches": launched,
+    }
+    if mapped:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        result["counts"] = {"mapped": mapped, "parameters": mapping.parameters(runner.get_model())}
+    if recorded is not None:
+        import torch
+
+        torch.save(recorded, plan["record"])
+    json.dump(result, out)
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()
