@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dsv4.model.kv_layout import KvFormat
-from dsv4.ops.attention import vendor
 from dsv4.ops.moe import triton as moe
 from dsv4.ops.pages import Pages
 
+ROW_BYTES = 584  # of fp8_ds_mla, the only rows that FlashMLA reads
 FLOAT4_E2M1 = 562949953487106  # Marlin's id of the type: vllm.scalar_type.scalar_types.float4_e2m1f.id
 MARLIN_BLOCKS = (8, 16, 32, 48, 64)
 MARLIN_BLOCKS_PER_SM = 4
@@ -32,6 +32,12 @@ class Peer:
 
     call: Callable[[], Any]
     compared: bool = True
+
+
+def _rows_of(pages: Pages) -> Tensor:
+    """Pages as FlashMLA's [P, rows, 1, 584]; it takes values and scales apart itself."""
+    stride = pages.data.stride(0)
+    return pages.data.as_strided((pages.data.shape[0], pages.rows, 1, ROW_BYTES), (stride, ROW_BYTES, ROW_BYTES, 1))
 
 
 def lazily(prepare: Callable[[], Callable[[], Any]], compared: bool = True) -> Peer:
@@ -68,7 +74,7 @@ def flash_mla(
 
         def run(schedule: Tensor | None, splits: Tensor | None) -> tuple[Tensor, ...]:
             return torch.ops._flashmla_C.sparse_decode_fwd(
-                q[:, None], vendor.rows_of(window), indices, window_lens, sink, schedule, splits, vendor.rows_of(entries), more, entry_lens,
+                q[:, None], _rows_of(window), indices, window_lens, sink, schedule, splits, _rows_of(entries), more, entry_lens,
                 q.shape[-1], q.shape[-1] ** -0.5, None,
             )  # fmt: skip
 

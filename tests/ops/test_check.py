@@ -109,7 +109,7 @@ def select(lens: Ints = (64, 0, 3)) -> None:
 
 
 def choose(lens: Ints = (8, 0, 3)) -> None:
-    registry.resolve("indexer.topk", CPU)(torch.randn(3, 8), ints(*lens), 4)
+    registry.OPERATORS["indexer.topk"].choice(CPU).function(torch.randn(3, 8), ints(*lens), 4)
 
 
 def route(ids: Ints = (0, 1, 2, 0)) -> None:
@@ -174,14 +174,14 @@ def test_a_graph_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("checked")
 def test_no_graph_is_promised_and_the_choice_says_that_it_is_checked() -> None:
-    assert not registry.all_kernels(CPU, frozenset(registry._implementations))
+    assert not registry.all_kernels(CPU, frozenset(registry.OPERATORS))
     route()
     assert registry.report()["moe.route_hash"]["reason"].endswith("; checked")
 
 
 def test_without_the_mode_the_operators_own_functions_are_called() -> None:
     for op in check.RULES:
-        function = registry.resolve(op, CPU)
+        function = registry.OPERATORS[op].choice(CPU).function
         assert function is inspect.unwrap(function), op
     choose((9, 0, 3))
 
@@ -189,8 +189,8 @@ def test_without_the_mode_the_operators_own_functions_are_called() -> None:
 def implementations() -> list[tuple[str, Callable[..., Any]]]:
     return [
         (op, getattr(importlib.import_module(offer.target.partition(":")[0]), offer.target.partition(":")[2]))
-        for op, offers in registry._implementations.items()
-        for offer in offers
+        for op, declared in registry.OPERATORS.items()
+        for offer in declared.offers
     ]
 
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from dsv4.model.kv_layout import IndexFormat
 from dsv4.ops import indexer, registry
 from dsv4.ops.indexer import reference
-from dsv4.ops.indexer import topk as topk_kernels
+from dsv4.ops.indexer import topk_triton as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.pages import Pages, load_rows
 from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, quantize_e2m1, quantize_e4m3
@@ -68,7 +66,7 @@ def keys_of(index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: t
 
 
 def check_scores(query: IndexQuery, keys: Pages, table: Tensor, request: Tensor, lens: Tensor, max_entries: int) -> None:
-    got = registry.resolve("indexer.logits", CPU)(query, keys, table, request, lens, max_entries)
+    got = registry.OPERATORS["indexer.logits"].choice(CPU).function(query, keys, table, request, lens, max_entries)
     twin = reference.logits(query, keys, table, request, lens, max_entries)
     valid = torch.arange(max_entries) < lens[:, None]
     assert got.shape == twin.shape
@@ -135,7 +133,7 @@ def test_block_table_entries_out_of_range_are_not_followed() -> None:
     keys, table = keys_of(IndexFormat.FP8, [64])
     bad = torch.cat([table, torch.tensor([[1 << 30]], dtype=torch.int32)], 1)
     query = reference.prepare_query(*queries(1, 16), IndexFormat.FP8)
-    score = registry.resolve("indexer.logits", CPU)
+    score = registry.OPERATORS["indexer.logits"].choice(CPU).function
     request = torch.zeros(1, dtype=torch.int32)
     got = score(query, keys, bad, request, torch.tensor([90], dtype=torch.int32), 128)
     expected = score(query, keys, table, request, torch.tensor([64], dtype=torch.int32), 64)
@@ -147,7 +145,7 @@ def test_block_table_entries_out_of_range_are_not_followed() -> None:
 
 
 def check_topk(scores: Tensor, lens: Tensor, k: int) -> None:
-    got = registry.resolve("indexer.topk", CPU)(scores, lens, k)
+    got = registry.OPERATORS["indexer.topk"].choice(CPU).function(scores, lens, k)
     twin = reference.topk(scores, lens, k)
     big = 1 << 30
     in_order = torch.where(twin < 0, big, twin).sort(-1).values
@@ -230,7 +228,7 @@ def test_scores_of_ranks_that_split_a_request_merge_to_the_same_choice() -> None
     keys, table = keys_of(IndexFormat.FP8, [300])
     query = reference.prepare_query(*queries(4, 16), IndexFormat.FP8)
     request, k = torch.zeros(4, dtype=torch.int32), 32
-    score, choose = registry.resolve("indexer.logits", CPU), registry.resolve("indexer.topk", CPU)
+    score, choose = registry.OPERATORS["indexer.logits"].choice(CPU).function, registry.OPERATORS["indexer.topk"].choice(CPU).function
     whole = choose(score(query, keys, table, request, lens, 300), lens, k)
     scores, indices = [], []
     for first, last in ((0, 2), (2, 5)):
@@ -262,18 +260,12 @@ def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.Monk
     monkeypatch.setattr(indexer, "LOGITS_WORKSPACE_BYTES", 2 * 304 * 4 + 1)
     taken: list[int] = []
 
-    def watched(op: str, device: torch.device) -> Callable[..., Tensor]:
-        function = registry.resolve(op, device)
+    def watched(*args: object) -> Tensor:
+        out = registry.OPERATORS["indexer.logits"](*args)
+        taken.append(out.untyped_storage().nbytes())
+        return out
 
-        def call(*args: object) -> Tensor:
-            out = function(*args)
-            if op == "indexer.logits":
-                taken.append(out.untyped_storage().nbytes())
-            return out
-
-        return call
-
-    monkeypatch.setattr(indexer, "resolve", watched)
+    monkeypatch.setattr(indexer, "logits", watched)
     assert torch.equal(indexer.select(query, keys, table, request, lens, 304, 32), whole)
     assert len(taken) == 3
     assert max(taken) <= indexer.workspace_bytes(5, 304) < indexer.workspace_bytes(1, 1000)
@@ -285,7 +277,7 @@ def test_selection_as_slots_of_the_entry_cache(n: int) -> None:
     lens = torch.tensor([n, 17, 3, 0], dtype=torch.int32)
     request = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
     scores, table = torch.randn(4, n), torch.randperm(3 * 200).int().view(3, 200)
-    choose = registry.resolve("indexer.topk", CPU)
+    choose = registry.OPERATORS["indexer.topk"].choice(CPU).function
     got = choose(scores, lens, 16, table, request, 64)
     twin = reference.topk(scores, lens, 16, table, request, 64)
     assert [set(row) for row in got.tolist()] == [set(row) for row in twin.tolist()]

@@ -14,7 +14,7 @@ from dsv4.model.kv_layout import IndexFormat, KvFormat, StateMapping
 from dsv4.ops import attention, indexer, mhc
 from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor import summary
-from dsv4.ops.indexer.topk import topk
+from dsv4.ops.indexer.topk_triton import topk
 from dsv4.ops.pages import BatchView
 from tests.support.kernel_cases import fill_pages, make_pages
 

@@ -9,37 +9,29 @@ import pytest
 import torch
 
 from dsv4.ops import kernels, registry
-from dsv4.ops.attention import vendor
 
 CPU = torch.device("cpu")
 
 
 def test_every_operator_with_a_kernel_is_served_by_it_in_the_interpreter() -> None:
-    for op, offers in registry._implementations.items():
-        registry.resolve(op, CPU)
+    for op, declared in registry.OPERATORS.items():
+        offers = declared.offers
+        declared.choice(CPU)
         assert offers[0].name == "reference"
         assert registry.report()[op]["impl"] == ("triton" if len(offers) > 1 else "reference")
 
 
 def test_auto_keeps_the_twins_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV4_OPS", "auto")
-    registry.resolve("attention.sparse", CPU)
+    registry.OPERATORS["attention.sparse"].choice(CPU)
     assert registry.report()["attention.sparse"]["impl"] == "reference"
     assert "triton: no accelerator" in registry.report()["attention.sparse"]["reason"]
-
-
-def test_flash_mla_waits_for_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(vendor, "library", lambda: "there")
-    assert "no committed record" in (vendor.refuse_flash_mla(torch.device("cuda", 0)) or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
-    assert vendor.refuse_flash_mla(torch.device("cuda", 0)) == "FlashMLA has no binary for compute capability 12.0"
 
 
 def test_a_device_without_kernels_gets_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(registry.OpUnavailableError, match=r"attention\.sparse.*cpu.*no CPU compiler; TRITON_INTERPRET=1.*DSV4_OPS=triton"):
-        registry.resolve("attention.sparse", CPU)
+        registry.OPERATORS["attention.sparse"].choice(CPU)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +61,7 @@ def test_no_accelerator_falls_back_to_a_twin_unasked(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         registry.OpUnavailableError, match=r"mhc\.pre.*on xpu:0.*needs an NVIDIA or AMD GPU, not xpu.*DSV4_OPS=reference asks"
     ):
-        registry.resolve("mhc.pre", torch.device("xpu", 0))
+        registry.OPERATORS["mhc.pre"].choice(torch.device("xpu", 0))
 
 
 def test_other_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

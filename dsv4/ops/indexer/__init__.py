@@ -4,18 +4,14 @@
 import torch
 from torch import Tensor
 
-from dsv4.model.kv_layout import IndexFormat
+from dsv4.ops.indexer import reference
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.kernels import refuse_triton
 from dsv4.ops.pages import Pages
-from dsv4.ops.registry import register, resolve
+from dsv4.ops.registry import operator
 
-register("indexer.prepare_query", "dsv4.ops.indexer.reference:prepare_query")
-register("indexer.logits", "dsv4.ops.indexer.reference:logits")
-register("indexer.topk", "dsv4.ops.indexer.reference:topk")
-register("indexer.prepare_query", "dsv4.ops.indexer.triton:prepare_query", "triton", refuse_triton)
-register("indexer.logits", "dsv4.ops.indexer.triton:logits", "triton", refuse_triton)
-register("indexer.topk", "dsv4.ops.indexer.triton:topk", "triton", refuse_triton)
+prepare_query = operator("indexer.prepare_query", reference.prepare_query, triton="dsv4.ops.indexer.triton:prepare_query")
+logits = operator("indexer.logits", reference.logits, triton="dsv4.ops.indexer.triton:logits")
+topk = operator("indexer.topk", reference.topk, triton="dsv4.ops.indexer.triton:topk")
 
 # Tokens are scored in slices whose logits fit in this many bytes, so that the workspace does not grow with the context.
 LOGITS_WORKSPACE_BYTES = 256 << 20
@@ -28,11 +24,6 @@ def workspace_bytes(num_tokens: int, max_entries: int) -> int:
     return max(one_token, min(num_tokens * one_token, LOGITS_WORKSPACE_BYTES))
 
 
-def prepare_query(q: Tensor, weights: Tensor, cos_sin: Tensor, index_format: IndexFormat) -> IndexQuery:
-    """Rotate and quantise the index queries. See `reference.prepare_query`."""
-    return resolve("indexer.prepare_query", q.device)(q, weights, cos_sin, index_format)
-
-
 def select(
     query: IndexQuery,
     keys: Pages,
@@ -40,26 +31,24 @@ def select(
     request_of_token: Tensor,
     entry_lens: Tensor,
     max_entries: int,
-    topk: int,
+    k: int,
     entry_block_table: Tensor | None = None,
     entry_rows: int = 0,
 ) -> Tensor:
-    """The `topk` visible entries of largest score per token: int32 [T, topk], -1 in the tail.
+    """The `k` visible entries of largest score per token: int32 [T, k], -1 in the tail.
 
     keys: the layer's index keys; block_table: [R, n] int32 of their pages; request_of_token: [T] int32; entry_lens: [T]
     int32, visible entries; max_entries: host bound on entry_lens. An index is relative to the request: entry j pools
     tokens from 4j on. With entry_block_table [R, n] and entry_rows, the block table and rows per page of the compressed
     entries, the result is their cache slots.
     """
-    device = entry_lens.device
-    score, choose = resolve("indexer.logits", device), resolve("indexer.topk", device)
-    chosen = torch.empty(entry_lens.shape[0], topk, dtype=torch.int32, device=device)
+    chosen = torch.empty(entry_lens.shape[0], k, dtype=torch.int32, device=entry_lens.device)
     step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
     for start in range(0, entry_lens.shape[0], step):
         part = slice(start, start + step)
-        logits = score(query[part], keys, block_table, request_of_token[part], entry_lens[part], max_entries)
-        chosen[part] = choose(logits, entry_lens[part], topk, entry_block_table, request_of_token[part], entry_rows)
+        scores = logits(query[part], keys, block_table, request_of_token[part], entry_lens[part], max_entries)
+        chosen[part] = topk(scores, entry_lens[part], k, entry_block_table, request_of_token[part], entry_rows)
     return chosen
 
 
-__all__ = ["IndexQuery", "prepare_query", "select", "workspace_bytes"]
+__all__ = ["IndexQuery", "logits", "prepare_query", "select", "topk", "workspace_bytes"]

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.model.kv_layout import IndexFormat
-from dsv4.ops.indexer import topk as topk_kernels
+from dsv4.ops.indexer import topk_triton as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.indexer.topk import topk
+from dsv4.ops.indexer.topk_triton import topk
 from dsv4.ops.kernels import Shipped, packed_decode, processors, register_limit
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import (
