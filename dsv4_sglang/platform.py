@@ -10,9 +10,6 @@ def register() -> str | None:
     On a GPU the engine's own platform must stay: an out-of-tree one would switch off its graph runners and kernels.
     DSV4_CPU_PLATFORM=on|off overrides what was found.
     """
-    from dsv4.machine import decide, env
+    from dsv4.machine.admission import wants_cpu_platform
 
-    mode = env.get("DSV4_CPU_PLATFORM")
-    if mode == "off" or (mode == "auto" and decide.has_accelerator_node()):
-        return None
-    return "dsv4_sglang.cpu_platform.ReferenceCpuPlatform"
+    return "dsv4_sglang.cpu_platform.ReferenceCpuPlatform" if wants_cpu_platform() else None

@@ -60,10 +60,8 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         raise DeploymentError(f"--dtype {args.dtype}: dsv4 runs V4 in bfloat16, and in float32 on a CPU; use one of them")
     if args.device != "cpu":
         check_gpu(config, _DTYPES[args.dtype], weakest(detect_devices()))
-    for what, count in (("num_attention_heads", config.num_attention_heads), ("o_groups", config.o_groups)):
-        if count % args.tp_size:
-            fits = [n for n in range(1, count + 1) if config.o_groups % n == 0 and config.num_attention_heads % n == 0]
-            raise DeploymentError(f"--tp-size {args.tp_size}: {what} {count} is not divisible by it; use one of {fits}")
+    if reason := config.why_not_sharded(args.tp_size):
+        raise DeploymentError(f"--tp-size {reason}")
     for flag, value in (
         ("--attention-backend", asked.attention_backend),
         ("--prefill-attention-backend", asked.prefill_attention_backend),

@@ -13,8 +13,10 @@ def register() -> None:
     therefore makes V4, and only V4, refuse to start, with the reason.
     """
     try:
+        from dsv4_vllm.logs import join_engine_log
         from dsv4_vllm.registration import register_model
 
+        join_engine_log()
         register_model()
     except Exception as error:
         _refuse(f"{type(error).__name__}: {error}")

@@ -107,9 +107,10 @@ def add_status() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
+    from dsv4.proof.status import STATUS_RPC
     from dsv4_vllm.status import add_route, worker_status
 
-    WorkerBase.dsv4_status = worker_status
+    setattr(WorkerBase, STATUS_RPC, worker_status)
     process = multiprocessing.current_process().name
     if process == "MainProcess" or process.startswith("ApiServer"):
         add_route()

@@ -10,10 +10,9 @@ def register() -> str | None:
     A machine with a GPU keeps vLLM's own platform, and so does a vLLM that was built for the CPU.
     DSV4_CPU_PLATFORM=on|off overrides what was found.
     """
-    from dsv4.machine import decide, env
+    from dsv4.machine.admission import wants_cpu_platform
 
-    mode = env.get("DSV4_CPU_PLATFORM")
-    if mode == "off" or (mode == "auto" and decide.has_accelerator_node()):
+    if not wants_cpu_platform():
         return None
     from vllm.platforms import vllm_version_matches_substr
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dsv4.machine import compat, decide, env
+from dsv4.machine import admission
 from dsv4.model.config import ARCHITECTURE
 
 logger = logging.getLogger(__name__)
@@ -18,15 +18,10 @@ MODEL = "dsv4_vllm.model:DeepseekV4ForCausalLM"
 
 def register_model() -> None:
     """Put our model in place of vLLM's own where it should serve. Raises what makes that impossible."""
-    env.check_environ()
-    decision = decide.decide(env.get("DSV4_MODE"), decide.weakest(decide.detect_devices()))
-    if not decision.serve:
-        logger.info("dsv4: %s", decision.reason)
-        return
-    found = compat.installed_version("vllm") or "(not installed)"
-    compat.check_version("vllm", found, allow_untested=env.flag("DSV4_ALLOW_UNTESTED"))
-    compat.check_structure("vllm", found)
-    _register()
+    decision = admission.admit("vllm")
+    if decision.serve:
+        admission.check_structure("vllm")
+        _register()
     logger.info("dsv4: %s", decision.reason)
 
 

@@ -3,37 +3,35 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import vllm
 
 from dsv4.ops import registry
-
-STATUS_PATH = "/dsv4/status"
+from dsv4.proof.status import STATUS_ROUTE, STATUS_RPC, ServedOp, WorkerStatus, answer, dotted
 
 
 def worker_status(worker: Any) -> dict[str, Any]:
-    """The model class, backends, cache formats and operator implementations of one worker, as plain JSON values."""
+    """`WorkerStatus` of one worker, as plain JSON values."""
     from dsv4_vllm.caches import V4Cache
 
     model = worker.get_model()
     caches = [module for module in model.modules() if isinstance(module, V4Cache)]
-    ours = type(model).__module__.startswith("dsv4_vllm")
-    return {
-        "rank": worker.rank,
-        "vllm_version": vllm.__version__,
-        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "served_by_dsv4": ours,
-        "attention_backends": sorted({cache.get_attn_backend().get_name() for cache in caches}),
-        "kv_format": caches[0].formats.kv.value if caches else None,
-        "index_format": caches[0].formats.index.value if caches else None,
-        "model_runner": f"{type(worker.model_runner).__module__}.{type(worker.model_runner).__qualname__}",
-        "quant_method": type(worker.vllm_config.quant_config).__name__,
-        "device": str(worker.device),
-        "dtype": str(worker.model_config.dtype).removeprefix("torch."),
-        "ops": registry.report(),
-    }
+    return WorkerStatus(
+        rank=worker.rank,
+        engine_version=vllm.__version__,
+        model_class=dotted(model),
+        served_by_dsv4=type(model).__module__.startswith("dsv4_vllm"),
+        attention_backends=tuple(sorted({cache.get_attn_backend().get_name() for cache in caches})),
+        model_runner=dotted(worker.model_runner),
+        cache_class=dotted(caches[0]) if caches else None,
+        kv_format=caches[0].formats.kv.value if caches else None,
+        index_format=caches[0].formats.index.value if caches else None,
+        quant_method=dotted(worker.vllm_config.quant_config),
+        device=str(worker.device),
+        dtype=str(worker.model_config.dtype).removeprefix("torch."),
+        ops={op: ServedOp(**choice) for op, choice in registry.report().items()},
+    ).to_json()
 
 
 def add_route() -> None:
@@ -42,13 +40,12 @@ def add_route() -> None:
     from fastapi.responses import JSONResponse
     from vllm.entrypoints.serve.instrumentator.basic import router
 
-    if any(getattr(route, "path", None) == STATUS_PATH for route in router.routes):
+    if any(getattr(route, "path", None) == STATUS_ROUTE for route in router.routes):
         return
 
     async def dsv4_status(request: Request) -> JSONResponse:
-        workers = await request.app.state.engine_client.collective_rpc("dsv4_status")
-        return JSONResponse({"engine": "vllm", "engine_version": version("vllm"), "dsv4_version": version("dsv4"), "workers": workers})
+        return JSONResponse(answer("vllm", await request.app.state.engine_client.collective_rpc(STATUS_RPC)))
 
     # FastAPI resolves annotations in the module's globals, where this function's local import is not visible.
     dsv4_status.__annotations__ = {"request": Request, "return": JSONResponse}
-    router.add_api_route(STATUS_PATH, dsv4_status, methods=["GET"], response_model=None)
+    router.add_api_route(STATUS_ROUTE, dsv4_status, methods=["GET"], response_model=None)

@@ -18,11 +18,8 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
     """The model's config, after refusing what cannot be served. Raises Dsv4Error with the flag and the way out."""
     config = V4Config.from_dict(vllm_config.model_config.hf_config.to_dict(), f"{vllm_config.model_config.model}/config.json")
     parallel = vllm_config.parallel_config
-    tp = parallel.tensor_parallel_size
-    for what, count in (("num_attention_heads", config.num_attention_heads), ("o_groups", config.o_groups)):
-        if count % tp:
-            fits = [n for n in range(1, count + 1) if config.o_groups % n == 0 and config.num_attention_heads % n == 0]
-            raise DeploymentError(f"--tensor-parallel-size {tp}: {what} {count} is not divisible by it; use one of {fits}")
+    if reason := config.why_not_sharded(parallel.tensor_parallel_size):
+        raise DeploymentError(f"--tensor-parallel-size {reason}")
     refusals = (
         (vllm_config.speculative_config is not None, "--speculative-config", "dsv4 0.1 has no draft model; leave it out"),
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "the caches are replicated; use 1"),

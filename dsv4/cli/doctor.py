@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import click
 
 from dsv4.cli.output import CHECK_FAILED, console
 from dsv4.machine import env
-from dsv4.proof.doctor import Diagnosis, diagnose
+from dsv4.proof.doctor import Diagnosis, ServerReport, diagnose
 
 
 @click.command()
@@ -56,19 +54,15 @@ def _print(result: Diagnosis) -> None:
         out.print("ok")
 
 
-def _print_server(server: Mapping[str, Any]) -> None:
-    status = server["status"]
+def _print_server(server: ServerReport) -> None:
+    status = server.status
     if status is None:
         return
     out = console()
-    verdict = "dsv4 is serving" if server["serving"] else "dsv4 is NOT serving"
-    out.print(
-        f"server    {server['url']}: {verdict} ({status.get('engine')} {status.get('engine_version')}, dsv4 {status.get('dsv4_version')})"
-    )
-    for worker in status.get("workers") or []:
-        out.print(f"  rank {worker.get('rank')}: {worker.get('model_class')}, quantisation {worker.get('quant_method')}")
-        out.print(
-            f"    attention {', '.join(worker.get('attention_backends') or [])}; KV {worker.get('kv_format')}, index {worker.get('index_format')}"
-        )
-        for op, chosen in sorted((worker.get("ops") or {}).items()):
-            out.print(f"    {op:<22} {chosen.get('impl')}: {chosen.get('reason')}")
+    verdict = "dsv4 is serving" if server.serving else "dsv4 is NOT serving"
+    out.print(f"server    {server.url}: {verdict} ({status.engine} {status.engine_version}, dsv4 {status.dsv4_version})")
+    for worker in status.workers:
+        out.print(f"  rank {worker.rank}: {worker.model_class}, quantisation {worker.quant_method}")
+        out.print(f"    attention {', '.join(worker.attention_backends)}; KV {worker.kv_format}, index {worker.index_format}")
+        for op, chosen in sorted(worker.ops.items()):
+            out.print(f"    {op:<22} {chosen.impl}: {chosen.reason}")

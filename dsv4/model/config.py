@@ -133,6 +133,15 @@ class V4Config:
         """Heads that share one block of wo_a."""
         return self.num_attention_heads // self.o_groups
 
+    def why_not_sharded(self, tp: int) -> str | None:
+        """What stands against `tp` tensor-parallel ranks, which split heads and output groups; None when nothing does."""
+        shares = (("num_attention_heads", self.num_attention_heads), ("o_groups", self.o_groups))
+        for what, count in shares:
+            if count % tp:
+                fits = [n for n in range(1, count + 1) if all(c % n == 0 for _, c in shares)]
+                return f"{tp}: {what} {count} is not divisible by it; use one of {fits}"
+        return None
+
     def count(self, kind: LayerKind) -> int:
         """Number of decoder layers of `kind`."""
         return sum(layer.kind is kind for layer in self.layers)

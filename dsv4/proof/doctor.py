@@ -24,9 +24,8 @@ from dsv4.errors import Dsv4Error, EnvError
 from dsv4.machine import compat, decide, env
 from dsv4.machine.compat import Engine
 from dsv4.machine.decide import Device
+from dsv4.proof.status import STATUS_ROUTE, ServerStatus, StatusError
 
-STATUS_ROUTE = "/dsv4/status"
-OUR_PACKAGES = ("dsv4_vllm", "dsv4_sglang")
 # Entry points through which each engine finds us: (group, name).
 ENTRY_POINTS: dict[Engine, tuple[tuple[str, str], ...]] = {
     "vllm": (("vllm.platform_plugins", "dsv4_cpu"), ("vllm.general_plugins", "dsv4")),
@@ -50,6 +49,15 @@ class EngineReport:
 
 
 @dataclass
+class ServerReport:
+    """A server that was asked. serving: every worker runs dsv4's classes; status: what it told, None when it told nothing."""
+
+    url: str
+    serving: bool = False
+    status: ServerStatus | None = None
+
+
+@dataclass
 class Diagnosis:
     """Everything the doctor found. problems: what is wrong and the next step, one sentence each."""
 
@@ -60,7 +68,7 @@ class Diagnosis:
     engines: dict[str, EngineReport]
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    server: dict[str, Any] | None = None
+    server: ServerReport | None = None
 
     @property
     def ok(self) -> bool:
@@ -177,7 +185,7 @@ def _entry_point(group: str, name: str) -> str | None:
 
 def _check_server(result: Diagnosis, url: str) -> None:
     base = _base_url(url)
-    result.server = {"url": base, "serving": False, "status": None}
+    result.server = ServerReport(base)
     try:
         code, body = _get(base + STATUS_ROUTE)
     except _NO_ANSWER as e:
@@ -187,16 +195,20 @@ def _check_server(result: Diagnosis, url: str) -> None:
     if code == 404:
         result.problems.append(_no_route(base))
         return
-    status = _parse(body)
-    if code != 200 or status is None:
+    raw = _parse(body)
+    if code != 200 or raw is None:
         result.problems.append(f"{base}{STATUS_ROUTE} answered HTTP {code} without a status object; read the server's log")
         return
-    result.server["status"] = status
+    try:
+        status = result.server.status = ServerStatus.from_json(raw)
+    except StatusError as e:
+        result.problems.append(f"{base}: {e}")
+        return
     problem = _judge(base, status)
     if problem:
         result.problems.append(problem)
     else:
-        result.server["serving"] = True
+        result.server.serving = True
 
 
 def _base_url(url: str) -> str:
@@ -257,16 +269,14 @@ def _parse(body: bytes) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _judge(base: str, status: Mapping[str, Any]) -> str | None:
+def _judge(base: str, status: ServerStatus) -> str | None:
     """What is wrong with a server's own report; None when every worker runs our classes."""
-    workers = [worker for worker in status.get("workers") or [] if isinstance(worker, dict)]
-    if not workers:
+    if not status.workers:
         return f"{base} has the plugin, but no worker reported: the model may still be loading; try again, then read its log"
-    foreign = [w for w in workers if not str(w.get("model_class", "")).startswith(OUR_PACKAGES)]
-    if foreign:
-        found = sorted({str(w.get("model_class")) for w in foreign})
+    if status.foreign:
+        found = sorted({w.model_class for w in status.foreign})
         return (
-            f"{len(foreign)} of {len(workers)} workers at {base} run {', '.join(found)}, not dsv4's model;"
+            f"{len(status.foreign)} of {len(status.workers)} workers at {base} run {', '.join(found)}, not dsv4's model;"
             " its log has one line with the reason; DSV4_MODE=on forces dsv4"
         )
     return None

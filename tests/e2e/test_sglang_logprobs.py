@@ -108,7 +108,7 @@ def test_sglang_0_5_22_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_t
     again = [request([*flash_text[:600], 5, 6, 7], 6, prompt_logprobs=False)]
     prompts = [request(flash_text[:n], 6, prompt_logprobs=n < 700) for n in (1, 64, 129, 257, 700)]
     result = run(engine_args(tiny_flash), [prompts, again], env={"PYTHONPATH": str(folder)})
-    assert result["workers"][0]["sglang_version"] == "0.5.22"
+    assert result["workers"][0]["engine_version"] == "0.5.22"
     assert result["phases"][1][0]["cached"] == 512
     assert_equal(result, flash_oracle)
 

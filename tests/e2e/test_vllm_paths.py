@@ -75,6 +75,6 @@ def test_vllm_0_33_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text:
     prompts = [request(flash_text[:n], 6) for n in (1, 64, 129, 257, 700)]
     again = [request([*flash_text[:600], 5, 6, 7], 6, prompt_logprobs=False)]
     result = run(engine_args(tiny_flash), [prompts, again], env={"PYTHONPATH": str(folder)})
-    assert result["workers"][0]["vllm_version"].startswith("0.33.")
+    assert result["workers"][0]["engine_version"].startswith("0.33.")
     assert result["phases"][1][0]["cached"] == 512
     assert_equal(result, flash_oracle)

@@ -5,7 +5,7 @@ import http.server
 import json
 import socket
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -14,24 +14,30 @@ from dsv4.errors import Dsv4Error
 from dsv4.machine import compat, decide
 from dsv4.machine.decide import Device
 from dsv4.proof import doctor
-from dsv4.proof.doctor import diagnose
+from dsv4.proof.doctor import ServerReport, diagnose
+from dsv4.proof.status import ServedOp, ServerStatus, WorkerStatus
 
-STATUS = {
-    "engine": "vllm",
-    "engine_version": "0.32.0",
-    "dsv4_version": "0.1.0",
-    "workers": [
-        {
-            "rank": 0,
-            "model_class": "dsv4_vllm.model.DeepseekV4ForCausalLM",
-            "attention_backends": ["DSV4_WINDOW", "DSV4_COMPRESSED"],
-            "kv_format": "plain",
-            "index_format": "plain",
-            "quant_method": "deepseek_v4_fp8",
-            "ops": {"mhc.pre": {"impl": "reference", "reason": "no GPU"}},
-        }
-    ],
-}
+WORKER = WorkerStatus(
+    rank=0,
+    engine_version="0.32.0",
+    model_class="dsv4_vllm.model.DeepseekV4ForCausalLM",
+    served_by_dsv4=True,
+    attention_backends=("DSV4_ENTRY", "DSV4_WINDOW"),
+    model_runner="vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+    cache_class="dsv4_vllm.caches.V4Cache",
+    kv_format="plain",
+    index_format="plain",
+    quant_method="dsv4_vllm.quant.V4QuantConfig",
+    device="cpu",
+    dtype="float32",
+    ops={"mhc.pre": ServedOp("reference", "no GPU")},
+)
+STATUS = ServerStatus(engine="vllm", engine_version="0.32.0", dsv4_version="0.1.0", workers=(WORKER,))
+
+
+def body(status: ServerStatus = STATUS, **changed: object) -> bytes:
+    """What a server answers; changed: keys of the JSON to replace."""
+    return json.dumps(status.to_json() | changed).encode()
 
 
 @dataclass
@@ -199,23 +205,23 @@ def server():
 
 def test_a_server_that_runs_our_classes_is_proved(machine, server):
     url, routes = server
-    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
+    routes["/dsv4/status"] = (200, body())
     result = diagnose(url)
     assert result.ok
-    assert result.server == {"url": url, "serving": True, "status": STATUS}
+    assert result.server == ServerReport(url, serving=True, status=STATUS)
 
 
 @pytest.mark.parametrize("suffix", ["/", "/v1", "/v1/"])
 def test_the_openai_address_of_the_server_works_too(machine, server, suffix):
     url, routes = server
-    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
-    assert diagnose(url + suffix).server["serving"]
+    routes["/dsv4/status"] = (200, body())
+    assert diagnose(url + suffix).server.serving
 
 
 def test_a_proxy_is_not_asked_for_this_machine(machine, server, monkeypatch):
     url, routes = server
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
+    routes["/dsv4/status"] = (200, body())
     assert diagnose(url).ok
 
 
@@ -240,19 +246,33 @@ def test_a_server_that_is_something_else_is_said(machine, server):
 
 def test_a_worker_with_another_model_class_is_a_problem(machine, server):
     url, routes = server
-    native = {"rank": 1, "model_class": "vllm.models.deepseek_v4.nvidia.model.DeepseekV4ForCausalLM"}
-    routes["/dsv4/status"] = (200, json.dumps({**STATUS, "workers": [*STATUS["workers"], native]}).encode())
+    native = replace(WORKER, rank=1, model_class="vllm.models.deepseek_v4.nvidia.model.DeepseekV4ForCausalLM", kv_format=None)
+    routes["/dsv4/status"] = (200, body(replace(STATUS, workers=(WORKER, native))))
     result = diagnose(url)
     assert "1 of 2 workers" in only_problem(result)
-    assert native["model_class"] in only_problem(result)
-    assert not result.server["serving"]
+    assert native.model_class in only_problem(result)
+    assert not result.server.serving
 
 
 @pytest.mark.parametrize("workers", [[], None, ["garbage"]])
 def test_a_plugin_without_workers_is_a_problem(machine, server, workers):
     url, routes = server
-    routes["/dsv4/status"] = (200, json.dumps({**STATUS, "workers": workers}).encode())
+    routes["/dsv4/status"] = (200, body(workers=workers))
     assert "no worker reported" in only_problem(diagnose(url))
+
+
+def test_a_server_of_another_dsv4_is_told_apart_from_a_broken_one(machine, server):
+    url, routes = server
+    told = STATUS.to_json()
+    del told["workers"][0]["quant_method"]
+    routes["/dsv4/status"] = (200, json.dumps(told).encode())
+    assert "lacks quant_method: it runs another version of dsv4" in only_problem(diagnose(url))
+
+
+def test_keys_of_a_newer_dsv4_are_left_out(machine, server):
+    url, routes = server
+    routes["/dsv4/status"] = (200, body(schema_version=2, uptime_s=5))
+    assert diagnose(url).server == ServerReport(url, serving=True, status=STATUS)
 
 
 @pytest.mark.parametrize("answer", [(200, b"<html>"), (200, b"[]"), (500, b"{}"), (401, b"")])
@@ -312,10 +332,17 @@ def run(capsys, *args):
 
 def test_command_exits_0_and_prints_what_serves(machine, server, capsys):
     url, routes = server
-    routes["/dsv4/status"] = (200, json.dumps(STATUS).encode())
+    routes["/dsv4/status"] = (200, body())
     code, captured = run(capsys, "--url", url)
     assert code == 0
-    for part in ("dsv4 is serving", "dsv4_vllm.model.DeepseekV4ForCausalLM", "DSV4_WINDOW", "mhc.pre", "reference: no GPU"):
+    for part in (
+        "dsv4 is serving",
+        "dsv4_vllm.model.DeepseekV4ForCausalLM",
+        "quantisation dsv4_vllm.quant.V4QuantConfig",
+        "DSV4_WINDOW",
+        "mhc.pre",
+        "reference: no GPU",
+    ):
         assert part in captured.out
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from served import HOST, Engine, Server
 from tokenizers import Tokenizer
 
+from dsv4.proof.status import ServerStatus
 from tests.support.comparison import TOLERANCE, Oracle, clean_environment
 
 CHAT = {
@@ -43,17 +44,26 @@ class ServeChecks:
     engine: Engine
     model_class: str
     attention_backends: tuple[str, ...]
+    quant_method: str
     running_requests: str  # the metric
 
     def test_models_lists_the_served_name(self, server: Server) -> None:
         assert [m["id"] for m in server.get("/v1/models")["data"]] == ["tiny"]
 
     def test_status_proves_that_dsv4_serves(self, server: Server) -> None:
-        status = server.get("/dsv4/status")
-        assert status["engine"] == self.engine.name
-        worker = status["workers"][0]
-        assert worker["model_class"] == self.model_class
-        assert worker["attention_backends"] == list(self.attention_backends)
+        status = ServerStatus.from_json(server.get("/dsv4/status"))
+        assert status.engine == self.engine.name
+        worker = status.workers[0]
+        assert worker.model_class == self.model_class
+        assert worker.attention_backends == self.attention_backends
+        assert worker.quant_method == self.quant_method
+
+    def test_the_log_says_who_serves_and_why(self, server: Server) -> None:
+        """With the engine's default settings: who serves V4, and which implementation each operator got."""
+        self.engine.prompt_logprobs(server, [5, 6, 7])
+        lines = server.log().splitlines()
+        assert [line for line in lines if line.endswith("dsv4: native V4 does not run on cpu: dsv4 serves")]
+        assert [line for line in lines if "dsv4: attention.sparse on cpu is served by reference (triton: no accelerator)" in line]
 
     def test_doctor_proves_it_from_the_server(self, server: Server) -> None:
         """`dsv4 doctor --url` as a user runs it: exit 0 and the classes that the workers told."""
