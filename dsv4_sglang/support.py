@@ -60,8 +60,8 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         raise DeploymentError(f"--dtype {args.dtype}: dsv4 runs V4 in bfloat16, and in float32 on a CPU; use one of them")
     if args.device != "cpu":
         check_gpu(config, _DTYPES[args.dtype], weakest(detect_devices()))
-    if reason := config.why_not_sharded(args.tp_size):
-        raise DeploymentError(f"--tp-size {reason}")
+    if why_not := config.why_not_sharded(args.tp_size):
+        raise DeploymentError(f"--tp-size {why_not}")
     for flag, value in (
         ("--attention-backend", asked.attention_backend),
         ("--prefill-attention-backend", asked.prefill_attention_backend),

@@ -22,4 +22,5 @@ class TestSglangServe(ServeChecks):
     engine = SGLANG
     model_class = MODEL_CLASS
     attention_backends = ("dsv4_sglang.metadata.V4AttentionBackend",)
+    quant_method = "dsv4_sglang.quant.V4QuantConfig"
     running_requests = "sglang:num_running_reqs"

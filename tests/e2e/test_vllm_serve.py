@@ -22,4 +22,5 @@ class TestVllmServe(ServeChecks):
     engine = VLLM
     model_class = MODEL_CLASS
     attention_backends = ("DSV4_ENTRY", "DSV4_SUMMARY", "DSV4_WINDOW")
+    quant_method = "dsv4_vllm.quant.V4QuantConfig"
     running_requests = "vllm:num_requests_running"
