@@ -26,7 +26,7 @@ def register_model() -> None:
 
 def _register() -> None:
     # Errors in these must refuse V4 here, not when a worker first needs them.
-    import dsv4_sglang.caches  # noqa: F401
+    import dsv4_sglang.caches
     import dsv4_sglang.model  # noqa: F401
     from dsv4_sglang import hooks, metadata
 
