@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4.model.checkpoint import tensor_specs
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.model.tensors import tensor_specs
 from dsv4.planning.deployment import all_checkpoints, find_checkpoint
 from dsv4.planning.memory import overheads as calibration
 from dsv4.planning.memory.sglang import SglangRequest, historic_bytes_per_full_token, sglang_pool

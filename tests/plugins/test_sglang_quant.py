@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dsv4.loading import load_released
 from dsv4.machine.decide import Device
-from dsv4.model.checkpoint import tensor_specs
 from dsv4.model.config import V4Config
+from dsv4.model.tensors import tensor_specs
 from dsv4.ops import moe
 from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 from dsv4.reference.tiny import write_tiny

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight bytes per rank, summed from the tensor inventory of `dsv4.model.checkpoint`.
+"""Weight bytes per rank, summed from the tensor inventory of `dsv4.model.tensors`.
 
 Both engines shard alike: linears with a shard axis over the attention tensor-parallel ranks, routed experts over all
 ranks of a pipeline stage (whole experts under expert parallelism, slices of each otherwise), the rest is replicated.
@@ -11,8 +11,8 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dsv4.model.checkpoint import Component, TensorSpec, tensor_specs
 from dsv4.model.config import V4Config
+from dsv4.model.tensors import Component, TensorSpec, tensor_specs
 
 
 @dataclass(frozen=True)
