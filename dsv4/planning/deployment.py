@@ -22,7 +22,7 @@ class PlanError(Dsv4Error):
     """What was asked of the planner cannot be answered: an impossible count, context or version."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A released checkpoint. id: short name; total_bytes: all its tensors."""
 
@@ -34,7 +34,7 @@ class Checkpoint:
     config: V4Config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speculation:
     """method: none, mtp (April checkpoints) or dspark (0731, 0813); num_tokens: drafted per step."""
 
@@ -42,13 +42,19 @@ class Speculation:
     num_tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """tp: attention tensor-parallel ranks; dp: attention replicas, each with its own KV pool; ep: whole experts per
-    rank over tp * dp ranks; pp: pipeline stages. max_num_batched_tokens is per step and per replica (SGLang:
-    chunked prefill size); max_num_seqs per replica; memory_fraction: gpu_memory_utilization or mem_fraction_static.
-    swa_full_tokens_ratio: SGLang only, None lets it size windows from max_num_seqs. state: vLLM only, how compressor
-    state is kept; see `usual_state`.
+    """One checkpoint, served by one engine on `count` GPUs in `nodes` nodes.
+
+    tp: attention tensor-parallel ranks.
+    dp: attention replicas, each with its own KV pool.
+    ep: whole experts per rank, over tp * dp ranks.
+    pp: pipeline stages.
+    max_num_batched_tokens: per step and replica; SGLang's chunked prefill size.
+    max_num_seqs: per replica.
+    memory_fraction: gpu_memory_utilization or mem_fraction_static.
+    state: how compressor state is kept; see `usual_state`. Raises PlanError for RING in vLLM or anything else in SGLang.
+    swa_full_tokens_ratio: SGLang only; None lets it size windows from max_num_seqs.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +70,7 @@ class Deployment:
     max_num_batched_tokens: int
     max_num_seqs: int
     memory_fraction: float
+    state: StateMapping
     async_scheduling: bool = True
     kv: KvFormat = KvFormat.FP8_DS_MLA
     index: IndexFormat = IndexFormat.FP8
@@ -73,7 +80,10 @@ class Deployment:
     a2a_backend: str = "none"
     attention_backend: str = "auto"
     decode_graphs_only: bool = False
-    state: StateMapping = StateMapping.PAGED
+
+    def __post_init__(self) -> None:
+        if (self.state is StateMapping.RING) != (self.engine == "sglang"):
+            raise PlanError(f"state {self.state.value}: {self.engine} does not keep compressor state so")
 
     @property
     def config(self) -> V4Config:
@@ -100,8 +110,10 @@ class Deployment:
 
 
 def usual_state(engine: EngineName, plugin: bool) -> StateMapping:
-    """How compressor state is kept when DSV4_STATE does not say: dsv4's vLLM plugin keeps summaries, everybody else pages."""
-    return StateMapping.SUMMARY if engine == "vllm" and plugin else StateMapping.PAGED
+    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM plugin summaries, native vLLM pages."""
+    if engine == "sglang":
+        return StateMapping.RING
+    return StateMapping.SUMMARY if plugin else StateMapping.PAGED
 
 
 @functools.cache

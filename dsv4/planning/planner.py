@@ -254,7 +254,7 @@ def deployment(q: Question, engine: EngineName, tp: int, dp: int, pp: int, ep: b
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
         speculation=speculation,
         decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
-        state=q.state or usual_state(engine, gpu.needs_plugin),
+        state=q.state if q.state and engine == "vllm" else usual_state(engine, gpu.needs_plugin),
     )
 
 
@@ -280,7 +280,7 @@ def _speculations(q: Question, pp: int) -> list[Speculation]:
     # A summary cannot be rolled back, so nothing that rejects drafted tokens runs on it.
     if draft == "none" or pp > 1 or q.gpu.needs_plugin or q.state is StateMapping.SUMMARY:
         return [Speculation()]
-    return [Speculation(), Speculation(draft, _DRAFT_TOKENS[draft])]
+    return [Speculation(), Speculation(method=draft, num_tokens=_DRAFT_TOKENS[draft])]
 
 
 def _nearest(recipes: Sequence[Recipe], d: Deployment) -> str | None:

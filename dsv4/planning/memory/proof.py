@@ -34,7 +34,7 @@ class Term:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Proof:
     """Memory of the fullest rank. `*_low` assume the high end of every overhead, `*_high` the low end.
 

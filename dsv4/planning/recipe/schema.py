@@ -286,7 +286,7 @@ class Recipe(_Section):
             kv=KvFormat(self.cache.kv_dtype),
             index=IndexFormat(self.cache.index_dtype),
             swa_full_tokens_ratio=self.cache.swa_full_tokens_ratio,
-            speculation=Speculation(self.speculative.method, self.speculative.num_tokens),
+            speculation=Speculation(method=self.speculative.method, num_tokens=self.speculative.num_tokens),
             moe_backend=self.kernels.moe,
             a2a_backend=self.kernels.all_to_all,
             attention_backend=self.kernels.attention,
