@@ -6,20 +6,15 @@ from __future__ import annotations
 import difflib
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import Dsv4Error
+from dsv4.errors import PlanError
+from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
 
-EngineName = Literal["vllm", "sglang"]
 MAX_CONTEXT = 1_048_576
-
-
-class PlanError(Dsv4Error):
-    """What was asked of the planner cannot be answered: an impossible count, context or version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +38,16 @@ class Speculation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """How GPUs share one model; fields as in `Deployment`."""
+
+    tp: int
+    dp: int = 1
+    pp: int = 1
+    ep: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Deployment:
     """One checkpoint, served by one engine on `count` GPUs in `nodes` nodes.
 
@@ -58,7 +63,7 @@ class Deployment:
     """
 
     checkpoint: Checkpoint
-    engine: EngineName
+    engine: Engine
     gpu: Gpu
     count: int
     nodes: int
@@ -83,7 +88,7 @@ class Deployment:
 
     def __post_init__(self) -> None:
         if (self.state is StateMapping.RING) != (self.engine == "sglang"):
-            raise PlanError(f"state {self.state.value}: {self.engine} does not keep compressor state so")
+            raise PlanError(f"{self.state.value}: {self.engine} does not keep compressor state so", "state")
 
     @property
     def config(self) -> V4Config:
@@ -109,7 +114,7 @@ class Deployment:
         return (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
 
 
-def usual_state(engine: EngineName, plugin: bool) -> StateMapping:
+def usual_state(engine: Engine, plugin: bool) -> StateMapping:
     """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM plugin summaries, native vLLM pages."""
     if engine == "sglang":
         return StateMapping.RING
@@ -141,7 +146,7 @@ def find_checkpoint(name: str) -> Checkpoint:
         return by_name[wanted]
     near = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.4)
     ids = list(dict.fromkeys(by_name[n].id for n in near)) or [c.id for c in all_checkpoints()]
-    raise PlanError(f"--model {name}: unknown checkpoint; nearest: {', '.join(ids)}")
+    raise PlanError(f"{name}: unknown checkpoint; nearest: {', '.join(ids)}")
 
 
 def parse_context(text: str) -> int:
@@ -154,7 +159,7 @@ def parse_context(text: str) -> int:
     except (ValueError, OverflowError):
         tokens = 0
     if tokens < 1:
-        raise PlanError(f"context {text}: is not a number of tokens; write 800k, 1m or 819200")
+        raise PlanError(f"{text}: is not a number of tokens; write 800k, 1m or 819200")
     if tokens > MAX_CONTEXT:
-        raise PlanError(f"context {text}: is {tokens:,} tokens; DeepSeek-V4 ends at {MAX_CONTEXT:,} (1m)")
+        raise PlanError(f"{text}: is {tokens:,} tokens; DeepSeek-V4 ends at {MAX_CONTEXT:,} (1m)")
     return tokens

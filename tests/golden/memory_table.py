@@ -85,9 +85,9 @@ def rows() -> list[tuple[str, str, float, float, str]]:
     found = []
     for name in ("flash", "flash-0731", "pro", "pro-0813"):
         c = find_checkpoint(name)
-        total = sum(s.total_bytes for s in stage_weights(c.config, 1, 1, False, 1, with_draft=True))
+        total = sum(s.total_bytes for s in stage_weights(c.config, tp=1, dp=1, ep=False, pp=1, with_draft=True))
         found.append((c.repo.split("/")[1], "bytes of all tensors", c.total_bytes, total, "released checkpoint"))
-    (rank,) = stage_weights(find_checkpoint("flash").config, 8, 1, False, 1, with_draft=True)
+    (rank,) = stage_weights(find_checkpoint("flash").config, tp=8, dp=1, ep=False, pp=1, with_draft=True)
     found.append(("V4-Flash, TP8", "GiB per rank", 20.06, (rank.total_bytes + rank.wo_a_bytes) / GIB, "public start-up log"))
     for p in points["need"]:
         need = _pool(p).request_bytes(p["max_model_len"], p["in_flight_tokens"]) / GIB

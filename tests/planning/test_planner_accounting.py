@@ -113,7 +113,7 @@ def test_budget_arithmetic_gives_the_available_memory_of_a_log(point):
 
 @pytest.mark.parametrize("point", POINTS["vllm_loaded"], ids=lambda p: p["what"])
 def test_loaded_memory_of_a_log_lies_in_the_predicted_range(point):
-    stage = stage_weights(find_checkpoint(point["model"]).config, point["tp"], 1, False, point["pp"], with_draft=False)[0]
+    stage = stage_weights(find_checkpoint(point["model"]).config, tp=point["tp"], dp=1, ep=False, pp=point["pp"], with_draft=False)[0]
     outside = calibration.non_torch(point["tp"])
     low, high = stage.total_bytes + outside.low, stage.total_bytes + stage.wo_a_bytes + outside.high
     assert low / GIB <= point["printed_gib"] <= high / GIB

@@ -15,7 +15,7 @@ from dsv4.planning.deployment import Deployment, Speculation, find_checkpoint
 from dsv4.planning.launch import deployment_commands
 from dsv4.planning.memory.proof import prove, sglang_stage_pool, vllm_stage_pool
 from dsv4.planning.memory.vllm import in_flight_tokens
-from dsv4.planning.planner import ask, plan
+from dsv4.planning.planner import Question, plan
 from dsv4.planning.recipe import check as recipe_check
 from dsv4.planning.recipe.schema import TESTED_VERSIONS, shipped_recipes
 
@@ -50,7 +50,11 @@ def _planned_cases(engine: str) -> list[dict]:
         ("flash", "a100", 8),
         ("pro", "gb200", 8),
     ):
-        for c in plan(ask(find_checkpoint(model), find_gpu(gpu), count, context=131_072, engine=engine)):
+        card = find_gpu(gpu)
+        question = Question(
+            checkpoint=find_checkpoint(model), gpu=card, count=count, nodes=card.nodes_for(count), context=131_072, engine=engine
+        )
+        for c in plan(question):
             argvs = [command.argv(rank, "10.0.0.1")[2:] for rank, command in enumerate(deployment_commands(c.deployment))]
             cases.append({"id": f"plan/{len(cases)}", "argvs": argvs, "env": []})
     return cases

@@ -90,7 +90,7 @@ def pipeline_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def stage_weights(config: V4Config, tp: int, dp: int, ep: bool, pp: int, with_draft: bool) -> tuple[RankWeights, ...]:
+def stage_weights(config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool) -> tuple[RankWeights, ...]:
     """Weights of one rank of each pipeline stage.
 
     tp: attention tensor-parallel ranks; dp: attention replicas beside each other in a stage; ep: whole experts per
