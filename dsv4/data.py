@@ -10,16 +10,12 @@ from typing import Any
 
 import yaml
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import RecipeError
 
 MAX_YAML_BYTES = 64 * 1024  # the largest shipped file is below 20 KiB
 PACKAGED_FOLDER = "_recipes"  # name of recipes/ inside the wheel
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times faster where libyaml is there
-
-
-class RecipeError(Dsv4Error):
-    """A recipe or a data file beside it cannot be used."""
 
 
 class _StrictLoader(_Loader):  # type: ignore[misc]

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error types of dsv4: each message says what, where, what was found and what to do."""
+"""The error types of dsv4: each message says what, where, what was found and what to do.
+
+Messages name values and fields. A command adds the option that a value came from, a recipe its file.
+"""
+
+from __future__ import annotations
 
 
 class Dsv4Error(Exception):
@@ -16,6 +21,33 @@ class UnsupportedCheckpointError(ConfigError):
 
 class CheckpointError(Dsv4Error):
     """Tensors on disk do not match config.json."""
+
+
+class RecipeError(Dsv4Error):
+    """A recipe or a data file beside it cannot be used."""
+
+
+class HardwareError(Dsv4Error):
+    """A GPU is unknown, or this machine holds none that dsv4 knows."""
+
+
+class UnsupportedDeviceError(Dsv4Error):
+    """No V4, neither dsv4's nor native, runs on the device."""
+
+
+class PlanError(Dsv4Error):
+    """What was asked of the planner cannot be answered: an impossible count, context or version.
+
+    field: the field of the question whose value is refused, None where no single one is; reason: the message without it.
+    """
+
+    def __init__(self, reason: str, field: str | None = None) -> None:
+        super().__init__(f"{field} {reason}" if field else reason)
+        self.field, self.reason = field, reason
+
+
+class DeploymentError(Dsv4Error):
+    """An engine's option that dsv4 cannot serve."""
 
 
 class EnvError(Dsv4Error):

@@ -25,14 +25,15 @@ from torch import Tensor
 from dsv4.errors import Dsv4Error
 from dsv4.model.config import CSA_RATIO, LayerKind, LayerSpec, V4Config
 from dsv4.model.kv_layout import (
-    SGLANG_PAGE_TOKENS,
+    PAGE_TOKENS,
     CacheFormats,
     CacheRole,
     CacheSpec,
     IndexFormat,
     KvFormat,
-    sglang_layer_caches,
-    sglang_state_ring_rows,
+    StateMapping,
+    layer_caches,
+    state_ring_rows,
 )
 from dsv4.ops.pages import Pages, RowsFormat, view_pages
 from dsv4_sglang import released_config
@@ -43,7 +44,7 @@ _STATE_ROLES = (CacheRole.STATE, CacheRole.INDEX_STATE)
 
 def ring_pages_per_owner(layer: LayerSpec) -> int:
     """State pages per window page (CSA) or request slot (HCA)."""
-    return sglang_state_ring_rows(layer, speculative=False) // layer.compress_ratio
+    return state_ring_rows(layer, speculative=False) // layer.compress_ratio
 
 
 class V4Pool(BaseSWAKVPool):
@@ -60,17 +61,19 @@ class V4Pool(BaseSWAKVPool):
         device: str,
         enable_memory_saver: bool,
     ) -> None:
-        KVCache.__init__(self, full_tokens, SGLANG_PAGE_TOKENS, dtype, config.num_hidden_layers, device, enable_memory_saver)
+        KVCache.__init__(self, full_tokens, PAGE_TOKENS, dtype, config.num_hidden_layers, device, enable_memory_saver)
         self.size_swa, self.num_slots = window_tokens, num_slots
         self.full_kv_pool = self.swa_kv_pool = None
         self.full_to_swa_index_mapping: Tensor | None = None
         self.config, self.formats = config, formats
         # One page more than there are tokens for: SGLang gives page 0 to padding.
-        self._pages_of = {"full": full_tokens // SGLANG_PAGE_TOKENS + 1, "window": window_tokens // SGLANG_PAGE_TOKENS + 1}
+        self._pages_of = {"full": full_tokens // PAGE_TOKENS + 1, "window": window_tokens // PAGE_TOKENS + 1}
         self.layers: list[dict[CacheRole, Pages]] = []
         with self.memory_saver_adapter.region("kv_cache"):
             for layer in config.layers:
-                self.layers.append({spec.role: self._allocate(layer, spec) for spec in sglang_layer_caches(config, layer, formats)})
+                self.layers.append(
+                    {spec.role: self._allocate(layer, spec) for spec in layer_caches(config, layer, formats, StateMapping.RING)}
+                )
         self._scratch: dict[int, Tensor] = {}
 
     def _allocate(self, layer: LayerSpec, spec: CacheSpec) -> Pages:
@@ -145,13 +148,13 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
         slots = (schedule.max_running_requests or 0) + 1
         full, window, self.fixed_bytes = 0.0, 0.0, 0
         for layer in config.layers:
-            for spec in sglang_layer_caches(config, layer, formats):
+            for spec in layer_caches(config, layer, formats, StateMapping.RING):
                 if spec.role is CacheRole.WINDOW:
-                    window += spec.page_bytes / SGLANG_PAGE_TOKENS
+                    window += spec.page_bytes / PAGE_TOKENS
                 elif spec.role not in _STATE_ROLES:
-                    full += spec.page_bytes / SGLANG_PAGE_TOKENS
+                    full += spec.page_bytes / PAGE_TOKENS
                 elif layer.compress_ratio == CSA_RATIO:
-                    window += spec.page_bytes * ring_pages_per_owner(layer) / SGLANG_PAGE_TOKENS
+                    window += spec.page_bytes * ring_pages_per_owner(layer) / PAGE_TOKENS
                 else:
                     self.fixed_bytes += spec.page_bytes * ring_pages_per_owner(layer) * slots
         self.window_ratio = schedule.swa_full_tokens_ratio

@@ -12,7 +12,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dsv4.machine import env
 from dsv4.model.config import MODEL_TYPE, LayerKind
-from dsv4.model.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4_sglang import released_config, status
 from dsv4_sglang.names import ARCHITECTURE, ATTENTION_BACKEND
 from dsv4_sglang.refusal import PARSE
@@ -65,7 +65,7 @@ def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
     resolved: dict[str, Any] = {}
     if args.max_running_requests is None:
         resolved["max_running_requests"] = MAX_RUNNING_REQUESTS
-    found: dict[str, Any] = {"attention_backend": ATTENTION_BACKEND, "page_size": SGLANG_PAGE_TOKENS}
+    found: dict[str, Any] = {"attention_backend": ATTENTION_BACKEND, "page_size": PAGE_TOKENS}
     if args.swa_full_tokens_ratio is None:
         found["swa_full_tokens_ratio"] = WINDOW_RATIO
     if args.device != "cpu":

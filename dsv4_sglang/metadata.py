@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv4.errors import CompatError
 from dsv4.model.config import CSA_RATIO, HCA_RATIO
-from dsv4.model.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4.ops import plan
 from dsv4.ops.compressor.ring import RingPlan, Rings, plan_many, plan_single
 from dsv4.ops.pages import BatchView
@@ -102,17 +102,17 @@ class V4AttentionBackend(AttentionBackend):
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len)
         tokens = plan.plan_tokens(batch)
         # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the request it borrows.
-        real = fb.out_cache_loc[: batch.num_tokens] >= SGLANG_PAGE_TOKENS
+        real = fb.out_cache_loc[: batch.num_tokens] >= PAGE_TOKENS
         tokens = plan.TokenPlan(tokens.request_of_token, tokens.positions, tokens.valid & real)
-        slots, lens = plan.window_slots(window_table, tokens, SGLANG_PAGE_TOKENS, self.window)
-        store = plan.token_slots(window_table, tokens, SGLANG_PAGE_TOKENS)
+        slots, lens = plan.window_slots(window_table, tokens, PAGE_TOKENS, self.window)
+        store = plan.token_slots(window_table, tokens, PAGE_TOKENS)
         rings = {
-            CSA_RATIO: Rings(window_table, SGLANG_PAGE_TOKENS, CSA_RATIO, windows=2),
+            CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2),
             HCA_RATIO: Rings(fb.req_pool_indices[:, None].int(), max(self.context_len, max_seq_len) + 1, HCA_RATIO, windows=1),
         }
         entries = {}
         for ratio in self.ratios:
-            rows, max_entries = SGLANG_PAGE_TOKENS // ratio, max_seq_len // ratio
+            rows, max_entries = PAGE_TOKENS // ratio, max_seq_len // ratio
             ring = plan_single(rings[ratio], tokens) if is_decode else plan_many(rings[ratio], tokens, batch)
             entries[ratio] = EntryPlan(
                 plan.entry_store_slots(block_table, tokens, rows, ratio),
@@ -125,9 +125,9 @@ class V4AttentionBackend(AttentionBackend):
 
     def _tables(self, req_pool_indices: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
         """Full and window pages of every request: [R, n] int32 each; places beyond a request's length mean nothing."""
-        starts = self.req_to_token[req_pool_indices, :max_seq_len:SGLANG_PAGE_TOKENS].long()
+        starts = self.req_to_token[req_pool_indices, :max_seq_len:PAGE_TOKENS].long()
         window = self.pool.translate_loc_from_full_to_swa(starts).clamp(min=0)
-        return (starts // SGLANG_PAGE_TOKENS).int(), (window // SGLANG_PAGE_TOKENS).int()
+        return (starts // PAGE_TOKENS).int(), (window // PAGE_TOKENS).int()
 
     def _keep(self, step: StepPlan, batch_size: int) -> StepPlan:
         def keep(name: str, value: Tensor) -> Tensor:

@@ -8,19 +8,15 @@ from typing import Any
 
 import torch
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import DeploymentError
 from dsv4.machine.decide import Device, detect_devices, weakest
 from dsv4.model.checkpoint import validate
 from dsv4.model.config import V4Config
-from dsv4.model.kv_layout import SGLANG_PAGE_TOKENS
+from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4_sglang.names import ATTENTION_BACKEND
 from dsv4_sglang.options import cache_formats
 
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16}
-
-
-class DeploymentError(Dsv4Error):
-    """An SGLang option that dsv4 cannot serve."""
 
 
 def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
@@ -70,8 +66,8 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         if value not in (None, ATTENTION_BACKEND):
             raise DeploymentError(f"{flag} {value}: dsv4 serves V4 with {ATTENTION_BACKEND} alone; leave it out")
     chunk = args.chunked_prefill_size
-    if chunk is not None and chunk > 0 and chunk % SGLANG_PAGE_TOKENS:
-        raise DeploymentError(f"--chunked-prefill-size {chunk}: SGLang wants a multiple of V4's page of {SGLANG_PAGE_TOKENS} tokens")
+    if chunk is not None and chunk > 0 and chunk % PAGE_TOKENS:
+        raise DeploymentError(f"--chunked-prefill-size {chunk}: SGLang wants a multiple of V4's page of {PAGE_TOKENS} tokens")
     cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer)
 
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 
 from vllm.config import VllmConfig
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import DeploymentError
 from dsv4.model.config import V4Config
 from dsv4_vllm.options import cache_formats, state_mapping
-
-
-class DeploymentError(Dsv4Error):
-    """A vLLM option that dsv4 cannot serve."""
 
 
 def check_deployment(vllm_config: VllmConfig) -> V4Config:

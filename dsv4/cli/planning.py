@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from dsv4.machine.hardware import detect_machine, find_gpu
+from dsv4.errors import HardwareError, PlanError, RecipeError
+from dsv4.machine.compat import Engine
+from dsv4.machine.hardware import Gpu, detect_machine, find_gpu
 from dsv4.model.kv_layout import StateMapping
-from dsv4.planning.deployment import EngineName, PlanError, find_checkpoint, parse_context
+from dsv4.planning.deployment import find_checkpoint, parse_context
 from dsv4.planning.launch import deployment_commands
 from dsv4.planning.memory.proof import Proof
-from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question, ask
+from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question
 from dsv4.planning.planner import plan as make_plan
-from dsv4.planning.recipe.schema import Recipe, RecipeError, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
+from dsv4.planning.recipe.schema import Recipe, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
 
 GIB = 1 << 30
 T = TypeVar("T")
@@ -70,12 +73,30 @@ def plan(
     as_json: bool,
 ) -> None:
     """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when nothing fits."""
-    question = _question(model, gpu, count, nodes, context, concurrency, engine, max_num_batched_tokens, prefer, state)
+    with _named("--context"):
+        tokens = parse_context(context)
+    with _named("--model"):
+        checkpoint = find_checkpoint(model)
+    card, count = _gpus(gpu, count, nodes)
+    with _named():
+        question = Question(
+            checkpoint=checkpoint,
+            gpu=card,
+            count=count,
+            nodes=card.nodes_for(count) if nodes is None else nodes,
+            context=tokens,
+            concurrency=concurrency,
+            engine=cast("Engine | None", engine),
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefer=cast("Preference", prefer),
+            state=None if state == "auto" else StateMapping(state),
+        )
     found = make_plan(question)
     if plot is not None:
         from dsv4.planning.plot import draw
 
-        draw(question, found, plot)
+        with _named("--plot"):
+            draw(question, found, plot)
     if as_json:
         click.echo(json.dumps({"question": _question_json(question), "configurations": [_candidate_json(c) for c in found]}, indent=2))
     else:
@@ -86,38 +107,29 @@ def plan(
         raise SystemExit(1)
 
 
-def _question(
-    model: str,
-    gpu: str | None,
-    count: int | None,
-    nodes: int | None,
-    context: str,
-    concurrency: int,
-    engine: str | None,
-    step: int,
-    prefer: str,
-    state: str,
-) -> Question:
-    tokens = parse_context(context)
-    checkpoint = find_checkpoint(model)
-    if gpu is None:
+def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, int]:
+    """The card and how many: as given, else one node's, else what this machine has."""
+    if gpu is not None:
+        with _named("--gpu"):
+            card = find_gpu(gpu)
+        return card, card.gpus_per_node * (nodes or 1) if count is None else count
+    try:
         machine = detect_machine()
-        card, count = machine.gpu, machine.count if count is None else count
-    else:
-        card = find_gpu(gpu)
-        count = card.gpus_per_node * (nodes or 1) if count is None else count
-    return ask(
-        checkpoint,
-        card,
-        count,
-        nodes,
-        tokens,
-        concurrency,
-        cast("EngineName | None", engine),
-        step,
-        cast("Preference", prefer),
-        None if state == "auto" else StateMapping(state),
-    )
+    except HardwareError as e:
+        raise HardwareError(f"{e}; give --gpu and --count") from e
+    return machine.gpu, machine.count if count is None else count
+
+
+@contextmanager
+def _named(option: str | None = None) -> Iterator[None]:
+    """Put before an error's message the option whose value it refuses: `option`, or that of the error's own field."""
+    try:
+        yield
+    except HardwareError as e:
+        raise HardwareError(f"{option} {e}") from e
+    except PlanError as e:
+        found = f"--{e.field.replace('_', '-')}" if e.field else option
+        raise PlanError(f"{found} {e.reason}" if found else e.reason) from e
 
 
 def _question_json(q: Question) -> dict[str, Any]:
@@ -200,8 +212,10 @@ def recipes() -> None:
 @_json_option
 def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json: bool) -> None:
     """One line per recipe."""
-    card = find_gpu(gpu).id if gpu else None
-    checkpoint = find_checkpoint(model).id if model else None
+    with _named("--gpu"):
+        card = find_gpu(gpu).id if gpu else None
+    with _named("--model"):
+        checkpoint = find_checkpoint(model).id if model else None
     rows = [
         r
         for r in shipped_recipes(card)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who serves DeepSeek-V4 on this machine, decided without torch and without touching CUDA.
 
-Installing the plugin never makes anybody slower: dsv4 serves where the engine's native V4 cannot run, and wherever a
-committed benchmark record shows it at least as fast. Elsewhere native stays, unless DSV4_MODE says otherwise.
+Installing the plugin never makes anybody slower: dsv4 serves where the engine's native V4 cannot run. Elsewhere native stays
+until a committed benchmark record shows dsv4 at least as fast (there is none yet), unless DSV4_MODE says otherwise.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import UnsupportedDeviceError
 
 DeviceKind = Literal["cpu", "cuda", "rocm"]
 
 # Families whose attention kernels (FlashMLA, DeepGEMM or FlashInfer) native V4 has: sm90, sm100 and sm103, sm120 and sm121.
 NATIVE_CUDA_MAJORS = (9, 10, 12)
 OLDEST_CAPABILITY = (8, 0)  # bf16 matrix instructions and asynchronous copies, which our kernels need
-
-
-class UnsupportedDeviceError(Dsv4Error):
-    """No V4, neither dsv4's nor native, runs on the device."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +45,11 @@ class Decision:
     reason: str
 
 
-def decide(mode: str, device: Device, benchmark_record: str | None = None) -> Decision:
+def decide(mode: str, device: Device) -> Decision:
     """Who serves V4 on `device`.
 
-    mode: DSV4_MODE, one of auto, on, off. benchmark_record: the committed record that shows dsv4 at least as fast as
-    native on this device, None when there is none. Raises UnsupportedDeviceError, unless mode is off, for a device that
-    serves no V4 at all.
+    mode: DSV4_MODE, one of auto, on, off. Raises UnsupportedDeviceError, unless mode is off, for a device that serves no V4
+    at all.
     """
     if mode == "off":
         return Decision(False, "DSV4_MODE=off: the engine's native V4 is left in place")
@@ -67,8 +62,6 @@ def decide(mode: str, device: Device, benchmark_record: str | None = None) -> De
         return Decision(True, f"DSV4_MODE=on: dsv4 serves on {device.arch}")
     if not runs_native(device):
         return Decision(True, f"native V4 does not run on {device.arch}: dsv4 serves")
-    if benchmark_record:
-        return Decision(True, f"dsv4 is at least as fast as native V4 on {device.arch} ({benchmark_record}): dsv4 serves")
     return Decision(
         False,
         f"native V4 runs on {device.arch} and no benchmark record shows dsv4 as fast: native is left in place; DSV4_MODE=on overrides",

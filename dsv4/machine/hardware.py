@@ -9,16 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import Dsv4Error
+from dsv4.errors import HardwareError
 from dsv4.machine.decide import Device, detect_devices, runs_native
 
 MIB = 1 << 20
 GIB = 1 << 30
 _MEMORY_TOLERANCE = 0.04  # one card's boards differ by ECC and firmware reserves, never by 4 %
-
-
-class HardwareError(Dsv4Error):
-    """A GPU is unknown, or this machine holds none that dsv4 knows."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,10 @@ class Gpu:
         major, minor = self.cc.split(".")
         return int(major), int(minor)
 
+    def nodes_for(self, count: int) -> int:
+        """As few nodes as hold `count` of this card."""
+        return -(-count // self.gpus_per_node)
+
     @property
     def needs_plugin(self) -> bool:
         """No native V4 of either engine runs here (sm80, sm86, sm89): dsv4's own kernels serve."""
@@ -79,17 +79,17 @@ def find_gpu(name: str) -> Gpu:
         return names[wanted]
     near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
     ids = list(dict.fromkeys(names[n].id for n in near)) or [gpu.id for gpu in all_gpus()]
-    raise HardwareError(f"--gpu {name}: unknown GPU; nearest: {', '.join(ids)}")
+    raise HardwareError(f"{name}: unknown GPU; nearest: {', '.join(ids)}")
 
 
 def detect_machine() -> Machine:
     """The NVIDIA GPUs that this process may use. Raises HardwareError when there are none, several kinds, or an unknown kind."""
     found = Counter((device.name, device.memory_mib) for device in detect_devices() if device.kind == "cuda")
     if not found:
-        raise HardwareError("no NVIDIA GPU is visible on this machine; give --gpu and --count")
+        raise HardwareError("no NVIDIA GPU is visible on this machine")
     if len(found) > 1:
         kinds = ", ".join(f"{n} x {name}" for (name, _), n in found.items())
-        raise HardwareError(f"this machine mixes GPUs ({kinds}); give --gpu and --count")
+        raise HardwareError(f"this machine mixes GPUs ({kinds})")
     ((name, mib), count) = next(iter(found.items()))
     return Machine(match_device(name, mib), count)
 
@@ -100,7 +100,7 @@ def match_device(name: str, mib: int) -> Gpu:
         if _words(gpu) <= set(name.lower().replace("-", " ").split()) and abs(mib - gpu.visible_mib) <= _MEMORY_TOLERANCE * gpu.visible_mib:
             return gpu
     known = ", ".join(gpu.id for gpu in all_gpus())
-    raise HardwareError(f"this machine's {name} ({mib} MiB) is not in dsv4's table; give --gpu (one of {known})")
+    raise HardwareError(f"this machine's {name} ({mib} MiB) is not in dsv4's table ({known})")
 
 
 def _words(gpu: Gpu) -> set[str]:

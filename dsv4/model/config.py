@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -145,10 +145,6 @@ class V4Config:
     def count(self, kind: LayerKind) -> int:
         """Number of decoder layers of `kind`."""
         return sum(layer.kind is kind for layer in self.layers)
-
-    def with_layers(self, num_layers: int) -> V4Config:
-        """The same model cut to its first `num_layers` layers and no draft (for planning and tests)."""
-        return replace(self, layers=self.layers[:num_layers], draft="none", num_draft_layers=0)
 
     @staticmethod
     def from_path(path: str | Path) -> V4Config:

@@ -15,9 +15,9 @@ from dsv4.model.config import LayerKind, LayerSpec, V4Config
 
 KV_QUANT_GROUP = 64  # e4m3 values that share one ue8m0 scale
 INDEX_MXFP4_GROUP = 32  # e2m1 values that share one ue8m0 scale
-PAGE_TOKENS = 256  # tokens of a compressed or index page, and the step of prefix-cache hits
-WINDOW_PAGE_TOKENS = 64
-STATE_PAGE_TOKENS = {LayerKind.CSA: 4, LayerKind.HCA: 8}
+PAGE_TOKENS = 256  # tokens of a compressed or index page, of a window page beside rings, and the step of prefix-cache hits
+WINDOW_PAGE_TOKENS = 64  # tokens of a window page beside PAGED or SUMMARY state
+STATE_PAGE_TOKENS = {LayerKind.CSA: 4, LayerKind.HCA: 8}  # of PAGED state
 
 
 class KvFormat(str, Enum):
@@ -38,7 +38,8 @@ class IndexFormat(str, Enum):
 class StateMapping(str, Enum):
     """Where a request's open compressor windows live between steps."""
 
-    PAGED = "paged"  # native vLLM's: every token's raw row in paged sliding-window groups
+    PAGED = "paged"  # every token's raw row, in sliding-window pages with a block table of their own
+    RING = "ring"  # raw rows in rings: a CSA ring belongs to a window page, an HCA ring to a request's slot
     SUMMARY = "summary"  # one small block per request, and a summary at the end of each CSA page (docs/kv-mapping.md)
 
 
@@ -85,11 +86,6 @@ class CacheSpec:
     @property
     def rows_per_page(self) -> int:
         return self.page_tokens // self.tokens_per_row
-
-    @property
-    def scale_offset(self) -> int:
-        """Byte in the page where the scales start."""
-        return self.rows_per_page * self.row.value_bytes
 
     @property
     def page_bytes(self) -> int:
@@ -149,6 +145,11 @@ def state_window(layer: LayerSpec) -> int:
     return layer.overlap * layer.compress_ratio
 
 
+def state_ring_rows(layer: LayerSpec, speculative: bool) -> int:
+    """Rows of one ring of raw state: the window that an entry needs, twice where drafted tokens may be rejected."""
+    return state_window(layer) * (2 if speculative else 1)
+
+
 def summary_bytes(head_dim: int) -> int:
     """A pooling summary: per channel the running maximum, sum and accumulator, fp32."""
     return 3 * head_dim * 4
@@ -157,79 +158,36 @@ def summary_bytes(head_dim: int) -> int:
 def layer_caches(
     config: V4Config, layer: LayerSpec, formats: CacheFormats, mapping: StateMapping = StateMapping.PAGED
 ) -> tuple[CacheSpec, ...]:
-    """Every cache of `layer`.
+    """Every cache of `layer`: WINDOW; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE.
 
-    One WINDOW cache; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE. PAGED is the
-    mapping of native vLLM. SUMMARY keeps one state row per request and, because a prefix hit resumes at a page end, the
-    previous CSA window's summary in each CSA and index page.
+    mapping: PAGED and RING keep raw rows. A ring has `state_ring_rows` rows in pages of one window of `compress_ratio`; beside
+    rings, window pages are as long as the others, and only packed KV pages are aligned. SUMMARY keeps one state row per
+    request and, because a prefix hit resumes at a page end, the previous CSA window's summary in each CSA and index page.
     """
-    align, row = formats.alignment, kv_row(config, formats)
-    caches = [CacheSpec(CacheRole.WINDOW, row, WINDOW_PAGE_TOKENS, 1, config.sliding_window, align)]
+    ring = mapping is StateMapping.RING
+    kv_alignment = 1 if ring and formats.kv is KvFormat.PLAIN else formats.alignment
+    index_alignment = 1 if ring else formats.alignment
+    row = kv_row(config, formats)
+    window_tokens = PAGE_TOKENS if ring else WINDOW_PAGE_TOKENS
+    caches = [CacheSpec(CacheRole.WINDOW, row, window_tokens, 1, config.sliding_window, kv_alignment)]
     if layer.kind is LayerKind.SWA:
         return tuple(caches)
-    compressors = [(CacheRole.COMPRESSED, CacheRole.STATE, row, config.head_dim)]
+    compressors = [(CacheRole.COMPRESSED, row, kv_alignment, CacheRole.STATE, config.head_dim)]
     if layer.kind is LayerKind.CSA:
-        compressors.append((CacheRole.INDEX_KEY, CacheRole.INDEX_STATE, index_row(config, formats), config.index_head_dim))
-    for entry_role, state_role, entry_row, dim in compressors:
-        tail = summary_bytes(dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0
-        caches.append(CacheSpec(entry_role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, align, tail))
-        if mapping is StateMapping.SUMMARY:
-            state = RowFormat(layer.overlap * summary_bytes(dim))
-            caches.append(CacheSpec(state_role, state, PAGE_TOKENS, PAGE_TOKENS, None, align, per_request=True))
-        else:
-            tokens, window = STATE_PAGE_TOKENS[layer.kind], state_window(layer)
-            caches.append(CacheSpec(state_role, state_row(layer, dim), tokens, 1, window, align))
+        keys = index_row(config, formats)
+        compressors.append((CacheRole.INDEX_KEY, keys, index_alignment, CacheRole.INDEX_STATE, config.index_head_dim))
+    for role, entry_row, alignment, state_role, head_dim in compressors:
+        tail = summary_bytes(head_dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0
+        caches.append(CacheSpec(role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, alignment, tail))
+        caches.append(_state_cache(layer, state_role, head_dim, formats, mapping))
     return tuple(caches)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The mapping that native SGLang uses: window pages, compressed pages, and compressor state in rings
-
-
-SGLANG_PAGE_TOKENS = 256  # tokens of a window page; a compressed page holds 256 / compress_ratio entries
-_STATE_RING_ROWS = {LayerKind.CSA: (8, 16), LayerKind.HCA: (128, 256)}  # without and with a draft
-
-
-def sglang_layer_caches(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> tuple[CacheSpec, ...]:
-    """Every cache of `layer` in the mapping that native SGLang uses; roles as in `layer_caches`.
-
-    Window pages have 256 tokens; compressor state lives in rings of `sglang_state_ring_rows`, whose pages are one window of
-    `compress_ratio` rows: two pages per window page (CSA), one page per request (HCA).
-    """
-    row = kv_row(config, formats)
-    align = formats.alignment if formats.kv is KvFormat.FP8_DS_MLA else 1
-    window = CacheSpec(CacheRole.WINDOW, row, SGLANG_PAGE_TOKENS, 1, config.sliding_window, align)
-    if layer.kind is LayerKind.SWA:
-        return (window,)
-    ratio = layer.compress_ratio
-
-    def state(role: CacheRole, head_dim: int) -> CacheSpec:
-        return CacheSpec(role, state_row(layer, head_dim), ratio, 1, state_window(layer), 1)
-
-    entries = CacheSpec(CacheRole.COMPRESSED, row, SGLANG_PAGE_TOKENS, ratio, None, align)
-    caches = (window, entries, state(CacheRole.STATE, config.head_dim))
-    if layer.kind is LayerKind.HCA:
-        return caches
-    keys = CacheSpec(CacheRole.INDEX_KEY, index_row(config, formats), SGLANG_PAGE_TOKENS, ratio, None, 1)
-    return (*caches, keys, state(CacheRole.INDEX_STATE, config.index_head_dim))
-
-
-def sglang_window_bytes_per_token(config: V4Config, formats: CacheFormats) -> float:
-    """Window KV bytes of one layer and token, page padding included (585 for fp8_ds_mla)."""
-    return _page_bytes(kv_row(config, formats), SGLANG_PAGE_TOKENS, formats) / SGLANG_PAGE_TOKENS
-
-
-def sglang_compressed_bytes_per_entry(config: V4Config, layer: LayerSpec, formats: CacheFormats) -> float:
-    """Compressed KV bytes of one entry of `layer`, page padding included (585 for CSA, 864 for HCA in fp8_ds_mla)."""
-    rows = SGLANG_PAGE_TOKENS // layer.compress_ratio
-    return _page_bytes(kv_row(config, formats), rows, formats) / rows
-
-
-def sglang_state_ring_rows(layer: LayerSpec, speculative: bool) -> int:
-    """Rows of one compressor-state ring: per window page for CSA, per request for HCA."""
-    return _STATE_RING_ROWS[layer.kind][speculative]
-
-
-def _page_bytes(row: RowFormat, rows: int, formats: CacheFormats) -> int:
-    align = formats.alignment if formats.kv is KvFormat.FP8_DS_MLA else 1
-    return round_up(rows * row.row_bytes, align)
+def _state_cache(layer: LayerSpec, role: CacheRole, head_dim: int, formats: CacheFormats, mapping: StateMapping) -> CacheSpec:
+    if mapping is StateMapping.SUMMARY:
+        summaries = RowFormat(layer.overlap * summary_bytes(head_dim))
+        return CacheSpec(role, summaries, PAGE_TOKENS, PAGE_TOKENS, None, formats.alignment, per_request=True)
+    row, window = state_row(layer, head_dim), state_window(layer)
+    if mapping is StateMapping.RING:
+        return CacheSpec(role, row, layer.compress_ratio, 1, window, 1)
+    return CacheSpec(role, row, STATE_PAGE_TOKENS[layer.kind], 1, window, formats.alignment)

@@ -6,23 +6,18 @@ from __future__ import annotations
 import difflib
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import Dsv4Error
+from dsv4.errors import PlanError
+from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
 
-EngineName = Literal["vllm", "sglang"]
 MAX_CONTEXT = 1_048_576
 
 
-class PlanError(Dsv4Error):
-    """What was asked of the planner cannot be answered: an impossible count, context or version."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A released checkpoint. id: short name; total_bytes: all its tensors."""
 
@@ -34,7 +29,7 @@ class Checkpoint:
     config: V4Config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speculation:
     """method: none, mtp (April checkpoints) or dspark (0731, 0813); num_tokens: drafted per step."""
 
@@ -42,17 +37,33 @@ class Speculation:
     num_tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Parallelism:
+    """How GPUs share one model; fields as in `Deployment`."""
+
+    tp: int
+    dp: int = 1
+    pp: int = 1
+    ep: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """tp: attention tensor-parallel ranks; dp: attention replicas, each with its own KV pool; ep: whole experts per
-    rank over tp * dp ranks; pp: pipeline stages. max_num_batched_tokens is per step and per replica (SGLang:
-    chunked prefill size); max_num_seqs per replica; memory_fraction: gpu_memory_utilization or mem_fraction_static.
-    swa_full_tokens_ratio: SGLang only, None lets it size windows from max_num_seqs. state: vLLM only, how compressor
-    state is kept; see `usual_state`.
+    """One checkpoint, served by one engine on `count` GPUs in `nodes` nodes.
+
+    tp: attention tensor-parallel ranks.
+    dp: attention replicas, each with its own KV pool.
+    ep: whole experts per rank, over tp * dp ranks.
+    pp: pipeline stages.
+    max_num_batched_tokens: per step and replica; SGLang's chunked prefill size.
+    max_num_seqs: per replica.
+    memory_fraction: gpu_memory_utilization or mem_fraction_static.
+    state: how compressor state is kept; see `usual_state`. Raises PlanError for RING in vLLM or anything else in SGLang.
+    swa_full_tokens_ratio: SGLang only; None lets it size windows from max_num_seqs.
     """
 
     checkpoint: Checkpoint
-    engine: EngineName
+    engine: Engine
     gpu: Gpu
     count: int
     nodes: int
@@ -64,6 +75,7 @@ class Deployment:
     max_num_batched_tokens: int
     max_num_seqs: int
     memory_fraction: float
+    state: StateMapping
     async_scheduling: bool = True
     kv: KvFormat = KvFormat.FP8_DS_MLA
     index: IndexFormat = IndexFormat.FP8
@@ -73,7 +85,10 @@ class Deployment:
     a2a_backend: str = "none"
     attention_backend: str = "auto"
     decode_graphs_only: bool = False
-    state: StateMapping = StateMapping.PAGED
+
+    def __post_init__(self) -> None:
+        if (self.state is StateMapping.RING) != (self.engine == "sglang"):
+            raise PlanError(f"{self.state.value}: {self.engine} does not keep compressor state so", "state")
 
     @property
     def config(self) -> V4Config:
@@ -99,9 +114,11 @@ class Deployment:
         return (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
 
 
-def usual_state(engine: EngineName, plugin: bool) -> StateMapping:
-    """How compressor state is kept when DSV4_STATE does not say: dsv4's vLLM plugin keeps summaries, everybody else pages."""
-    return StateMapping.SUMMARY if engine == "vllm" and plugin else StateMapping.PAGED
+def usual_state(engine: Engine, plugin: bool) -> StateMapping:
+    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM plugin summaries, native vLLM pages."""
+    if engine == "sglang":
+        return StateMapping.RING
+    return StateMapping.SUMMARY if plugin else StateMapping.PAGED
 
 
 @functools.cache
@@ -129,7 +146,7 @@ def find_checkpoint(name: str) -> Checkpoint:
         return by_name[wanted]
     near = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.4)
     ids = list(dict.fromkeys(by_name[n].id for n in near)) or [c.id for c in all_checkpoints()]
-    raise PlanError(f"--model {name}: unknown checkpoint; nearest: {', '.join(ids)}")
+    raise PlanError(f"{name}: unknown checkpoint; nearest: {', '.join(ids)}")
 
 
 def parse_context(text: str) -> int:
@@ -142,7 +159,7 @@ def parse_context(text: str) -> int:
     except (ValueError, OverflowError):
         tokens = 0
     if tokens < 1:
-        raise PlanError(f"context {text}: is not a number of tokens; write 800k, 1m or 819200")
+        raise PlanError(f"{text}: is not a number of tokens; write 800k, 1m or 819200")
     if tokens > MAX_CONTEXT:
-        raise PlanError(f"context {text}: is {tokens:,} tokens; DeepSeek-V4 ends at {MAX_CONTEXT:,} (1m)")
+        raise PlanError(f"{text}: is {tokens:,} tokens; DeepSeek-V4 ends at {MAX_CONTEXT:,} (1m)")
     return tokens

@@ -7,18 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dsv4.errors import PlanError
+from dsv4.machine.compat import ENGINES, Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import FP8_BLOCK
 from dsv4.model.kv_layout import IndexFormat, StateMapping
-from dsv4.planning.deployment import MAX_CONTEXT, Checkpoint, Deployment, EngineName, PlanError, Speculation, usual_state
+from dsv4.planning.deployment import MAX_CONTEXT, Checkpoint, Deployment, Parallelism, Speculation, usual_state
 from dsv4.planning.memory.proof import Proof, Verdict, prove
 from dsv4.planning.recipe.schema import MAX_GPUS, Recipe, shipped_recipes
 from dsv4.planning.rules import violations
 
-GIB = 1 << 30
 DEFAULT_STEP_TOKENS = 4096
 STEP_GRAIN = 256
 MAX_STEP_TOKENS = 65_536
+MAX_REQUESTS = 65_536
 Preference = Literal["latency", "throughput"]
 _DRAFT_TOKENS = {"mtp": 1, "dspark": 5}
 
@@ -49,60 +51,54 @@ class Candidate:
         return not self.violations and self.proof.verdict is not Verdict.NO
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
-    """What the user asked. context: tokens; concurrency: requests of that length at once."""
+    """What the user asked; PlanError for what cannot be, with the field at fault.
+
+    context: tokens.
+    concurrency: requests of that length at once.
+    engine: None for both.
+    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once (throughput).
+    state: how vLLM keeps compressor state, None as whoever serves there does.
+    """
 
     checkpoint: Checkpoint
     gpu: Gpu
     count: int
     nodes: int
-    context: int
-    concurrency: int
-    engines: tuple[EngineName, ...]
+    context: int = MAX_CONTEXT
+    concurrency: int = 1
+    engine: Engine | None = None
     max_num_batched_tokens: int = DEFAULT_STEP_TOKENS
     prefer: Preference = "throughput"
     state: StateMapping | None = None
 
+    def __post_init__(self) -> None:
+        count, nodes, gpu = self.count, self.nodes, self.gpu
+        if not 1 <= count <= MAX_GPUS:
+            raise PlanError(f"{count}: impossible; give 1 to {MAX_GPUS} GPUs", "count")
+        if nodes < 1 or count % nodes:
+            raise PlanError(f"{count}: does not divide over {nodes} nodes; give a multiple, or another number of nodes", "count")
+        if count // nodes > gpu.gpus_per_node:
+            need = gpu.nodes_for(count)
+            raise PlanError(f"{nodes}: a {gpu.id} node has at most {gpu.gpus_per_node} GPUs; {count} need {need} nodes", "nodes")
+        if not 1 <= self.context <= MAX_CONTEXT:
+            raise PlanError(f"{self.context}: DeepSeek-V4 has contexts of 1 to {MAX_CONTEXT:,} tokens", "context")
+        if not 1 <= self.concurrency <= MAX_REQUESTS:
+            raise PlanError(f"{self.concurrency}: give 1 to {MAX_REQUESTS} requests", "concurrency")
+        if not STEP_GRAIN <= self.max_num_batched_tokens <= MAX_STEP_TOKENS:
+            raise PlanError(f"{self.max_num_batched_tokens}: give {STEP_GRAIN} to {MAX_STEP_TOKENS}", "max_num_batched_tokens")
+        if self.state is StateMapping.RING:
+            raise PlanError("ring: is how SGLang keeps state, always; ask for paged, summary or nothing", "state")
+        if self.state is StateMapping.SUMMARY and self.engine == "sglang":
+            raise PlanError("summary: is a mapping of dsv4's vLLM plugin; leave it out for SGLang", "state")
 
-def ask(
-    checkpoint: Checkpoint,
-    gpu: Gpu,
-    count: int,
-    nodes: int | None = None,
-    context: int = MAX_CONTEXT,
-    concurrency: int = 1,
-    engine: EngineName | None = None,
-    max_num_batched_tokens: int = DEFAULT_STEP_TOKENS,
-    prefer: Preference = "throughput",
-    state: StateMapping | None = None,
-) -> Question:
-    """A checked question; nodes default to as few as the GPUs need.
-
-    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once. state: how vLLM keeps
-    compressor state, None as whoever serves there does. Raises PlanError.
-    """
-    if not 1 <= count <= MAX_GPUS:
-        raise PlanError(f"--count {count}: impossible; give 1 to {MAX_GPUS} GPUs")
-    nodes = -(-count // gpu.gpus_per_node) if nodes is None else nodes
-    if nodes < 1 or count % nodes:
-        raise PlanError(f"--count {count}: does not divide over {nodes} nodes; give a multiple, or another --nodes")
-    if count // nodes > gpu.gpus_per_node:
-        raise PlanError(
-            f"--nodes {nodes}: a {gpu.id} node has at most {gpu.gpus_per_node} GPUs; {count} need {-(-count // gpu.gpus_per_node)} nodes"
-        )
-    if not 1 <= context <= MAX_CONTEXT:
-        raise PlanError(f"--context {context}: DeepSeek-V4 has contexts of 1 to {MAX_CONTEXT:,} tokens")
-    if not 1 <= concurrency <= 65_536:
-        raise PlanError(f"--concurrency {concurrency}: give 1 to 65536 requests")
-    if not STEP_GRAIN <= max_num_batched_tokens <= MAX_STEP_TOKENS:
-        raise PlanError(f"--max-num-batched-tokens {max_num_batched_tokens}: give {STEP_GRAIN} to {MAX_STEP_TOKENS}")
-    engines: tuple[EngineName, ...] = (engine,) if engine else ("vllm", "sglang")
-    if state is StateMapping.SUMMARY:
-        if engine == "sglang":
-            raise PlanError("--state summary: it is a mapping of dsv4's vLLM plugin; leave it out for SGLang")
-        engines = ("vllm",)
-    return Question(checkpoint, gpu, count, nodes, context, concurrency, engines, max_num_batched_tokens, prefer, state)
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Engines to plan for."""
+        if self.engine is not None:
+            return (self.engine,)
+        return ("vllm",) if self.state is StateMapping.SUMMARY else ENGINES
 
 
 def plan(question: Question) -> list[Candidate]:
@@ -226,15 +222,15 @@ def _changes(d: Deployment, proof: Proof, concurrency: int) -> Iterator[tuple[st
 def deployments(q: Question) -> Iterator[Deployment]:
     """Engines x shapes x draft on or off, with the defaults that dsv4's recipes use."""
     for engine in q.engines:
-        for tp, dp, pp, ep in shapes(q):
-            for speculation in _speculations(q, pp):
-                yield deployment(q, engine, tp, dp, pp, ep, speculation)
+        for parallel in shapes(q):
+            for speculation in _speculations(q, parallel.pp):
+                yield deployment(q, engine, parallel, speculation)
 
 
-def deployment(q: Question, engine: EngineName, tp: int, dp: int, pp: int, ep: bool, speculation: Speculation) -> Deployment:
+def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: Speculation) -> Deployment:
     """One configuration with defaults: fractions and kernels as published recipes for the card have them."""
     gpu = q.gpu
-    per_replica = -(-q.concurrency // dp)
+    per_replica = -(-q.concurrency // parallel.dp)
     seqs = min(max(16, per_replica), q.max_num_batched_tokens // (1 + speculation.num_tokens))
     return Deployment(
         checkpoint=q.checkpoint,
@@ -242,10 +238,10 @@ def deployment(q: Question, engine: EngineName, tp: int, dp: int, pp: int, ep: b
         gpu=gpu,
         count=q.count,
         nodes=q.nodes,
-        tp=tp,
-        dp=dp,
-        ep=ep,
-        pp=pp,
+        tp=parallel.tp,
+        dp=parallel.dp,
+        ep=parallel.ep,
+        pp=parallel.pp,
         max_model_len=q.context,
         max_num_batched_tokens=q.max_num_batched_tokens,
         max_num_seqs=seqs,
@@ -254,24 +250,24 @@ def deployment(q: Question, engine: EngineName, tp: int, dp: int, pp: int, ep: b
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
         speculation=speculation,
         decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
-        state=q.state or usual_state(engine, gpu.needs_plugin),
+        state=q.state if q.state and engine == "vllm" else usual_state(engine, gpu.needs_plugin),
     )
 
 
-def shapes(q: Question) -> list[tuple[int, int, int, bool]]:
-    """(tp, dp, pp, ep) that use every GPU: TP inside a node; DP or PP across nodes; EP wherever attention is replicated."""
+def shapes(q: Question) -> list[Parallelism]:
+    """Ways to use every GPU: TP inside a node; DP or PP across nodes; EP wherever attention is replicated."""
     per_node = q.count // q.nodes
     fabric = q.count if q.gpu.arch == "aarch64" else per_node  # a GB200/GB300 rack is one NVLink domain
-    found: list[tuple[int, int, int, bool]] = []
+    found: list[Parallelism] = []
     for tp in (t for t in (1, 2, 4, 8, 16) if fabric % t == 0 and q.count % t == 0):
         rest = q.count // tp
         if rest == 1:
             # Slices of experts keep every rank busy; whole experts only where a slice would break an FP8 block.
-            found.append((tp, 1, 1, bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)))
+            found.append(Parallelism(tp=tp, ep=bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)))
             continue
-        found.append((tp, rest, 1, True))
+        found.append(Parallelism(tp=tp, dp=rest, ep=True))
         if q.nodes > 1 and rest == q.nodes <= q.checkpoint.config.num_hidden_layers:
-            found.append((tp, 1, rest, True))
+            found.append(Parallelism(tp=tp, pp=rest, ep=True))
     return found
 
 
@@ -280,7 +276,7 @@ def _speculations(q: Question, pp: int) -> list[Speculation]:
     # A summary cannot be rolled back, so nothing that rejects drafted tokens runs on it.
     if draft == "none" or pp > 1 or q.gpu.needs_plugin or q.state is StateMapping.SUMMARY:
         return [Speculation()]
-    return [Speculation(), Speculation(draft, _DRAFT_TOKENS[draft])]
+    return [Speculation(), Speculation(method=draft, num_tokens=_DRAFT_TOKENS[draft])]
 
 
 def _nearest(recipes: Sequence[Recipe], d: Deployment) -> str | None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dsv4.planning.deployment import MAX_CONTEXT, PlanError
+from dsv4.errors import PlanError
+from dsv4.planning.deployment import MAX_CONTEXT
 from dsv4.planning.memory.proof import Proof, prove
 from dsv4.planning.planner import Candidate, Question
 
@@ -18,14 +19,14 @@ MAX_LINES = 8
 def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
     """Write `path` (.svg or .png). Raises PlanError when nothing works or matplotlib is absent."""
     if path.suffix not in (".svg", ".png"):
-        raise PlanError(f"--plot {path}: give a name that ends in .svg or .png")
+        raise PlanError(f"{path}: give a name that ends in .svg or .png")
     works = [c for c in found if c.works][:MAX_LINES]
     if not works:
-        raise PlanError(f"--plot {path}: nothing fits, so there is nothing to draw")
+        raise PlanError(f"{path}: nothing fits, so there is nothing to draw")
     try:
         import matplotlib
     except ImportError as e:
-        raise PlanError("--plot needs matplotlib, which is not installed; pip install 'dsv4[plan]'") from e
+        raise PlanError(f"{path}: needs matplotlib to be drawn, which is not installed; pip install 'dsv4[plan]'") from e
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "dsv4"  # the same plan gives the same file
     from matplotlib import pyplot
@@ -43,7 +44,7 @@ def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
     try:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as e:
-        raise PlanError(f"--plot {path}: cannot be written ({e.strerror})") from e
+        raise PlanError(f"{path}: cannot be written ({e.strerror})") from e
     finally:
         pyplot.close(figure)
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.errors import Dsv4Error, EnvError
+from dsv4.errors import Dsv4Error, EnvError, UnsupportedDeviceError
 from dsv4.machine import compat, decide, env
 from dsv4.machine.compat import Engine
 from dsv4.machine.decide import Device
@@ -103,7 +103,7 @@ def _decide(result: Diagnosis) -> decide.Decision:
     mode = result.environment.get("DSV4_MODE", env.VARIABLES["DSV4_MODE"].default)
     try:
         return decide.decide(mode, decide.weakest(result.devices))
-    except decide.UnsupportedDeviceError as e:
+    except UnsupportedDeviceError as e:
         result.problems.append(str(e))
         return decide.Decision(False, str(e))
 

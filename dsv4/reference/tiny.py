@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4.errors import CheckpointError, ConfigError
-from dsv4.model.checkpoint import INDEX_FILE, ScaleDtype, TensorSpec, tensor_specs
+from dsv4.model.checkpoint import INDEX_FILE
 from dsv4.model.config import (
     ARCHITECTURE,
     CSA_RATIO,
@@ -37,6 +37,7 @@ from dsv4.model.config import (
     ExpertDtype,
     V4Config,
 )
+from dsv4.model.tensors import ScaleDtype, TensorSpec, tensor_specs
 
 Variant = Literal["flash", "pro"]
 

@@ -9,10 +9,20 @@ from typing import Any
 import yaml
 
 from dsv4.machine.hardware import find_gpu
-from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.model.config import LayerKind, V4Config
+from dsv4.model.kv_layout import (
+    PAGE_TOKENS,
+    CacheFormats,
+    IndexFormat,
+    KvFormat,
+    StateMapping,
+    index_row,
+    kv_row,
+    state_ring_rows,
+    state_row,
+)
 from dsv4.planning.deployment import Deployment, find_checkpoint
 from dsv4.planning.memory.proof import prove
-from dsv4.planning.memory.sglang import historic_bytes_per_full_token
 from dsv4.planning.memory.vllm import BlockPacking, VllmPool, vllm_pool
 from dsv4.planning.memory.weights import stage_weights
 
@@ -34,7 +44,7 @@ def concurrency(point: dict[str, Any]) -> tuple[float, float]:
     d = Deployment(
         checkpoint=checkpoint, engine="vllm", gpu=find_gpu(point["gpu"]), count=point["tp"], nodes=1, tp=point["tp"], dp=1, ep=True, pp=1,
         max_model_len=point["max_model_len"], max_num_batched_tokens=point["max_num_batched_tokens"], max_num_seqs=point["max_num_seqs"],
-        memory_fraction=point["fraction"], async_scheduling=False, index=formats.index,
+        memory_fraction=point["fraction"], async_scheduling=False, index=formats.index, state=StateMapping.PAGED,
     )  # fmt: skip
     proof = prove(d)
     # That version laid blocks out otherwise, with slots for three draft layers.
@@ -43,15 +53,41 @@ def concurrency(point: dict[str, Any]) -> tuple[float, float]:
     return low, high
 
 
+def historic_bytes_per_full_token(
+    config: V4Config, swa_full_tokens_ratio: float, speculative: bool, extra_layers: int = 0, hca_state_in_window: bool = False
+) -> float:
+    """bytes_per_full_token of SGLang's builds before 0.5.22, which public logs print.
+
+    They priced rows without page padding and did not inflate for a draft. extra_layers: draft layers counted as window
+    layers. hca_state_in_window: builds of May 2026 priced the ratio-128 state per window page too.
+    """
+    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
+    row = kv_row(config, formats).row_bytes
+    window = float(row * (config.num_hidden_layers + extra_layers))
+    full = 0.0
+    for layer in config.layers:
+        if layer.kind is LayerKind.SWA:
+            continue
+        full += row / layer.compress_ratio
+        state = state_row(layer, config.head_dim).row_bytes
+        if layer.kind is LayerKind.CSA:
+            full += index_row(config, formats).row_bytes / layer.compress_ratio
+            state += state_row(layer, config.index_head_dim).row_bytes
+        elif not hca_state_in_window:
+            continue
+        window += state * state_ring_rows(layer, speculative) / PAGE_TOKENS
+    return swa_full_tokens_ratio * window + full
+
+
 def rows() -> list[tuple[str, str, float, float, str]]:
     """(what, quantity, printed, computed, source)."""
     points = yaml.safe_load((Path(__file__).parent / "memory_points.yaml").read_text())
     found = []
     for name in ("flash", "flash-0731", "pro", "pro-0813"):
         c = find_checkpoint(name)
-        total = sum(s.total_bytes for s in stage_weights(c.config, 1, 1, False, 1, with_draft=True))
+        total = sum(s.total_bytes for s in stage_weights(c.config, tp=1, dp=1, ep=False, pp=1, with_draft=True))
         found.append((c.repo.split("/")[1], "bytes of all tensors", c.total_bytes, total, "released checkpoint"))
-    (rank,) = stage_weights(find_checkpoint("flash").config, 8, 1, False, 1, with_draft=True)
+    (rank,) = stage_weights(find_checkpoint("flash").config, tp=8, dp=1, ep=False, pp=1, with_draft=True)
     found.append(("V4-Flash, TP8", "GiB per rank", 20.06, (rank.total_bytes + rank.wo_a_bytes) / GIB, "public start-up log"))
     for p in points["need"]:
         need = _pool(p).request_bytes(p["max_model_len"], p["in_flight_tokens"]) / GIB

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from dsv4.errors import UnsupportedDeviceError
 from dsv4.machine import decide
 from dsv4.machine.decide import Device, detect_devices, weakest
 
@@ -32,16 +33,10 @@ def test_auto_leaves_native_where_it_runs_and_nothing_shows_us_as_fast(device):
     assert "DSV4_MODE=on overrides" in decision.reason
 
 
-def test_auto_serves_where_a_benchmark_record_shows_us_as_fast_and_names_it():
-    decision = decide.decide("auto", cuda(9, 0), benchmark_record="benchmarks/results/h100.json")
-    assert decision.serve
-    assert "benchmarks/results/h100.json" in decision.reason
-
-
 @pytest.mark.parametrize("mode", ["auto", "on"])
 @pytest.mark.parametrize("device", [cuda(7, 0), cuda(7, 5)])
 def test_a_gpu_older_than_ampere_is_refused_with_its_name_the_need_and_a_way_out(device, mode):
-    with pytest.raises(decide.UnsupportedDeviceError, match=rf"{device.name} is {device.arch}; .* need sm80 .*: use an A100, .*CUDA_VIS"):
+    with pytest.raises(UnsupportedDeviceError, match=rf"{device.name} is {device.arch}; .* need sm80 .*: use an A100, .*CUDA_VIS"):
         decide.decide(mode, device)
     assert not decide.decide("off", device).serve
 
@@ -49,7 +44,7 @@ def test_a_gpu_older_than_ampere_is_refused_with_its_name_the_need_and_a_way_out
 @pytest.mark.parametrize("device", [CPU, cuda(8, 0), cuda(9, 0), ROCM])
 def test_on_and_off_are_obeyed_everywhere(device):
     assert decide.decide("on", device).serve
-    assert not decide.decide("off", device, benchmark_record="any").serve
+    assert not decide.decide("off", device).serve
 
 
 def test_the_weakest_device_decides_on_a_mixed_machine():

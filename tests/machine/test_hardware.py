@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import pytest
 
+from dsv4.errors import HardwareError
 from dsv4.machine import hardware
 from dsv4.machine.decide import Device
-from dsv4.machine.hardware import HardwareError, all_gpus, detect_machine, find_gpu, match_device
+from dsv4.machine.hardware import all_gpus, detect_machine, find_gpu, match_device
 
 
 def test_ids_and_aliases_are_unique():

@@ -161,8 +161,3 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_absent_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         V4Config.from_path(tmp_path)
-
-
-def test_with_layers_cuts_layers_and_draft():
-    c = V4Config.from_dict(FLASH).with_layers(5)
-    assert (c.num_hidden_layers, c.draft, c.num_draft_layers) == (5, "none", 0)

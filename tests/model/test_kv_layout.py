@@ -73,5 +73,6 @@ def test_rows_then_scales_fit_in_an_aligned_page(formats):
     for layer in (SWA, CSA, HCA):
         for cache in layer_caches(FLASH, layer, formats):
             assert cache.page_bytes % cache.alignment == 0
-            assert cache.scale_offset + cache.rows_per_page * cache.row.scale_bytes <= cache.page_bytes
+            scale_offset = cache.rows_per_page * cache.row.value_bytes
+            assert scale_offset + cache.rows_per_page * cache.row.scale_bytes <= cache.page_bytes
             assert cache.page_bytes - cache.rows_per_page * cache.row.row_bytes < cache.alignment

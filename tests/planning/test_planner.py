@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4.errors import PlanError
 from dsv4.machine.hardware import all_gpus, find_gpu
 from dsv4.model.kv_layout import StateMapping
-from dsv4.planning.deployment import MAX_CONTEXT, PlanError, find_checkpoint, parse_context
+from dsv4.planning.deployment import MAX_CONTEXT, find_checkpoint, parse_context
 from dsv4.planning.memory.proof import Verdict, prove
-from dsv4.planning.planner import Candidate, ask, candidate, plan, step_limit
+from dsv4.planning.planner import Candidate, Question, candidate, plan, step_limit
 from dsv4.planning.recipe.schema import shipped_recipes
 from dsv4.planning.text import describe
 
@@ -21,8 +22,14 @@ GIB = 1 << 30
 ROOT = Path(__file__).parents[2]
 
 
+def _question(model: str, gpu: str, count: int, **options) -> Question:
+    """On as few nodes as the GPUs need, unless options name a number."""
+    card = find_gpu(gpu)
+    return Question(**{"checkpoint": find_checkpoint(model), "gpu": card, "count": count, "nodes": card.nodes_for(count)} | options)
+
+
 def _plan(model: str, gpu: str, count: int, **options) -> list[Candidate]:
-    return plan(ask(find_checkpoint(model), find_gpu(gpu), count, **options))
+    return plan(_question(model, gpu, count, **options))
 
 
 def _find(found: list[Candidate], engine: str, shape: str, draft: str = "none") -> Candidate:
@@ -53,19 +60,18 @@ def test_the_default_step_of_vllm_does_not_fit_and_the_knob_is_the_step():
 
 def test_a_knob_frees_what_it_says():
     c = _find(_plan("pro", "h200", 8, max_num_batched_tokens=16_384, engine="vllm"), "vllm", "TP8")
-    for knob in c.knobs:
-        if knob.text == "turn async scheduling off":
-            after = prove(replace(c.deployment, async_scheduling=False))
-            assert knob.frees_bytes == c.proof.need_bytes - after.need_bytes
+    (knob,) = [k for k in c.knobs if k.text == "turn async scheduling off"]
+    after = prove(replace(c.deployment, async_scheduling=False))
+    assert knob.frees_bytes == c.proof.need_bytes - after.need_bytes
 
 
 def test_cards_that_only_the_plugin_serves_are_planned_as_the_plugin_keeps_state():
     a100 = _find(_plan("flash", "a100", 8, engine="vllm"), "vllm", "TP8")
     assert a100.deployment.state is StateMapping.SUMMARY
-    assert "DSV4_" not in describe(ask(find_checkpoint("flash"), find_gpu("a100"), 8, engine="vllm"), [a100], 1)
+    assert "DSV4_" not in describe(_question("flash", "a100", 8, engine="vllm"), [a100], 1)
     paged = _find(_plan("flash", "a100", 8, engine="vllm", state=StateMapping.PAGED), "vllm", "TP8")
     assert paged.proof.request_bytes > a100.proof.request_bytes
-    assert "DSV4_STATE=paged vllm serve" in describe(ask(find_checkpoint("flash"), find_gpu("a100"), 8, engine="vllm"), [paged], 1)
+    assert "DSV4_STATE=paged vllm serve" in describe(_question("flash", "a100", 8, engine="vllm"), [paged], 1)
 
 
 def test_the_plugins_state_doubles_the_step_that_docs_name():
@@ -89,7 +95,7 @@ def test_cards_that_native_serves_are_planned_as_native_keeps_state():
     h200 = _find(_plan("flash", "h200", 8, engine="vllm"), "vllm", "TP8")
     assert h200.deployment.state is StateMapping.PAGED
     ours = _find(_plan("flash", "h200", 8, engine="vllm", state=StateMapping.SUMMARY), "vllm", "TP8")
-    assert "DSV4_MODE=on vllm serve" in describe(ask(find_checkpoint("flash"), find_gpu("h200"), 8, engine="vllm"), [ours], 1)
+    assert "DSV4_MODE=on vllm serve" in describe(_question("flash", "h200", 8, engine="vllm"), [ours], 1)
 
 
 def test_pro_on_8_h100_needs_16():
@@ -127,13 +133,13 @@ def test_ranking_puts_what_works_first_and_less_missing_before_more():
 
 
 def test_nodes_default_to_what_the_gpus_need():
-    assert ask(find_checkpoint("pro"), find_gpu("gb200"), 8).nodes == 2
+    assert _question("pro", "gb200", 8).nodes == 2
 
 
 @pytest.mark.parametrize(
     ("gpu", "count", "options", "message"),
     [
-        ("h200", 0, {}, "--count 0: impossible"),
+        ("h200", 0, {}, "count 0: impossible"),
         ("h200", -1, {}, "impossible"),
         ("h200", 10**9, {}, "impossible"),
         ("h200", 9, {}, "does not divide over 2 nodes"),
@@ -147,7 +153,7 @@ def test_nodes_default_to_what_the_gpus_need():
 )
 def test_impossible_questions_are_one_line(gpu, count, options, message):
     with pytest.raises(PlanError) as e:
-        ask(find_checkpoint("flash"), find_gpu(gpu), count, **options)
+        _question("flash", gpu, count, **options)
     assert message in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -182,7 +188,7 @@ def test_an_unknown_model_names_the_nearest(name):
 )
 def test_every_question_is_answered_consistently(model, gpu, count, context, concurrency, step):
     try:
-        question = ask(find_checkpoint(model), find_gpu(gpu), count, None, context, concurrency, None, step)
+        question = _question(model, gpu, count, context=context, concurrency=concurrency, max_num_batched_tokens=step)
     except PlanError:
         return
     found = plan(question)
@@ -224,7 +230,7 @@ def test_the_recipe_named_is_the_one_with_the_nearest_context():
 
 
 def test_the_proof_ends_with_the_command_that_starts_it():
-    question = ask(find_checkpoint("pro"), find_gpu("h100"), 16, engine="vllm", context=131_072)
+    question = _question("pro", "h100", 16, engine="vllm", context=131_072)
     text = describe(question, plan(question), 1)
     assert "start head: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text
     assert "start worker: vllm serve deepseek-ai/DeepSeek-V4-Pro " in text

@@ -12,11 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4.model.checkpoint import tensor_specs
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.model.tensors import tensor_specs
 from dsv4.planning.deployment import all_checkpoints, find_checkpoint
 from dsv4.planning.memory import overheads as calibration
-from dsv4.planning.memory.sglang import SglangRequest, historic_bytes_per_full_token, sglang_pool
+from dsv4.planning.memory.sglang import SglangRequest, sglang_pool
 from dsv4.planning.memory.vllm import BlockPacking, VllmPool, in_flight_tokens, vllm_pool
 from dsv4.planning.memory.weights import inventory, pipeline_layers, stage_weights
 
@@ -113,7 +113,7 @@ def test_budget_arithmetic_gives_the_available_memory_of_a_log(point):
 
 @pytest.mark.parametrize("point", POINTS["vllm_loaded"], ids=lambda p: p["what"])
 def test_loaded_memory_of_a_log_lies_in_the_predicted_range(point):
-    stage = stage_weights(find_checkpoint(point["model"]).config, point["tp"], 1, False, point["pp"], with_draft=False)[0]
+    stage = stage_weights(find_checkpoint(point["model"]).config, tp=point["tp"], dp=1, ep=False, pp=point["pp"], with_draft=False)[0]
     outside = calibration.non_torch(point["tp"])
     low, high = stage.total_bytes + outside.low, stage.total_bytes + stage.wo_a_bytes + outside.high
     assert low / GIB <= point["printed_gib"] <= high / GIB
@@ -173,7 +173,7 @@ def test_more_tokens_never_need_less(length, flight, drafts):
 
 @pytest.mark.parametrize("point", POINTS["sglang_bytes_per_full_token"], ids=lambda p: p["source"])
 def test_bytes_per_full_token_equal_the_printed_figure(point):
-    got = historic_bytes_per_full_token(
+    got = memory_table.historic_bytes_per_full_token(
         find_checkpoint(point["model"]).config,
         point["swa_full_tokens_ratio"],
         point["speculative"],
@@ -185,7 +185,9 @@ def test_bytes_per_full_token_equal_the_printed_figure(point):
 
 @pytest.mark.parametrize("point", POINTS["sglang_pool"], ids=lambda p: p["source"])
 def test_pool_tokens_follow_from_the_printed_bytes(point):
-    pool = sglang_pool(find_checkpoint("pro").config, FP8, SglangRequest(256, 8192, 0.15))
+    pool = sglang_pool(
+        find_checkpoint("pro").config, FP8, SglangRequest(max_running_requests=256, chunked_prefill_tokens=8192, swa_full_tokens_ratio=0.15)
+    )
     like = replace(pool, bytes_per_full_token=point["bytes_per_full_token"], fixed_bytes=point["fixed_gib"] * GIB)
     assert like.full_tokens(point["pool_gib"] * GIB) == pytest.approx(point["printed_tokens"], rel=0.005)
 
@@ -197,6 +199,6 @@ def test_minimum_fraction_is_what_loading_takes():
 
 def test_smaller_request_cap_leaves_more_tokens():
     config = find_checkpoint("flash").config
-    pools = [sglang_pool(config, FP8, SglangRequest(n, 4096)) for n in (8, 64, 256)]
+    pools = [sglang_pool(config, FP8, SglangRequest(max_running_requests=n, chunked_prefill_tokens=4096)) for n in (8, 64, 256)]
     tokens = [p.full_tokens(40 * GIB) for p in pools]
     assert tokens == sorted(tokens, reverse=True)

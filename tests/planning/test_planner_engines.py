@@ -10,17 +10,20 @@ from itertools import product
 import pytest
 
 from dsv4.machine.hardware import find_gpu
-from dsv4.model.kv_layout import IndexFormat, KvFormat
+from dsv4.model.kv_layout import IndexFormat, KvFormat, StateMapping
 from dsv4.planning.deployment import Deployment, Speculation, find_checkpoint
 from dsv4.planning.launch import deployment_commands
 from dsv4.planning.memory.proof import prove, sglang_stage_pool, vllm_stage_pool
 from dsv4.planning.memory.vllm import in_flight_tokens
-from dsv4.planning.planner import ask, plan
+from dsv4.planning.planner import Question, plan
 from dsv4.planning.recipe import check as recipe_check
 from dsv4.planning.recipe.schema import TESTED_VERSIONS, shipped_recipes
 
 ENGINES = {(e.name, e.version): e for e in recipe_check.find_engines()}
-BASE = Deployment(find_checkpoint("pro"), "vllm", find_gpu("h200"), 8, 1, 8, 1, True, 1, 819_200, 4096, 16, 0.95)
+BASE = Deployment(
+    checkpoint=find_checkpoint("pro"), engine="vllm", gpu=find_gpu("h200"), count=8, nodes=1, tp=8, dp=1, ep=True, pp=1,
+    max_model_len=819_200, max_num_batched_tokens=4096, max_num_seqs=16, memory_fraction=0.95, state=StateMapping.PAGED,
+)  # fmt: skip
 
 POOL_BYTES = 300 << 30
 
@@ -47,7 +50,11 @@ def _planned_cases(engine: str) -> list[dict]:
         ("flash", "a100", 8),
         ("pro", "gb200", 8),
     ):
-        for c in plan(ask(find_checkpoint(model), find_gpu(gpu), count, context=131_072, engine=engine)):
+        card = find_gpu(gpu)
+        question = Question(
+            checkpoint=find_checkpoint(model), gpu=card, count=count, nodes=card.nodes_for(count), context=131_072, engine=engine
+        )
+        for c in plan(question):
             argvs = [command.argv(rank, "10.0.0.1")[2:] for rank, command in enumerate(deployment_commands(c.deployment))]
             cases.append({"id": f"plan/{len(cases)}", "argvs": argvs, "env": []})
     return cases
@@ -77,7 +84,7 @@ def _vllm_grid() -> list[Deployment]:
         ("flash", "pro", "flash-0731"), IndexFormat, (512, 16_384), (False, True), (1, 3), (False, True)
     ):
         checkpoint = find_checkpoint(name)
-        speculation = Speculation(checkpoint.config.draft, 3) if draft else Speculation()
+        speculation = Speculation(method=checkpoint.config.draft, num_tokens=3) if draft else Speculation()
         kv = KvFormat.PLAIN if index is IndexFormat.PLAIN else KvFormat.FP8_DS_MLA
         length = 1_048_576 if step == 512 else 30_001
         grid.append(
@@ -133,9 +140,9 @@ def _sglang_grid() -> list[Deployment]:
         checkpoint = find_checkpoint(name)
         if draft and not overlap:
             continue  # speculation always overlaps
-        speculation = Speculation(checkpoint.config.draft, 3) if draft else Speculation()
+        speculation = Speculation(method=checkpoint.config.draft, num_tokens=3) if draft else Speculation()
         grid.append(
-            replace(BASE, engine="sglang", checkpoint=checkpoint, swa_full_tokens_ratio=ratio, max_num_seqs=seqs, dp=dp, pp=pp,
+            replace(BASE, engine="sglang", state=StateMapping.RING, checkpoint=checkpoint, swa_full_tokens_ratio=ratio, max_num_seqs=seqs, dp=dp, pp=pp,
                     speculation=speculation, async_scheduling=overlap)
         )  # fmt: skip
     return grid

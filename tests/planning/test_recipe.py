@@ -10,7 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4.data import MAX_YAML_BYTES, RecipeError, data_folder, read_yaml
+from dsv4.data import MAX_YAML_BYTES, data_folder, read_yaml
+from dsv4.errors import RecipeError
 from dsv4.machine.compat import SUPPORTED, is_supported
 from dsv4.planning.recipe.check import Engine, check
 from dsv4.planning.recipe.proofs import rewrite

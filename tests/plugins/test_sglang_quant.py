@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dsv4.loading import load_released
 from dsv4.machine.decide import Device
-from dsv4.model.checkpoint import tensor_specs
 from dsv4.model.config import V4Config
+from dsv4.model.tensors import tensor_specs
 from dsv4.ops import moe
 from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 from dsv4.reference.tiny import write_tiny
@@ -244,7 +244,8 @@ def test_dense_fp8_linears_are_weight_only_below_sm89(gpu: tuple[int, int]) -> N
 @pytest.mark.parametrize("capability", SM8X, ids=str)
 def test_fp8_experts_are_refused_where_no_kernel_takes_them(capability: tuple[int, int], tmp_path: Path) -> None:
     """Base checkpoints: SGLang's FP8 experts have no weight-only kernel."""
-    from dsv4_sglang.support import DeploymentError, check_gpu
+    from dsv4.errors import DeploymentError
+    from dsv4_sglang.support import check_gpu
 
     config = V4Config.from_path(write_tiny(tmp_path / "tiny", "flash", num_layers=4, experts="fp8"))
     gpu = Device("cuda", "GPU", capability)

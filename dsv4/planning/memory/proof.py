@@ -34,7 +34,7 @@ class Term:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Proof:
     """Memory of the fullest rank. `*_low` assume the high end of every overhead, `*_high` the low end.
 
@@ -85,7 +85,7 @@ def prove(deployment: Deployment, concurrency: int = 1) -> Proof:
 
 def weights_of(d: Deployment, stage: int) -> RankWeights:
     """Weights of one rank of pipeline stage `stage`."""
-    return stage_weights(d.config, d.tp, d.dp, d.ep, d.pp, d.has_draft)[stage]
+    return stage_weights(d.config, tp=d.tp, dp=d.dp, ep=d.ep, pp=d.pp, with_draft=d.has_draft)[stage]
 
 
 def vllm_stage_pool(d: Deployment, stage: int) -> VllmPool:

@@ -8,28 +8,25 @@ the window pool is sized from `--max-running-requests`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4.model.config import LayerKind, V4Config
 from dsv4.model.kv_layout import (
-    SGLANG_PAGE_TOKENS,
+    PAGE_TOKENS,
     CacheFormats,
+    CacheRole,
     IndexFormat,
-    KvFormat,
-    index_row,
-    kv_row,
+    StateMapping,
+    layer_caches,
     round_up,
-    sglang_compressed_bytes_per_entry,
-    sglang_state_ring_rows,
-    sglang_window_bytes_per_token,
-    state_row,
+    state_ring_rows,
 )
 
 EVICTION_INTERVAL = 128  # SGLANG_SWA_EVICTION_INTERVAL's default
 PREFIX_TAILS_PER_REQUEST = 4  # cached prefixes that cap mode keeps resumable, per running request
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SglangRequest:
     """What sizes the pool. max_running_requests and chunked_prefill_tokens are per attention-DP rank and per step.
 
@@ -49,7 +46,6 @@ class SglangPool:
     """Byte model of one rank's pool: `full_tokens * bytes_per_full_token + fixed_bytes`."""
 
     bytes_per_full_token: float
-    bytes_per_window_token: float
     fixed_bytes: float
     window_tokens: int | None  # cap mode's window pool; None when tied to full tokens
     swa_full_tokens_ratio: float
@@ -58,17 +54,17 @@ class SglangPool:
 
     def full_tokens(self, pool_bytes: float) -> int:
         """max_total_num_tokens that fits `pool_bytes`."""
-        return int(max(pool_bytes - self.fixed_bytes, 0) / self.bytes_per_full_token) // SGLANG_PAGE_TOKENS * SGLANG_PAGE_TOKENS
+        return int(max(pool_bytes - self.fixed_bytes, 0) / self.bytes_per_full_token) // PAGE_TOKENS * PAGE_TOKENS
 
     def bytes_for(self, full_tokens: int) -> float:
         """Pool bytes that hold `full_tokens` tokens."""
-        return round_up(full_tokens, SGLANG_PAGE_TOKENS) * self.bytes_per_full_token + self.fixed_bytes
+        return round_up(full_tokens, PAGE_TOKENS) * self.bytes_per_full_token + self.fixed_bytes
 
     def max_requests(self, full_tokens: int, context: int) -> float:
         """Requests of `context` tokens at once, by compressed KV and by window slots."""
         window = self.window_tokens
         if window is None:
-            window = int(full_tokens * self.swa_full_tokens_ratio) // SGLANG_PAGE_TOKENS * SGLANG_PAGE_TOKENS
+            window = int(full_tokens * self.swa_full_tokens_ratio) // PAGE_TOKENS * PAGE_TOKENS
         by_window = (window - self.window_tokens_in_flight) / self.live_window_tokens_per_request
         return max(min(full_tokens / context, by_window), 0.0)
 
@@ -78,23 +74,22 @@ def sglang_pool(config: V4Config, formats: CacheFormats, request: SglangRequest,
     layers = [layer for layer in config.layers if stage is None or layer.index in stage]
     speculative = request.draft_tokens > 0
     # Both indexer dtypes are priced as FP8 on NVIDIA: the FP4 path keeps the FP8 estimate.
-    index_bytes = index_row(config, CacheFormats(formats.kv, IndexFormat.FP8, formats.itemsize)).row_bytes
-    window = sglang_window_bytes_per_token(config, formats) * len(layers)
-    full = 0.0
-    hca_state = 0.0
+    priced = replace(formats, index=IndexFormat.FP8)
+    window = full = hca_state = 0.0  # bytes per window token, per full token, and for all requests
     slots = request.max_running_requests + 1
     for layer in layers:
-        if layer.kind is LayerKind.SWA:
-            continue
-        full += sglang_compressed_bytes_per_entry(config, layer, formats) / layer.compress_ratio
-        ring = sglang_state_ring_rows(layer, speculative)
-        if layer.kind is LayerKind.CSA:
-            full += index_bytes / layer.compress_ratio
-            rows = state_row(layer, config.head_dim).row_bytes + state_row(layer, config.index_head_dim).row_bytes
-            window += rows * ring / SGLANG_PAGE_TOKENS
-        else:
-            rows_allocated = round_up(slots * ring + ring + 1, 128)
-            hca_state += rows_allocated * state_row(layer, config.head_dim).row_bytes
+        for cache in layer_caches(config, layer, priced, StateMapping.RING):
+            if cache.role is CacheRole.WINDOW:
+                window += cache.page_bytes / PAGE_TOKENS
+            elif cache.role is CacheRole.COMPRESSED:
+                full += cache.page_bytes / PAGE_TOKENS
+            elif cache.role is CacheRole.INDEX_KEY:
+                full += cache.row.row_bytes / layer.compress_ratio
+            elif layer.kind is LayerKind.CSA:
+                window += cache.row.row_bytes * state_ring_rows(layer, speculative) / PAGE_TOKENS
+            else:
+                ring = state_ring_rows(layer, speculative)
+                hca_state += round_up(slots * ring + ring + 1, 128) * cache.row.row_bytes
     # The engine prices the draft's pool as one more layer of the same mix.
     inflation = (len(layers) + 1) / len(layers) if speculative else 1.0
     window_tokens = None if request.swa_full_tokens_ratio is not None else _cap_window_tokens(config, request)
@@ -102,7 +97,6 @@ def sglang_pool(config: V4Config, formats: CacheFormats, request: SglangRequest,
     window *= inflation
     return SglangPool(
         bytes_per_full_token=full * inflation + ratio * window,
-        bytes_per_window_token=window,
         fixed_bytes=hca_state + (window_tokens or 0) * window,
         window_tokens=window_tokens,
         swa_full_tokens_ratio=ratio,
@@ -114,44 +108,18 @@ def sglang_pool(config: V4Config, formats: CacheFormats, request: SglangRequest,
 def live_window_tokens(config: V4Config, request: SglangRequest) -> int:
     """Window slots that one decoding request may hold: the window, its eviction slack and the tokens being written."""
     draft = max(request.draft_tokens, 1)
-    trailing = config.sliding_window + EVICTION_INTERVAL * draft + SGLANG_PAGE_TOKENS
+    trailing = config.sliding_window + EVICTION_INTERVAL * draft + PAGE_TOKENS
     if request.draft_tokens == 0:
-        return trailing + SGLANG_PAGE_TOKENS
+        return trailing + PAGE_TOKENS
     return trailing + 2 * request.draft_tokens  # overlap scheduling keeps two steps' allocations outstanding
 
 
 def _window_tokens_in_flight(request: SglangRequest) -> int:
     chunks = 2 if request.overlap_schedule else 1
-    return chunks * request.chunked_prefill_tokens + SGLANG_PAGE_TOKENS
+    return chunks * request.chunked_prefill_tokens + PAGE_TOKENS
 
 
 def _cap_window_tokens(config: V4Config, request: SglangRequest) -> int:
     cap = live_window_tokens(config, request) * request.max_running_requests + _window_tokens_in_flight(request)
     tails = PREFIX_TAILS_PER_REQUEST * request.max_running_requests if request.radix_cache else 0
-    return round_up(cap + tails * (config.sliding_window + SGLANG_PAGE_TOKENS), SGLANG_PAGE_TOKENS)
-
-
-def historic_bytes_per_full_token(
-    config: V4Config, swa_full_tokens_ratio: float, speculative: bool, extra_layers: int = 0, hca_state_in_window: bool = False
-) -> float:
-    """bytes_per_full_token of builds before 0.5.22, which public logs print; nothing here plans with it.
-
-    They priced rows without page padding and did not inflate for a draft. extra_layers: draft layers counted as window
-    layers. hca_state_in_window: builds of May 2026 priced the ratio-128 state per window page too.
-    """
-    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
-    row = kv_row(config, formats).row_bytes
-    window = float(row * (config.num_hidden_layers + extra_layers))
-    full = 0.0
-    for layer in config.layers:
-        if layer.kind is LayerKind.SWA:
-            continue
-        full += row / layer.compress_ratio
-        state = state_row(layer, config.head_dim).row_bytes
-        if layer.kind is LayerKind.CSA:
-            full += index_row(config, formats).row_bytes / layer.compress_ratio
-            state += state_row(layer, config.index_head_dim).row_bytes
-        elif not hca_state_in_window:
-            continue
-        window += state * sglang_state_ring_rows(layer, speculative) / SGLANG_PAGE_TOKENS
-    return swa_full_tokens_ratio * window + full
+    return round_up(cap + tails * (config.sliding_window + PAGE_TOKENS), PAGE_TOKENS)

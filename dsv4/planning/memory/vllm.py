@@ -119,7 +119,7 @@ def vllm_pool(
 ) -> VllmPool:
     """The pool of one rank. Groups are formed over the whole model, then cut to the layers of pipeline stage `stage`.
 
-    mapping: PAGED is native vLLM's, SUMMARY is dsv4's own (docs/kv-mapping.md).
+    mapping: PAGED where native V4 serves, SUMMARY where dsv4's plugin does (docs/kv-mapping.md).
     """
     groups = _groups(tuple(_cache_layers(config, formats, num_draft_layers, mapping)))
     if packing is BlockPacking.COMMON_SLOTS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight bytes per rank, summed from the tensor inventory of `dsv4.model.checkpoint`.
+"""Weight bytes per rank, summed from the tensor inventory of `dsv4.model.tensors`.
 
 Both engines shard alike: linears with a shard axis over the attention tensor-parallel ranks, routed experts over all
 ranks of a pipeline stage (whole experts under expert parallelism, slices of each otherwise), the rest is replicated.
@@ -11,8 +11,8 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dsv4.model.checkpoint import Component, TensorSpec, tensor_specs
 from dsv4.model.config import V4Config
+from dsv4.model.tensors import Component, TensorSpec, tensor_specs
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def pipeline_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def stage_weights(config: V4Config, tp: int, dp: int, ep: bool, pp: int, with_draft: bool) -> tuple[RankWeights, ...]:
+def stage_weights(config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool) -> tuple[RankWeights, ...]:
     """Weights of one rank of each pipeline stage.
 
     tp: attention tensor-parallel ranks; dp: attention replicas beside each other in a stage; ep: whole experts per

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsv4.data import data_folder
+from dsv4.errors import RecipeError
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.launch import commands
 from dsv4.planning.memory.proof import Proof, Verdict, prove, sglang_stage_pool, vllm_stage_pool
 from dsv4.planning.memory.vllm import in_flight_tokens, stage_with_draft
 from dsv4.planning.memory.weights import pipeline_layers
-from dsv4.planning.recipe.schema import TESTED_VERSIONS, Recipe, RecipeError, proof_section, read_recipe
+from dsv4.planning.recipe.schema import TESTED_VERSIONS, Recipe, proof_section, read_recipe
 from dsv4.planning.rules import violations
 
 TOLERANCE = 0.01

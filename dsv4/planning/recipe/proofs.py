@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from dsv4.data import RecipeError, read_yaml
+from dsv4.data import read_yaml
+from dsv4.errors import RecipeError
 from dsv4.planning.memory.proof import prove
 from dsv4.planning.recipe.schema import parse_recipe, proof_section
 

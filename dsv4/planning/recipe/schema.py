@@ -26,11 +26,12 @@ from pydantic import (
     model_validator,
 )
 
-from dsv4.data import RecipeError, data_folder, read_yaml
-from dsv4.machine.hardware import Gpu, HardwareError, find_gpu
+from dsv4.data import data_folder, read_yaml
+from dsv4.errors import HardwareError, PlanError, RecipeError
+from dsv4.machine.hardware import find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
-from dsv4.planning.deployment import MAX_CONTEXT, Checkpoint, Deployment, PlanError, Speculation, find_checkpoint, usual_state
-from dsv4.planning.memory.proof import Proof, Verdict
+from dsv4.planning.deployment import MAX_CONTEXT, Deployment, Speculation, find_checkpoint, usual_state
+from dsv4.planning.memory.proof import Proof
 
 SCHEMA_VERSION = 1
 GIB = 1 << 30
@@ -286,7 +287,7 @@ class Recipe(_Section):
             kv=KvFormat(self.cache.kv_dtype),
             index=IndexFormat(self.cache.index_dtype),
             swa_full_tokens_ratio=self.cache.swa_full_tokens_ratio,
-            speculation=Speculation(self.speculative.method, self.speculative.num_tokens),
+            speculation=Speculation(method=self.speculative.method, num_tokens=self.speculative.num_tokens),
             moe_backend=self.kernels.moe,
             a2a_backend=self.kernels.all_to_all,
             attention_backend=self.kernels.attention,
@@ -311,7 +312,7 @@ def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
     except ValidationError as e:
         raise RecipeError(f"{where}: {_one_line(e)}") from e
     except (PlanError, HardwareError) as e:
-        raise RecipeError(f"{where}: {str(e).removeprefix('--model ').removeprefix('--gpu ')}") from e
+        raise RecipeError(f"{where}: {e}") from e
     return recipe
 
 
@@ -386,9 +387,3 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe file."""
     schema = Recipe.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-__all__ = [
-    "Checkpoint", "Gpu", "Recipe", "RecipeError", "TESTED_VERSIONS", "Verdict", "find_recipe", "json_schema", "parse_recipe",
-    "proof_section", "read_recipe", "recipe_paths", "shipped_recipes",
-]  # fmt: skip
