@@ -22,6 +22,7 @@ from dsv4.ops.indexer import reference as indexer_twin
 from dsv4.ops.indexer import triton as indexer
 from dsv4.ops.mhc import reference as mhc_twin
 from dsv4.ops.mhc import triton as mhc
+from dsv4.ops.mhc.site import PendingPost, Site, SublayerInput
 from dsv4.ops.moe import mxfp4
 from dsv4.ops.moe import reference as moe_twin
 from dsv4.ops.moe import triton as moe
@@ -207,38 +208,47 @@ def _prepare_query(m: Model, t: int, index_format: IndexFormat, device: torch.de
     return Case(lambda: run(indexer.prepare_query), lambda: run(indexer_twin.prepare_query), moved, compare="bytes")
 
 
-def _mhc_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, ...]:
-    streams = torch.randn(t, 4, m.hidden, device=device).bfloat16()
-    fn = torch.randn(24, 4 * m.hidden, device=device) * (4 * m.hidden) ** -0.5
-    return streams, fn, torch.randn(24, device=device), torch.rand(3, device=device), torch.rand(m.hidden, device=device)
+def _streams(m: Model, t: int, device: torch.device) -> Tensor:
+    return torch.randn(t, 4, m.hidden, device=device).bfloat16()
+
+
+def _site(m: Model, device: torch.device, rows: int = 24, scales: int = 3) -> Site:
+    fn = torch.randn(rows, 4 * m.hidden, device=device) * (4 * m.hidden) ** -0.5
+    base, scale, weight = torch.randn(rows, device=device), torch.rand(scales, device=device), torch.rand(m.hidden, device=device)
+    return Site(fn, base, scale, weight, 1e-6, 1e-6, 20)
+
+
+def _pending(m: Model, t: int, device: torch.device) -> PendingPost:
+    y = torch.randn(t, m.hidden, device=device).bfloat16()
+    return PendingPost(_streams(m, t, device), y, torch.rand(t, 4, device=device), torch.rand(t, 4, 4, device=device))
+
+
+def _made(made: SublayerInput) -> tuple[Tensor, ...]:
+    return made.streams, made.x, made.post, made.comb
 
 
 def _mhc_pre(m: Model, t: int, device: torch.device) -> Case:
-    args = (*_mhc_inputs(m, t, device), 1e-6, 1e-6, 20)
-    moved = t * m.hidden * 2 * 5 + args[1].numel() * 4 + t * 80
-    return Case(lambda: mhc.pre(*args), lambda: mhc_twin.pre(*args), moved, 2 * t * 24 * 4 * m.hidden)
-
-
-def _post_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(t, m.hidden, device=device).bfloat16(), torch.rand(t, 4, device=device), torch.rand(t, 4, 4, device=device)
+    streams, site = _streams(m, t, device), _site(m, device)
+    moved = t * m.hidden * 2 * 5 + site.fn.numel() * 4 + t * 80
+    flops = 2 * t * 24 * 4 * m.hidden
+    return Case(lambda: mhc.pre(streams, site), lambda: mhc_twin.pre(streams, site), moved, flops, read=_made)
 
 
 def _mhc_post(m: Model, t: int, device: torch.device) -> Case:
-    args = (torch.randn(t, 4, m.hidden, device=device).bfloat16(), *_post_inputs(m, t, device))
-    return Case(lambda: mhc.post(*args), lambda: mhc_twin.post(*args), t * (m.hidden * 2 * 9 + 80))
+    pending = _pending(m, t, device)
+    return Case(lambda: mhc.post(pending), lambda: mhc_twin.post(pending), t * (m.hidden * 2 * 9 + 80))
 
 
 def _mhc_post_pre(m: Model, t: int, device: torch.device) -> Case:
-    streams, *rest = _mhc_inputs(m, t, device)
-    args = (streams, *_post_inputs(m, t, device), *rest, 1e-6, 1e-6, 20)
-    moved = t * (m.hidden * 2 * 10 + 160) + rest[0].numel() * 4
-    return Case(lambda: mhc.post_pre(*args), lambda: mhc_twin.post_pre(*args), moved, 2 * t * 24 * 4 * m.hidden)
+    pending, site = _pending(m, t, device), _site(m, device)
+    moved = t * (m.hidden * 2 * 10 + 160) + site.fn.numel() * 4
+    flops = 2 * t * 24 * 4 * m.hidden
+    return Case(lambda: mhc.post_pre(pending, site), lambda: mhc_twin.post_pre(pending, site), moved, flops, read=_made)
 
 
 def _mhc_head(m: Model, t: int, device: torch.device) -> Case:
-    streams, fn, base, scale, weight = _mhc_inputs(m, t, device)
-    args = (streams, fn[:4].contiguous(), base[:4], scale[:1], weight, 1e-6, 1e-6)
-    return Case(lambda: mhc.head(*args), lambda: mhc_twin.head(*args), t * m.hidden * 10 + 64 * m.hidden)
+    streams, site = _streams(m, t, device), _site(m, device, rows=4, scales=1)
+    return Case(lambda: mhc.head(streams, site), lambda: mhc_twin.head(streams, site), t * m.hidden * 10 + 64 * m.hidden)
 
 
 def _route_topk(m: Model, t: int, device: torch.device) -> Case:

@@ -26,6 +26,7 @@ from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
 from dsv4.ops.compressor.ring import RingPlan, RingPooling, compress_step
 from dsv4.ops.linear import linear_fp32
+from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import Pages, Selection
 from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
@@ -221,38 +222,24 @@ class V4Attention(nn.Module):
         return self.indexer(x, qr, step.tokens, plan, pool, rope.compressed)
 
 
-class HyperConnection(nn.Module):
-    """The mixing parameters of one site."""
-
-    def __init__(self, config: V4Config, rows: int, scales: int) -> None:
-        super().__init__()
-        self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
-        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
-
-
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
-        self.config = config
         self.attn = V4Attention(config, layer, quant, add_prefix("attn", prefix))
         self.ffn = V4Moe(config, layer, quant, add_prefix("ffn", prefix))
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        mixes = config.hc_mult * (2 + config.hc_mult)
-        self.hc_attn = HyperConnection(config, mixes, 3)
-        self.hc_ffn = HyperConnection(config, mixes, 3)
+        self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
 
-    def forward(self, before: Tensor | mhc.Unmixed, rope: RopeTables, input_ids: Tensor) -> mhc.Unmixed:
-        """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
-        streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
-        after_attention = mhc.Unmixed(streams, self.attn(y, rope), post, comb)
-        streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
-        return mhc.Unmixed(streams, self.ffn(y, input_ids), post, comb)
-
-    def _collapse(self, before: Tensor | mhc.Unmixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c = self.config
-        return mhc.collapse(before, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+    def forward(self, before: Tensor | mhc.PendingPost, rope: RopeTables, input_ids: Tensor) -> mhc.PendingPost:
+        """See `decoder_step`."""
+        return decoder_step(
+            before,
+            attn_site=self.hc_attn.site(self.attn_norm.weight),
+            attn=lambda x: self.attn(x, rope),
+            ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
+            ffn=lambda x: self.ffn(x, input_ids),
+        )
 
 
 class V4Model(nn.Module):
@@ -264,19 +251,19 @@ class V4Model(nn.Module):
             V4DecoderLayer(config, layer, quant, add_prefix(f"layers.{layer.index}", prefix)) for layer in config.layers
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hc_head = HyperConnection(config, config.hc_mult, 1)
+        self.hc_head = HyperConnection(config, is_head=True)
         self.register_buffer("window_freq", inv_freq(config, compressed=False), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True), persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         c = self.config
-        streams: Tensor | mhc.Unmixed = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
+        streams: Tensor | mhc.PendingPost = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
         for layer in self.layers:
             streams = layer(streams, rope, input_ids)
-        if isinstance(streams, mhc.Unmixed):
-            streams = streams.mix()
-        return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
+        if isinstance(streams, mhc.PendingPost):
+            streams = mhc.post(streams)
+        return mhc.head(streams, self.hc_head.site(self.norm.weight))
 
 
 class DeepseekV4PluginForCausalLM(nn.Module):

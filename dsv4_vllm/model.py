@@ -36,6 +36,7 @@ from dsv4.ops import attention, check, indexer, mhc, moe
 from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor import summary
 from dsv4.ops.linear import linear_fp32
+from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, WindowPlan, rope_tables
 from dsv4.ops.rope import inv_freq
@@ -351,39 +352,25 @@ class V4Attention(nn.Module):
         _ = torch.empty_like(q), torch.empty(logits_bytes, dtype=torch.uint8, device=q.device)
 
 
-class HyperConnection(nn.Module):
-    """The mixing parameters of one site."""
-
-    def __init__(self, config: V4Config, rows: int, scales: int) -> None:
-        super().__init__()
-        self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
-        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
-
-
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         layer = config.layers[int(prefix.rsplit(".", 1)[1])]
-        self.config = config
         self.attn = V4Attention(config, layer, vllm_config, f"{prefix}.attn")
         self.ffn = V4Moe(config, layer, vllm_config, f"{prefix}.ffn")
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        mixes = config.hc_mult * (2 + config.hc_mult)
-        self.hc_attn = HyperConnection(config, mixes, 3)
-        self.hc_ffn = HyperConnection(config, mixes, 3)
+        self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
 
-    def forward(self, before: Tensor | mhc.Unmixed, rope: RopeTables, input_ids: Tensor | None) -> mhc.Unmixed:
-        """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
-        streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
-        after_attention = mhc.Unmixed(streams, self.attn(y, rope), post, comb)
-        streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
-        return mhc.Unmixed(streams, self.ffn(y, input_ids), post, comb)
-
-    def _collapse(self, before: Tensor | mhc.Unmixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c = self.config
-        return mhc.collapse(before, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+    def forward(self, before: Tensor | mhc.PendingPost, rope: RopeTables, input_ids: Tensor | None) -> mhc.PendingPost:
+        """See `decoder_step`."""
+        return decoder_step(
+            before,
+            attn_site=self.hc_attn.site(self.attn_norm.weight),
+            attn=lambda x: self.attn(x, rope),
+            ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
+            ffn=lambda x: self.ffn(x, input_ids),
+        )
 
 
 class V4Model(nn.Module):
@@ -396,7 +383,7 @@ class V4Model(nn.Module):
             config.num_hidden_layers, lambda prefix: V4DecoderLayer(config, vllm_config, prefix), prefix=f"{prefix}.layers"
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else PPMissingLayer()
-        self.hc_head = HyperConnection(config, config.hc_mult, 1) if last else PPMissingLayer()
+        self.hc_head = HyperConnection(config, is_head=True) if last else PPMissingLayer()
         device = vllm_config.device_config.device
         self.register_buffer("window_freq", inv_freq(config, compressed=False, device=device), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True, device=device), persistent=False)
@@ -414,11 +401,11 @@ class V4Model(nn.Module):
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             streams = layer(streams, rope, input_ids)
-        if isinstance(streams, mhc.Unmixed):
-            streams = streams.mix()
+        if isinstance(streams, mhc.PendingPost):
+            streams = mhc.post(streams)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": streams.flatten(1)})
-        return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
+        return mhc.head(streams, self.hc_head.site(self.norm.weight))
 
 
 class DeepseekV4ForCausalLM(nn.Module, SupportsPP):

@@ -38,9 +38,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def mix_streams(streams: torch.Tensor) -> torch.Tensor:
     """One site: the sublayer before is spread, this one's input collapsed."""
-    parameters = (torch.randn(24, 4 * DIM), torch.randn(24), torch.rand(3), torch.ones(DIM))
+    site = mhc.Site(torch.randn(24, 4 * DIM), torch.randn(24), torch.rand(3), torch.ones(DIM), EPS, EPS, ITERS)
     y, post, comb = torch.randn(T, DIM).bfloat16(), torch.rand(T, 4), torch.rand(T, 4, 4)
-    return mhc.post_pre(streams, y, post, comb, *parameters, EPS, EPS, ITERS)[0]
+    return mhc.pre(mhc.PendingPost(streams, y, post, comb), site).streams
 
 
 def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: StateMapping) -> None:
