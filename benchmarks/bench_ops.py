@@ -223,7 +223,7 @@ class Work:
 def work(connection: Connection, todo: Work, start: int, ceilings: dict[str, float]) -> None:
     """Send {"ceilings"}, then one row for each case from number `start` on."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        import interpreter_bf16
+        from tests.support import interpreter_bf16
 
         interpreter_bf16.install()
     torch.set_float32_matmul_precision("highest")

@@ -71,19 +71,12 @@ def compile_one(shipped: Shipped, target: str, ones: bool = False) -> Row:
     if nvidia:
         # Without it ptxas settles on 128 registers or fewer once a kernel spills, although 255 are allowed.
         options["maxnreg"] = min(255, 65536 // (32 * shipped.num_warps))
-    constants = dict(shipped.constants)
-    if "PTX" in constants:
-        constants["PTX"] = nvidia
-    signature = shipped.signature()
-    if ones:
-        constants |= {name: 1 for name, kind in signature.items() if kind == "i32" and not name.endswith("_stride")}
-        signature |= dict.fromkeys(constants, "constexpr")
-    names = list(shipped.kernel.arg_names)
+    arguments = shipped.arguments(target, ones)
     source = ASTSource(
         fn=shipped.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in shipped.aligned()},
+        signature=shipped.signature(arguments),
+        constexprs={a.path: a.value for a in arguments if a.type == "constexpr"},
+        attrs={a.path: [["tt.divisibility", 16]] for a in arguments if a.aligned},
     )
     gpu = GPUTarget("cuda", capability, 32) if nvidia else GPUTarget("hip", target, 64)
     try:

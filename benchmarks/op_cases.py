@@ -22,11 +22,12 @@ from dsv4.ops.indexer import reference as indexer_twin
 from dsv4.ops.indexer import triton as indexer
 from dsv4.ops.mhc import reference as mhc_twin
 from dsv4.ops.mhc import triton as mhc
+from dsv4.ops.mhc.site import PendingPost, Site, SublayerInput
 from dsv4.ops.moe import mxfp4
 from dsv4.ops.moe import reference as moe_twin
 from dsv4.ops.moe import triton as moe
-from dsv4.ops.pages import BatchView, Pages, RowsFormat
-from dsv4.ops.plan import entry_store_slots, plan_tokens
+from dsv4.ops.pages import BatchView, Pages, PageTable, RowsFormat, Selection, SlotMapping
+from dsv4.ops.plan import entry_slot_mapping, plan_tokens
 from dsv4.ops.rope import cos_sin
 
 Call = Callable[[], Any]
@@ -178,7 +179,7 @@ def _norm_rope_store(m: Model, t: int, row_format: KvFormat, device: torch.devic
     slots, weight, table = torch.randperm(t, device=device).int(), torch.rand(512, device=device), table_rows(t, device)
 
     def run(op: Callable[..., Tensor], to: Pages) -> tuple[Tensor, Tensor]:
-        return op(q, kv, weight, 1e-6, table, to, slots), to.data
+        return op(q, kv, weight, 1e-6, table, SlotMapping(to, slots)), to.data
 
     row_bytes = 584 if row_format is KvFormat.FP8_DS_MLA else 1024
     return Case(
@@ -207,38 +208,47 @@ def _prepare_query(m: Model, t: int, index_format: IndexFormat, device: torch.de
     return Case(lambda: run(indexer.prepare_query), lambda: run(indexer_twin.prepare_query), moved, compare="bytes")
 
 
-def _mhc_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, ...]:
-    streams = torch.randn(t, 4, m.hidden, device=device).bfloat16()
-    fn = torch.randn(24, 4 * m.hidden, device=device) * (4 * m.hidden) ** -0.5
-    return streams, fn, torch.randn(24, device=device), torch.rand(3, device=device), torch.rand(m.hidden, device=device)
+def _streams(m: Model, t: int, device: torch.device) -> Tensor:
+    return torch.randn(t, 4, m.hidden, device=device).bfloat16()
+
+
+def _site(m: Model, device: torch.device, rows: int = 24, scales: int = 3) -> Site:
+    fn = torch.randn(rows, 4 * m.hidden, device=device) * (4 * m.hidden) ** -0.5
+    base, scale, weight = torch.randn(rows, device=device), torch.rand(scales, device=device), torch.rand(m.hidden, device=device)
+    return Site(fn, base, scale, weight, 1e-6, 1e-6, 20)
+
+
+def _pending(m: Model, t: int, device: torch.device) -> PendingPost:
+    y = torch.randn(t, m.hidden, device=device).bfloat16()
+    return PendingPost(_streams(m, t, device), y, torch.rand(t, 4, device=device), torch.rand(t, 4, 4, device=device))
+
+
+def _made(made: SublayerInput) -> tuple[Tensor, ...]:
+    return made.streams, made.x, made.post, made.comb
 
 
 def _mhc_pre(m: Model, t: int, device: torch.device) -> Case:
-    args = (*_mhc_inputs(m, t, device), 1e-6, 1e-6, 20)
-    moved = t * m.hidden * 2 * 5 + args[1].numel() * 4 + t * 80
-    return Case(lambda: mhc.pre(*args), lambda: mhc_twin.pre(*args), moved, 2 * t * 24 * 4 * m.hidden)
-
-
-def _post_inputs(m: Model, t: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(t, m.hidden, device=device).bfloat16(), torch.rand(t, 4, device=device), torch.rand(t, 4, 4, device=device)
+    streams, site = _streams(m, t, device), _site(m, device)
+    moved = t * m.hidden * 2 * 5 + site.fn.numel() * 4 + t * 80
+    flops = 2 * t * 24 * 4 * m.hidden
+    return Case(lambda: mhc.pre(streams, site), lambda: mhc_twin.pre(streams, site), moved, flops, read=_made)
 
 
 def _mhc_post(m: Model, t: int, device: torch.device) -> Case:
-    args = (torch.randn(t, 4, m.hidden, device=device).bfloat16(), *_post_inputs(m, t, device))
-    return Case(lambda: mhc.post(*args), lambda: mhc_twin.post(*args), t * (m.hidden * 2 * 9 + 80))
+    pending = _pending(m, t, device)
+    return Case(lambda: mhc.post(pending), lambda: mhc_twin.post(pending), t * (m.hidden * 2 * 9 + 80))
 
 
 def _mhc_post_pre(m: Model, t: int, device: torch.device) -> Case:
-    streams, *rest = _mhc_inputs(m, t, device)
-    args = (streams, *_post_inputs(m, t, device), *rest, 1e-6, 1e-6, 20)
-    moved = t * (m.hidden * 2 * 10 + 160) + rest[0].numel() * 4
-    return Case(lambda: mhc.post_pre(*args), lambda: mhc_twin.post_pre(*args), moved, 2 * t * 24 * 4 * m.hidden)
+    pending, site = _pending(m, t, device), _site(m, device)
+    moved = t * (m.hidden * 2 * 10 + 160) + site.fn.numel() * 4
+    flops = 2 * t * 24 * 4 * m.hidden
+    return Case(lambda: mhc.post_pre(pending, site), lambda: mhc_twin.post_pre(pending, site), moved, flops, read=_made)
 
 
 def _mhc_head(m: Model, t: int, device: torch.device) -> Case:
-    streams, fn, base, scale, weight = _mhc_inputs(m, t, device)
-    args = (streams, fn[:4].contiguous(), base[:4], scale[:1], weight, 1e-6, 1e-6)
-    return Case(lambda: mhc.head(*args), lambda: mhc_twin.head(*args), t * m.hidden * 10 + 64 * m.hidden)
+    streams, site = _streams(m, t, device), _site(m, device, rows=4, scales=1)
+    return Case(lambda: mhc.head(streams, site), lambda: mhc_twin.head(streams, site), t * m.hidden * 10 + 64 * m.hidden)
 
 
 def _route_topk(m: Model, t: int, device: torch.device) -> Case:
@@ -339,7 +349,7 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
     tokens = plan_tokens(batch)
     pages = context // 256 + 1
     table = torch.arange(num_reqs * pages, dtype=torch.int32, device=device).view(num_reqs, pages)
-    overlap, entry_slots = (2 if ratio == 4 else 1), entry_store_slots(table, tokens, 256 // ratio, ratio)
+    overlap, entry_slots = (2 if ratio == 4 else 1), entry_slot_mapping(table, tokens, 256 // ratio, ratio)
     args = (batch, tokens.request_of_token, tokens.positions, 256, ratio, overlap, 1e-6, _entry_table(tokens.positions, ratio))
     ours = []
     for dim, row_format, _ in _POOLED[ratio]:
@@ -366,10 +376,10 @@ def _index_bytes(index_format: IndexFormat) -> int:
     return {IndexFormat.FP8: 132, IndexFormat.MXFP4: 68, IndexFormat.PLAIN: 256}[index_format]
 
 
-def _logits_case(query: Any, pages: Pages, table: Tensor, owner: Tensor, lens: Tensor, entries: int, moved: int, flops: int) -> Case:
+def _logits_case(query: Any, keys: PageTable, owner: Tensor, lens: Tensor, entries: int, moved: int, flops: int) -> Case:
     """Only what lies within each token's length is compared: the kernels leave the rest as it was."""
     valid = torch.arange(entries, device=lens.device) < lens[:, None]
-    args = (query, pages, table, owner, lens, entries)
+    args = (query, keys, owner, lens, entries)
     case = Case(lambda: indexer.logits(*args), lambda: indexer_twin.logits(*args), moved, flops)
     case.read = lambda scores: torch.where(valid, scores, 0.0)
     return case
@@ -382,9 +392,9 @@ def _logits(m: Model, t: int, entries: int, index_format: IndexFormat, device: t
     query, owner = _index_query(t, index_format, device), torch.arange(t, dtype=torch.int32, device=device)
     lens = torch.full((t,), entries, dtype=torch.int32, device=device)
     moved = t * entries * (_index_bytes(index_format) + 4)
-    case = _logits_case(query, pages, table, owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
+    case = _logits_case(query, PageTable(pages, table), owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
     if index_format is IndexFormat.FP8:
-        case.peers["deep_gemm"] = op_peers.deep_gemm(query, pages, table, lens, entries)
+        case.peers["deep_gemm"] = op_peers.deep_gemm(query, PageTable(pages, table), lens, entries)
     return case
 
 
@@ -395,7 +405,7 @@ def _prefill_logits(m: Model, t: int, entries: int, index_format: IndexFormat, d
     query, owner = _index_query(t, index_format, device), torch.zeros(t, dtype=torch.int32, device=device)
     lens = entries - (t - 1 - torch.arange(t, device=device, dtype=torch.int32)) // 4
     moved = entries * _index_bytes(index_format) + t * entries * 4
-    return _logits_case(query, pages, table, owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
+    return _logits_case(query, PageTable(pages, table), owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
 
 
 def _ragged_logits(m: Model, t: int, entries: int, device: torch.device) -> Case:
@@ -409,7 +419,7 @@ def _ragged_logits(m: Model, t: int, entries: int, device: torch.device) -> Case
     pages.data[table[behind].long()] = NAN
     query, owner = _index_query(t, IndexFormat.FP8, device), torch.arange(t, dtype=torch.int32, device=device)
     total = int(lens.sum())
-    return _logits_case(query, pages, table, owner, lens, entries, total * 136, 2 * total * 64 * 128)
+    return _logits_case(query, PageTable(pages, table), owner, lens, entries, total * 136, 2 * total * 64 * 128)
 
 
 def _topk(m: Model, t: int, n: int, device: torch.device) -> Case:
@@ -433,7 +443,7 @@ def _sparse(m: Model, t: int, keys: int, row_format: KvFormat, device: torch.dev
     entry_slots = torch.randint(0, entries.data.shape[0] * rows, (t, keys), dtype=torch.int32, device=device)
     lens = [torch.full((t,), n, dtype=torch.int32, device=device) for n in (128, keys)]
     q, sink = torch.randn(t, m.heads, 512, device=device).bfloat16(), torch.randn(m.heads, device=device)
-    args = (q, window, window_slots, lens[0], entries, entry_slots, torch.arange(t, dtype=torch.int32, device=device), lens[1], sink, 64)
+    args = (q, Selection(window, window_slots, lens[0]), Selection(entries, entry_slots, lens[1]), sink)
     row_bytes = 584 if row_format is KvFormat.FP8_DS_MLA else 1024
     case = Case(
         lambda: attention.sparse_attention(*args), lambda: attention_twin.sparse_attention(*args),
@@ -455,11 +465,10 @@ def _ragged_sparse(m: Model, t: int, keys: int, device: torch.device) -> Case:
             lens[i] = n
         slots = torch.randint(0, 128 * t, (t, width), dtype=torch.int32, device=device)
         slots = torch.where(torch.rand(t, width, device=device) < 0.2, -1, slots)
-        lists += [torch.where(torch.arange(width, device=device) < lens[:, None], slots, 128 * t).int(), lens]
+        lists.append(Selection(pages, torch.where(torch.arange(width, device=device) < lens[:, None], slots, 128 * t).int(), lens))
     q, sink = torch.randn(t, m.heads, 512, device=device).bfloat16(), torch.randn(m.heads, device=device)
-    row, table = torch.arange(t, dtype=torch.int32, device=device), table_rows(t, device)
-    args = (q, window, lists[0], lists[1], entries, lists[2], row, lists[3], sink, 64, table)
-    total = int(lists[1].sum() + lists[3].sum())
+    args = (q, *lists, sink, table_rows(t, device))
+    total = sum(int(s.lens.sum()) for s in lists)
     return Case(
         lambda: attention.sparse_attention(*args), lambda: attention_twin.sparse_attention(*args),
         total * 584 + 4 * q.numel(), 4 * total * m.heads * 512,

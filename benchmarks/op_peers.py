@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv4.model.kv_layout import KvFormat
 from dsv4.ops.moe import triton as moe
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import Pages, PageTable, Selection
 
 ROW_BYTES = 584  # of fp8_ds_mla, the only rows that FlashMLA reads
 FLOAT4_E2M1 = 562949953487106  # Marlin's id of the type: vllm.scalar_type.scalar_types.float4_e2m1f.id
@@ -61,21 +61,19 @@ def _library(pattern: str) -> None:
     torch.ops.load_library(str(files[0]))
 
 
-def flash_mla(
-    q: Tensor, window: Pages, window_slots: Tensor, window_lens: Tensor, entries: Pages, entry_slots: Tensor, entry_row: Tensor,
-    entry_lens: Tensor, sink: Tensor, rope_dim: int,
-) -> Peer:  # fmt: skip
+def flash_mla(q: Tensor, window: Selection, entries: Selection, sink: Tensor) -> Peer:
     """FlashMLA's sparse decode on the same pages. Its schedule is made once, as engines make it once a step."""
 
     def prepare() -> Callable[[], Tensor]:
         _library("_flashmla_C*.so")
-        assert window.format is KvFormat.FP8_DS_MLA
-        indices, more = window_slots[:, None].contiguous(), entry_slots[entry_row.long(), None].contiguous()
+        assert window.pages.format is KvFormat.FP8_DS_MLA
+        everyone = slice(0, q.shape[0])
+        indices, more = (s.slots_of(everyone, s.slots.shape[1])[:, None].contiguous() for s in (window, entries))
 
         def run(schedule: Tensor | None, splits: Tensor | None) -> tuple[Tensor, ...]:
             return torch.ops._flashmla_C.sparse_decode_fwd(
-                q[:, None], _rows_of(window), indices, window_lens, sink, schedule, splits, _rows_of(entries), more, entry_lens,
-                q.shape[-1], q.shape[-1] ** -0.5, None,
+                q[:, None], _rows_of(window.pages), indices, window.lens, sink, schedule, splits, _rows_of(entries.pages), more,
+                entries.lens, q.shape[-1], q.shape[-1] ** -0.5, None,
             )  # fmt: skip
 
         _, _, schedule, splits = run(None, None)
@@ -84,18 +82,21 @@ def flash_mla(
     return lazily(prepare)
 
 
-def deep_gemm(query: Any, pages: Pages, table: Tensor, lens: Tensor, entries: int) -> Peer:
+def deep_gemm(query: Any, of: PageTable, lens: Tensor, entries: int) -> Peer:
     """DeepGEMM's paged index scores on the same pages. Its schedule is made once, as engines make it once a step."""
 
     def prepare() -> Callable[[], Tensor]:
         from vllm.third_party import deep_gemm as library
 
+        pages = of.pages
         keys = pages.data.as_strided((pages.data.shape[0], 64, 1, 132), (pages.data.stride(0), 132, 132, 1))
         q, rows = query.values.view(torch.float8_e4m3fn)[:, None], lens[:, None].contiguous()
         schedule = library.get_paged_mqa_logits_metadata(rows, 64, library.get_num_sms())
 
         def run() -> Tensor:
-            scores = library.fp8_fp4_paged_mqa_logits((q, None), keys, query.weights, rows, table, schedule, entries, clean_logits=False)
+            scores = library.fp8_fp4_paged_mqa_logits(
+                (q, None), keys, query.weights, rows, of.block_table, schedule, entries, clean_logits=False
+            )
             return scores[:, :entries]
 
         return run

@@ -50,7 +50,12 @@ def words(axes: Axes) -> None:
         if j:
             arrow(axes, (first - 2, 2), (first + 1.4, 0.8))
     axes.text(-0.3, 0.4, "entries", ha="right", va="center")
-    axes.text(tokens + 0.3, 0.4, f"CSA: one per {CSA_RATIO} tokens, pooled from\nits own window (columns B)\nand the one before (columns A)", va="center")
+    axes.text(
+        tokens + 0.3,
+        0.4,
+        f"CSA: one per {CSA_RATIO} tokens, pooled from\nits own window (columns B)\nand the one before (columns A)",
+        va="center",
+    )
     axes.text(-0.3, 1.4, "pooling", ha="right", va="center")
     axes.text(query + 1, 3.1, "open window: 16, 17", ha="center")
     axes.set(xlim=(-3, 31), ylim=(-0.3, 3.5))

@@ -56,3 +56,15 @@ class EnvError(Dsv4Error):
 
 class CompatError(Dsv4Error):
     """An engine's version or structure is outside what dsv4 was tested with."""
+
+
+class OpUnavailableError(Dsv4Error):
+    """No implementation of an operator runs on the device."""
+
+
+class OpInputError(Dsv4Error):
+    """An operator was given slots, lengths or ids outside what they index."""
+
+
+class CheckImpossibleError(Dsv4Error):
+    """DSV4_CHECK=1 where values cannot be read."""

@@ -27,27 +27,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EntryPlan:
-    """Compressed entries of one ratio. store_slots, lens: [T] int32; rings: their open windows. request_slots: [R, E] int32,
-    where every entry is attended (HCA); None where an indexer chooses, as E is 262,144 a request there."""
-
-    store_slots: Tensor
-    lens: Tensor
-    request_slots: Tensor | None
-    max_entries: int
-    rings: RingPlan
-
-
-@dataclass(frozen=True)
 class StepPlan:
-    """One step. block_table: [R, n] int32, full pages; window_store, window_lens: [T] int32; window_slots: [T, 128] int32."""
+    """One step. entries, rings: by compress ratio, compressed entries and their open windows."""
 
-    tokens: plan.TokenPlan
-    block_table: Tensor
-    window_store: Tensor
-    window_slots: Tensor
-    window_lens: Tensor
-    entries: dict[int, EntryPlan]
+    window: plan.WindowPlan
+    entries: dict[int, plan.EntryPlan]
+    rings: dict[int, RingPlan]
+
+    @property
+    def tokens(self) -> plan.TokenPlan:
+        return self.window.tokens
 
 
 class V4AttentionBackend(AttentionBackend):
@@ -68,7 +57,7 @@ class V4AttentionBackend(AttentionBackend):
         self.context_len = runner.model_config.context_len
         self.ratios = sorted({layer.compress_ratio for layer in pool.config.layers} - {0})
         self.plan: StepPlan | None = None
-        self.buffers = plan.Persistent()
+        self.buffers = plan.GraphBuffers()
         self.max_bs = 0
 
     # ---- SGLang's interface ----------------------------------------------------------------------------------------
@@ -85,7 +74,7 @@ class V4AttentionBackend(AttentionBackend):
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Captured decode steps read buffers that keep their address and cover the longest context."""
-        self.plan = self._keep(self._plan(forward_batch, self.context_len), forward_batch.batch_size)
+        self.plan = self._copied(self._plan(forward_batch, self.context_len), forward_batch.batch_size)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -104,24 +93,15 @@ class V4AttentionBackend(AttentionBackend):
         # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the request it borrows.
         real = fb.out_cache_loc[: batch.num_tokens] >= PAGE_TOKENS
         tokens = plan.TokenPlan(tokens.request_of_token, tokens.positions, tokens.valid & real)
-        slots, lens = plan.window_slots(window_table, tokens, PAGE_TOKENS, self.window)
-        store = plan.token_slots(window_table, tokens, PAGE_TOKENS)
         rings = {
             CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2),
             HCA_RATIO: Rings(fb.req_pool_indices[:, None].int(), max(self.context_len, max_seq_len) + 1, HCA_RATIO, windows=1),
         }
-        entries = {}
-        for ratio in self.ratios:
-            rows, max_entries = PAGE_TOKENS // ratio, max_seq_len // ratio
-            ring = plan_single(rings[ratio], tokens) if is_decode else plan_many(rings[ratio], tokens, batch)
-            entries[ratio] = EntryPlan(
-                plan.entry_store_slots(block_table, tokens, rows, ratio),
-                plan.entry_lens(tokens, ratio),
-                plan.request_entry_slots(block_table, rows, max_entries) if ratio == HCA_RATIO else None,
-                max_entries,
-                ring,
-            )
-        return StepPlan(tokens, block_table, store, slots, lens, entries)
+        return StepPlan(
+            plan.plan_window(window_table, tokens, PAGE_TOKENS, self.window),
+            {m: plan.plan_entries(block_table, tokens, PAGE_TOKENS, m, max_seq_len) for m in self.ratios},
+            {m: plan_single(rings[m], tokens) if is_decode else plan_many(rings[m], tokens, batch) for m in self.ratios},
+        )
 
     def _tables(self, req_pool_indices: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
         """Full and window pages of every request: [R, n] int32 each; places beyond a request's length mean nothing."""
@@ -129,34 +109,29 @@ class V4AttentionBackend(AttentionBackend):
         window = self.pool.translate_loc_from_full_to_swa(starts).clamp(min=0)
         return (starts // PAGE_TOKENS).int(), (window // PAGE_TOKENS).int()
 
-    def _keep(self, step: StepPlan, batch_size: int) -> StepPlan:
-        def keep(name: str, value: Tensor) -> Tensor:
-            return self.buffers.keep(name, value, (max(self.max_bs, batch_size), *value.shape[1:]))
+    def _copied(self, step: StepPlan, batch_size: int) -> StepPlan:
+        """The step of a captured decode, in buffers that keep their address."""
 
-        tokens = plan.TokenPlan(
-            keep("request", step.tokens.request_of_token), keep("positions", step.tokens.positions), keep("valid", step.tokens.valid)
-        )
-        entries = {
-            ratio: EntryPlan(
-                keep(f"store{ratio}", e.store_slots),
-                keep(f"lens{ratio}", e.lens),
-                None if e.request_slots is None else keep(f"slots{ratio}", e.request_slots),
+        def copy(name: str, value: Tensor) -> Tensor:
+            return self.buffers.copy_in(name, value, (max(self.max_bs, batch_size), *value.shape[1:]))
+
+        def entries(m: int, e: plan.EntryPlan) -> plan.EntryPlan:
+            return plan.EntryPlan(
+                copy("block_table", e.block_table),
+                copy(f"entry_slot_mapping{m}", e.slot_mapping),
+                copy(f"entry_lens{m}", e.lens),
                 e.max_entries,
-                RingPlan(
-                    keep(f"ring_positions{ratio}", e.rings.positions),
-                    keep(f"ring_table{ratio}", e.rings.table),
-                    keep(f"ring_store{ratio}", e.rings.store_slots),
-                ),
+                None if e.request_slots is None else copy(f"request_slots{m}", e.request_slots),
             )
-            for ratio, e in step.entries.items()
-        }
+
+        def ring(m: int, r: RingPlan) -> RingPlan:
+            slots = copy(f"ring_store{m}", r.store_slots)
+            return RingPlan(copy(f"ring_positions{m}", r.positions), copy(f"ring_table{m}", r.table), slots)
+
         return StepPlan(
-            tokens,
-            keep("block_table", step.block_table),
-            keep("window_store", step.window_store),
-            keep("window_slots", step.window_slots),
-            keep("window_lens", step.window_lens),
-            entries,
+            step.window.copied(copy),
+            {m: entries(m, e) for m, e in step.entries.items()},
+            {m: ring(m, r) for m, r in step.rings.items()},
         )
 
 

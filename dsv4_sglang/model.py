@@ -24,15 +24,16 @@ from dsv4.errors import Dsv4Error
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.compressor.ring import RingPooling, compress_step
+from dsv4.ops.compressor.ring import RingPlan, RingPooling, compress_step
 from dsv4.ops.linear import linear_fp32
-from dsv4.ops.pages import Pages
-from dsv4.ops.plan import RopeTables, rope_tables
+from dsv4.ops.mhc.layer import HyperConnection, decoder_step
+from dsv4.ops.pages import Pages, Selection
+from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_sglang import released_config
 from dsv4_sglang.caches import V4Pool
 from dsv4_sglang.loading import load_weights
-from dsv4_sglang.metadata import EntryPlan, StepPlan, V4AttentionBackend
+from dsv4_sglang.metadata import StepPlan, V4AttentionBackend
 from dsv4_sglang.quant import V4QuantConfig
 
 if TYPE_CHECKING:
@@ -110,11 +111,11 @@ class V4Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def pooling(self, x: Tensor, plan: EntryPlan, pool: V4Pool, rings: Pages, entries: Pages) -> RingPooling:
+    def pooling(self, x: Tensor, slot_mapping: Tensor, ring: RingPlan, pool: V4Pool, rings: Pages, entries: Pages) -> RingPooling:
         """The step's projections of x [T, hidden], and where they go."""
         kv, gate = linear_fp32(x, self.fused_wkv_wgate.weight).chunk(2, -1)
-        scratch = pool.scratch(rings, plan.rings.num_pages) if plan.rings.num_pages else None
-        return RingPooling(kv, gate, self.ape, self.norm.weight, rings, scratch, plan.store_slots, entries)
+        scratch = pool.scratch(rings, ring.num_pages) if ring.num_pages else None
+        return RingPooling(kv, gate, self.ape, self.norm.weight, rings, scratch, slot_mapping, entries)
 
 
 class V4Indexer(nn.Module):
@@ -130,13 +131,13 @@ class V4Indexer(nn.Module):
         self.weights_proj = ReplicatedLinear(config.hidden_size, self.num_heads, bias=False, prefix=add_prefix("weights_proj", prefix))
         self.compressor = V4Compressor(config, layer, self.dim, add_prefix("compressor", prefix))
 
-    def forward(self, x: Tensor, qr: Tensor, step: StepPlan, plan: EntryPlan, pool: V4Pool, rope: Tensor, rows: int) -> Tensor:
-        """Cache slots of the chosen entries, of which a page has `rows`: [T, topk] int32, -1 in the tail."""
+    def forward(self, x: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor) -> Selection:
+        """The entries that each token attends. plan: of the entries, whose keys lie on the same pages."""
+        caches = pool.layers[self.layer]
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, self.dim))
-        query = indexer.prepare_query(q, self.weights_proj(x)[0], rope, pool.formats.index)
-        keys = pool.layers[self.layer][CacheRole.INDEX_KEY]
-        where = (keys, step.block_table, step.tokens.request_of_token, plan.lens, plan.max_entries)
-        return indexer.select(query, *where, self.topk, step.block_table, rows)
+        query = indexer.prepare_query(q, self.weights_proj(x)[0], cos_sin, pool.formats.index)
+        keys, entries = plan.table(caches[CacheRole.INDEX_KEY]), plan.table(caches[CacheRole.COMPRESSED])
+        return indexer.select(query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk)
 
 
 class V4Attention(nn.Module):
@@ -187,83 +188,58 @@ class V4Attention(nn.Module):
         qr, kv = self.fused_wqa_wkv(x)[0].split([c.q_lora_rank, c.head_dim], -1)
         qr = self.q_norm(qr.contiguous())
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, c.head_dim))
-        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
-        o = self._attend(x, qr, q, kv.contiguous(), rope, table)
+        o = self._attend(x, qr, q, kv.contiguous(), rope)
         wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
         return self.wo_b(attention.output_a(o, None, wo_a))[0]  # `_attend` has rotated back already
 
-    def _attend(self, x: Tensor, qr: Tensor, q: Tensor, kv: Tensor, rope: RopeTables, table: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, qr: Tensor, q: Tensor, kv: Tensor, rope: RopeTables) -> Tensor:
         """Write the caches, select entries, attend and rotate back: [T, H, 512]."""
         backend: V4AttentionBackend = get_attn_backend()
         pool, step = backend.pool, backend.plan
         assert step is not None
         if check.enabled():
             check.enter_layer(self.prefix, step.tokens.request_of_token)
-        caches = pool.layers[self.layer.index]
-        window = caches[CacheRole.WINDOW]
-        q = attention.norm_rope_store(q, kv, self.kv_norm.weight, self.kv_norm.variance_epsilon, table, window, step.window_store)
-        pages = slots = rows = lens = None
-        if self.compressor is not None:
-            ratio = self.layer.compress_ratio
-            plan, entry_rope = step.entries[ratio], rope.entry[ratio]
-            pages, lens = caches[CacheRole.COMPRESSED], plan.lens
-            poolings = [self.compressor.pooling(x, plan, pool, caches[CacheRole.STATE], pages)]
-            if self.indexer is not None:
-                where = (caches[CacheRole.INDEX_STATE], caches[CacheRole.INDEX_KEY])
-                poolings.append(self.indexer.compressor.pooling(x, plan, pool, *where))
-            request = step.tokens.request_of_token
-            compress_step(poolings, plan.rings, request, self.layer.overlap, self.config.rms_norm_eps, entry_rope)
-            slots, rows = plan.request_slots, step.tokens.request_of_token
-            if self.indexer is not None:
-                slots = self.indexer(x, qr, step, plan, pool, rope.compressed, pages.rows)
-                rows, lens = torch.arange(x.shape[0], device=x.device), lens.clamp(max=self.config.index_topk)
-        return attention.sparse_attention(
-            q,
-            window,
-            step.window_slots,
-            step.window_lens,
-            pages,
-            slots,
-            rows,
-            lens,
-            self.attn_sink,
-            self.config.qk_rope_head_dim,
-            table,
-        )[0]
+        norm, window = self.kv_norm, pool.layers[self.layer.index][CacheRole.WINDOW]
+        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
+        q = attention.norm_rope_store(q, kv, norm.weight, norm.variance_epsilon, table, step.window.written(window))
+        entries = self._entries(x, qr, step, pool, rope)
+        return attention.sparse_attention(q, step.window.read(window), entries, self.attn_sink, table)[0]
 
-
-class HyperConnection(nn.Module):
-    """The mixing parameters of one site."""
-
-    def __init__(self, config: V4Config, rows: int, scales: int) -> None:
-        super().__init__()
-        self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
-        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
+    def _entries(self, x: Tensor, qr: Tensor, step: StepPlan, pool: V4Pool, rope: RopeTables) -> Selection | None:
+        """Store the entries that the step completes, and select those that each token attends."""
+        if self.compressor is None:
+            return None
+        ratio, caches = self.layer.compress_ratio, pool.layers[self.layer.index]
+        plan, ring, pages = step.entries[ratio], step.rings[ratio], caches[CacheRole.COMPRESSED]
+        poolings = [self.compressor.pooling(x, plan.slot_mapping, ring, pool, caches[CacheRole.STATE], pages)]
+        if self.indexer is not None:
+            states, keys = caches[CacheRole.INDEX_STATE], caches[CacheRole.INDEX_KEY]
+            poolings.append(self.indexer.compressor.pooling(x, plan.slot_mapping, ring, pool, states, keys))
+        request, eps = step.tokens.request_of_token, self.config.rms_norm_eps
+        compress_step(poolings, ring, request, self.layer.overlap, eps, rope.entry[ratio])
+        if self.indexer is None:
+            return plan.everything(pages, step.tokens)
+        return self.indexer(x, qr, step.tokens, plan, pool, rope.compressed)
 
 
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
-        self.config = config
         self.attn = V4Attention(config, layer, quant, add_prefix("attn", prefix))
         self.ffn = V4Moe(config, layer, quant, add_prefix("ffn", prefix))
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        mixes = config.hc_mult * (2 + config.hc_mult)
-        self.hc_attn = HyperConnection(config, mixes, 3)
-        self.hc_ffn = HyperConnection(config, mixes, 3)
+        self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
 
-    def forward(self, before: Tensor | mhc.Unmixed, rope: RopeTables, input_ids: Tensor) -> mhc.Unmixed:
-        """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
-        streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
-        after_attention = mhc.Unmixed(streams, self.attn(y, rope), post, comb)
-        streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
-        return mhc.Unmixed(streams, self.ffn(y, input_ids), post, comb)
-
-    def _collapse(self, before: Tensor | mhc.Unmixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c = self.config
-        return mhc.collapse(before, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+    def forward(self, before: Tensor | mhc.PendingPost, rope: RopeTables, input_ids: Tensor) -> mhc.PendingPost:
+        """See `decoder_step`."""
+        return decoder_step(
+            before,
+            attn_site=self.hc_attn.site(self.attn_norm.weight),
+            attn=lambda x: self.attn(x, rope),
+            ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
+            ffn=lambda x: self.ffn(x, input_ids),
+        )
 
 
 class V4Model(nn.Module):
@@ -275,19 +251,19 @@ class V4Model(nn.Module):
             V4DecoderLayer(config, layer, quant, add_prefix(f"layers.{layer.index}", prefix)) for layer in config.layers
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hc_head = HyperConnection(config, config.hc_mult, 1)
+        self.hc_head = HyperConnection(config, is_head=True)
         self.register_buffer("window_freq", inv_freq(config, compressed=False), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True), persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         c = self.config
-        streams: Tensor | mhc.Unmixed = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
+        streams: Tensor | mhc.PendingPost = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
         for layer in self.layers:
             streams = layer(streams, rope, input_ids)
-        if isinstance(streams, mhc.Unmixed):
-            streams = streams.mix()
-        return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
+        if isinstance(streams, mhc.PendingPost):
+            streams = mhc.post(streams)
+        return mhc.head(streams, self.hc_head.site(self.norm.weight))
 
 
 class DeepseekV4PluginForCausalLM(nn.Module):

@@ -7,7 +7,7 @@ inflating block sizes, and prefix caching dies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,6 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
-from dsv4.model.config import HCA_RATIO
 from dsv4.model.kv_layout import PAGE_TOKENS, StateMapping
 from dsv4.ops import plan, registry
 from dsv4.ops.pages import BatchView
@@ -31,33 +30,11 @@ from dsv4_vllm.options import state_mapping
 
 
 @dataclass
-class WindowMetadata(AttentionMetadata):
-    """tokens: the step's tokens; store_slots: [T] int32; slots: [T, 128] int32; lens: [T] int32."""
-
-    tokens: plan.TokenPlan
-    store_slots: Tensor
-    slots: Tensor
-    lens: Tensor
-
-
-@dataclass
-class EntryMetadata(AttentionMetadata):
-    """block_table: [R, n] int32; store_slots, lens: [T] int32; max_entries: host bound. request_slots: [R, E] int32, where
-    every entry is attended (HCA); None where an indexer chooses, as E is 262,144 a request there."""
-
-    block_table: Tensor
-    store_slots: Tensor
-    lens: Tensor
-    request_slots: Tensor | None
-    max_entries: int
-
-
-@dataclass
 class StateMetadata(AttentionMetadata):
-    """block_table: [R, n] int32; store_slots: [T] int32."""
+    """block_table: [R, n] int32; slot_mapping: [T] int32."""
 
     block_table: Tensor
-    store_slots: Tensor
+    slot_mapping: Tensor
 
 
 @dataclass
@@ -73,7 +50,7 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
 
     def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.buffers = plan.Persistent()
+        self.buffers = plan.GraphBuffers()
         self.max_tokens = max(
             vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
         )
@@ -82,7 +59,7 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Twins read lengths on the host, so only a step made of kernels alone can be captured."""
+        """References read lengths on the host, so only a step made of kernels alone can be captured."""
         return AttentionCGSupport.UNIFORM_BATCH if _captures(vllm_config) else AttentionCGSupport.NEVER
 
     def batch_view(self, common: CommonAttentionMetadata) -> BatchView:
@@ -90,8 +67,9 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
             common.query_start_loc, common.seq_lens, common.num_actual_tokens, common.num_reqs, common.max_seq_len, common.max_query_len
         )
 
-    def keep_tokens(self, name: str, value: Tensor) -> Tensor:
-        return self.buffers.keep(name, value, (self.max_tokens, *value.shape[1:]))
+    def copy_tokens(self, name: str, value: Tensor) -> Tensor:
+        """value: [T, ...], in a buffer with room for the longest step."""
+        return self.buffers.copy_in(name, value, (self.max_tokens, *value.shape[1:]))
 
     def block_table(self, common: CommonAttentionMetadata) -> Tensor:
         # Places beyond a request's blocks may hold -1; clamping keeps address arithmetic inside the pool.
@@ -99,41 +77,28 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
 
 
 class WindowBuilder(V4MetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> WindowMetadata:
-        tokens = plan.plan_tokens(self.batch_view(common_attn_metadata))
-        table, page_tokens = self.block_table(common_attn_metadata), self.kv_cache_spec.block_size
-        slots, lens = plan.window_slots(table, tokens, page_tokens, self.kv_cache_spec.sliding_window)
-        kept = plan.TokenPlan(
-            self.keep_tokens("request", tokens.request_of_token),
-            self.keep_tokens("positions", tokens.positions),
-            self.keep_tokens("valid", tokens.valid),
-        )
-        store = plan.token_slots(table, tokens, page_tokens)
-        return WindowMetadata(kept, self.keep_tokens("store", store), self.keep_tokens("slots", slots), self.keep_tokens("lens", lens))
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> plan.WindowPlan:
+        tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
+        window = plan.plan_window(table, tokens, self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window)
+        return window.copied(self.copy_tokens)
 
 
 class EntryBuilder(V4MetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> EntryMetadata:
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> plan.EntryPlan:
         batch, table = self.batch_view(common_attn_metadata), self.block_table(common_attn_metadata)
-        tokens = plan.plan_tokens(batch)
-        ratio = int(self.kv_cache_spec.tokens_per_state)
-        rows = self.kv_cache_spec.block_size // ratio
-        max_entries = min(batch.max_seq_len, self.max_model_len) // ratio
-        store = self.keep_tokens("store", plan.entry_store_slots(table, tokens, rows, ratio))
-        lens = self.keep_tokens("lens", plan.entry_lens(tokens, ratio))
-        request_slots = None
-        if ratio == HCA_RATIO:
-            request_slots = plan.request_entry_slots(table, rows, max_entries)
-            if max_entries:
-                request_slots = self.buffers.keep("request_slots", request_slots, (self.max_reqs, self.max_model_len // ratio))
-        return EntryMetadata(table, store, lens, request_slots, max_entries)
+        ratio, max_tokens = int(self.kv_cache_spec.tokens_per_state), min(batch.max_seq_len, self.max_model_len)
+        entries = plan.plan_entries(table, plan.plan_tokens(batch), self.kv_cache_spec.block_size, ratio, max_tokens)
+        slots = entries.request_slots
+        if slots is not None and entries.max_entries:
+            slots = self.buffers.copy_in("request_slots", slots, (self.max_reqs, self.max_model_len // ratio))
+        slot_mapping, lens = self.copy_tokens("slot_mapping", entries.slot_mapping), self.copy_tokens("lens", entries.lens)
+        return replace(entries, slot_mapping=slot_mapping, lens=lens, request_slots=slots)
 
 
 class StateBuilder(V4MetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> StateMetadata:
-        tokens = plan.plan_tokens(self.batch_view(common_attn_metadata))
-        table = self.block_table(common_attn_metadata)
-        return StateMetadata(table, self.keep_tokens("store", plan.token_slots(table, tokens, self.kv_cache_spec.block_size)))
+        tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
+        return StateMetadata(table, self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size)))
 
 
 class SummaryBuilder(V4MetadataBuilder):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -35,11 +36,13 @@ from dsv4.ops import attention, check, indexer, mhc, moe
 from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor import summary
 from dsv4.ops.linear import linear_fp32
-from dsv4.ops.plan import RopeTables, TokenPlan, rope_tables
+from dsv4.ops.mhc.layer import HyperConnection, decoder_step
+from dsv4.ops.pages import PageTable, Selection
+from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, WindowPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_vllm.caches import V4Cache
 from dsv4_vllm.loading import load_weights
-from dsv4_vllm.metadata import EntryMetadata, SummaryMetadata, WindowMetadata
+from dsv4_vllm.metadata import SummaryMetadata
 from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.support import check_deployment
@@ -127,8 +130,8 @@ class V4Compressor(nn.Module):
         """The step's projections kv_gate [T, 2 * overlap * dim] fp32, with open windows kept as rows."""
         state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
         kv, gate = kv_gate.chunk(2, -1)
-        kept = (self.state_cache.pages, state.store_slots, state.block_table)
-        return compressor.Pooling(kv, gate, self.ape, self.norm.weight, *kept, entry.store_slots, self.entries.pages)
+        kept = (self.state_cache.pages, state.slot_mapping, state.block_table)
+        return compressor.Pooling(kv, gate, self.ape, self.norm.weight, *kept, entry.slot_mapping, self.entries.pages)
 
     def summarised(self, kv_gate: Tensor, metadata: dict[str, Any]) -> summary.Pooling:
         """The same with open windows kept as summaries."""
@@ -136,7 +139,7 @@ class V4Compressor(nn.Module):
         kv, gate = kv_gate.chunk(2, -1)
         kept = self.state_cache.pages.data[:, 0].unflatten(-1, (self.layer.overlap, 3, self.dim))
         tail = None if self.entries.tail is None else self.entries.tail.unflatten(-1, (3, self.dim))
-        where = (kept, state.pages, tail, entry.block_table, entry.store_slots, self.entries.pages)
+        where = (kept, state.pages, tail, entry.block_table, entry.slot_mapping, self.entries.pages)
         return summary.Pooling(kv, gate, self.ape, self.norm.weight, *where)
 
 
@@ -169,13 +172,46 @@ class V4Indexer(nn.Module):
         self.keys = keys
         self.max_entries = vllm_config.model_config.max_model_len // layer.compress_ratio
 
-    def forward(
-        self, q: Tensor, weights: Tensor, tokens: WindowMetadata, entry: EntryMetadata, rope: RopeTables, cached: EntryMetadata, rows: int
-    ) -> Tensor:
-        """Cache slots [T, topk] of the chosen entries; `cached` and `rows` say where the compressed entries are."""
-        query = indexer.prepare_query(q, weights, rope.compressed, self.keys.formats.index)
-        where = (self.keys.pages, entry.block_table, tokens.tokens.request_of_token, entry.lens, entry.max_entries)
-        return indexer.select(query, *where, self.topk, cached.block_table, rows)
+    def forward(self, inputs: IndexInputs, tokens: TokenPlan, plan: EntryPlan, entries: PageTable, cos_sin: Tensor) -> Selection:
+        """plan: of the index keys; entries: what is selected."""
+        query = indexer.prepare_query(inputs.q, inputs.weights, cos_sin, self.keys.formats.index)
+        keys = plan.table(self.keys.pages)
+        return indexer.select(query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk)
+
+
+@dataclass(frozen=True)
+class IndexInputs:
+    """q: [T, Hi, 128]; weights: [T, Hi]; kv_gate: [T, 2 * overlap * 128] fp32, what the index keys are pooled from."""
+
+    q: Tensor
+    weights: Tensor
+    kv_gate: Tensor
+
+    def first(self, n: int) -> IndexInputs:
+        """Of the first n tokens."""
+        return IndexInputs(self.q[:n], self.weights[:n], self.kv_gate[:n])
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer's attention reads of a step.
+
+    q: [T, H, 512]; kv: [T, 512]
+    kv_gate: [T, 2 * overlap * 512] fp32, what entries are pooled from; None in window-only layers
+    index: in CSA layers
+    """
+
+    q: Tensor
+    kv: Tensor
+    kv_gate: Tensor | None
+    index: IndexInputs | None
+    rope: RopeTables
+
+    def first(self, n: int) -> LayerInputs:
+        """Of the first n tokens."""
+        kv_gate = None if self.kv_gate is None else self.kv_gate[:n]
+        index = None if self.index is None else self.index.first(n)
+        return LayerInputs(self.q[:n], self.kv[:n], kv_gate, index, self.rope.first(n))
 
 
 class V4Attention(nn.Module):
@@ -237,95 +273,104 @@ class V4Attention(nn.Module):
         qr = self.q_norm(qr.contiguous())
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, c.head_dim))
         kv_gate = self.compressor.project(x) if self.compressor else None
-        index = None
+        index_q = index_weights = index_kv_gate = None
         if self.indexer is not None:
             index_q = self.indexer.wq_b(qr)[0].unflatten(-1, (c.index_n_heads, c.index_head_dim))
-            index = (index_q, self.indexer.weights_proj(x)[0], self.indexer.compressor.project(x))
+            index_weights, index_kv_gate = self.indexer.weights_proj(x)[0], self.indexer.compressor.project(x)
         o = torch.empty_like(q)
-        self.attend(q, kv.contiguous(), kv_gate, index, rope, o)
+        self.attend(
+            q=q,
+            kv=kv.contiguous(),
+            kv_gate=kv_gate,
+            index_q=index_q,
+            index_weights=index_weights,
+            index_kv_gate=index_kv_gate,
+            rope=rope,
+            out=o,
+        )
         wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
         return self.wo_b(attention.output_a(o, None, wo_a))[0]  # `attend` has rotated back already
 
     @eager_break_during_capture
     def attend(
-        self, q: Tensor, kv: Tensor, kv_gate: Tensor | None, index: tuple[Tensor, Tensor, Tensor] | None, rope: RopeTables, out: Tensor
+        self,
+        *,
+        q: Tensor,
+        kv: Tensor,
+        kv_gate: Tensor | None,
+        index_q: Tensor | None,
+        index_weights: Tensor | None,
+        index_kv_gate: Tensor | None,
+        rope: RopeTables,
+        out: Tensor,
     ) -> None:
-        """Write the caches, select entries, attend and rotate back; the result goes to `out` [T, H, 512].
+        """Attend as `_attend` does; the result goes to `out` [T, H, 512].
 
-        Mixed batches run it eagerly between captured graph segments, so that it reads the step's own metadata.
+        Mixed batches run it eagerly between captured graph segments, so that it reads the step's own metadata. Its tensors
+        are loose: vLLM holds on to those in a container, and with them to the graph's memory.
         """
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a profile or warm-up run has no caches yet
             self._take_memory(q)
             out.zero_()
             return
-        step: WindowMetadata = metadata[self.window.prefix]
-        if check.enabled():
-            check.enter_layer(self.prefix, step.tokens.request_of_token)
-        n = step.store_slots.shape[0]
-        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
-        q = attention.norm_rope_store(
-            q[:n], kv[:n], self.kv_norm.weight, self.kv_norm.variance_epsilon, table[:n], self.window.pages, step.store_slots
-        )
-        pages = slots = rows = lens = None
-        if self.compressor is not None and kv_gate is not None and self.entries is not None:
-            rope = RopeTables(rope.window[:n], rope.compressed[:n], {m: t[:n] for m, t in rope.entry.items()})
-            projected = [(self.compressor, kv_gate[:n])]
-            if self.indexer is not None and index is not None:
-                projected.append((self.indexer.compressor, index[2][:n]))
-            pool(projected, step.tokens, metadata, rope)
-            entry: EntryMetadata = metadata[self.entries.prefix]
-            pages, lens = self.entries.pages, entry.lens
-            if self.indexer is None or index is None:
-                slots, rows = entry.request_slots, step.tokens.request_of_token
-            else:
-                keys: EntryMetadata = metadata[self.indexer.keys.prefix]
-                slots = self.indexer(index[0][:n], index[1][:n], step, keys, rope, entry, pages.rows)
-                rows, lens = torch.arange(n, device=q.device), lens.clamp(max=self.config.index_topk)
-        out[:n], _ = attention.sparse_attention(
-            q, self.window.pages, step.slots, step.lens, pages, slots, rows, lens, self.attn_sink, self.config.qk_rope_head_dim, table[:n]
-        )
+        index = None
+        if index_q is not None and index_weights is not None and index_kv_gate is not None:
+            index = IndexInputs(index_q, index_weights, index_kv_gate)
+        step: WindowPlan = metadata[self.window.prefix]
+        n = step.slot_mapping.shape[0]
+        out[:n] = self._attend(LayerInputs(q, kv, kv_gate, index, rope).first(n), step, metadata)
         out[n:].zero_()
 
+    def _attend(self, inputs: LayerInputs, step: WindowPlan, metadata: dict[str, Any]) -> Tensor:
+        """Write the caches, select entries, attend and rotate back: [T, H, 512]."""
+        if check.enabled():
+            check.enter_layer(self.prefix, step.tokens.request_of_token)
+        rope, norm, window = inputs.rope, self.kv_norm, self.window.pages
+        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
+        q = attention.norm_rope_store(inputs.q, inputs.kv, norm.weight, norm.variance_epsilon, table, step.written(window))
+        entries = self._entries(inputs, step.tokens, metadata)
+        return attention.sparse_attention(q, step.read(window), entries, self.attn_sink, table)[0]
+
+    def _entries(self, inputs: LayerInputs, tokens: TokenPlan, metadata: dict[str, Any]) -> Selection | None:
+        """Store the entries that the step completes, and select those that each token attends."""
+        if self.compressor is None or inputs.kv_gate is None or self.entries is None:
+            return None
+        projected = [(self.compressor, inputs.kv_gate)]
+        if self.indexer is not None and inputs.index is not None:
+            projected.append((self.indexer.compressor, inputs.index.kv_gate))
+        pool(projected, tokens, metadata, inputs.rope)
+        plan: EntryPlan = metadata[self.entries.prefix]
+        if self.indexer is None or inputs.index is None:
+            return plan.everything(self.entries.pages, tokens)
+        keys: EntryPlan = metadata[self.indexer.keys.prefix]
+        return self.indexer(inputs.index, tokens, keys, plan.table(self.entries.pages), inputs.rope.compressed)
+
     def _take_memory(self, q: Tensor) -> None:
-        """Take what a step takes beyond its inputs, so that vLLM, which gives the KV pool the rest, has seen it."""
+        """Allocate a step's workspace during vLLM's memory profile; the KV pool gets what is left."""
         logits_bytes = 0 if self.indexer is None else indexer.workspace_bytes(q.shape[0], self.indexer.max_entries)
         _ = torch.empty_like(q), torch.empty(logits_bytes, dtype=torch.uint8, device=q.device)
-
-
-class HyperConnection(nn.Module):
-    """The mixing parameters of one site."""
-
-    def __init__(self, config: V4Config, rows: int, scales: int) -> None:
-        super().__init__()
-        self.fn = nn.Parameter(torch.empty(rows, config.hc_mult * config.hidden_size, dtype=torch.float32), requires_grad=False)
-        self.base = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(scales, dtype=torch.float32), requires_grad=False)
 
 
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         layer = config.layers[int(prefix.rsplit(".", 1)[1])]
-        self.config = config
         self.attn = V4Attention(config, layer, vllm_config, f"{prefix}.attn")
         self.ffn = V4Moe(config, layer, vllm_config, f"{prefix}.ffn")
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        mixes = config.hc_mult * (2 + config.hc_mult)
-        self.hc_attn = HyperConnection(config, mixes, 3)
-        self.hc_ffn = HyperConnection(config, mixes, 3)
+        self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
 
-    def forward(self, before: Tensor | mhc.Unmixed, rope: RopeTables, input_ids: Tensor | None) -> mhc.Unmixed:
-        """before: the streams, or the layer before with its last output still to be mixed in, which saves reading them twice."""
-        streams, y, post, comb = self._collapse(before, self.hc_attn, self.attn_norm)
-        after_attention = mhc.Unmixed(streams, self.attn(y, rope), post, comb)
-        streams, y, post, comb = self._collapse(after_attention, self.hc_ffn, self.ffn_norm)
-        return mhc.Unmixed(streams, self.ffn(y, input_ids), post, comb)
-
-    def _collapse(self, before: Tensor | mhc.Unmixed, hc: HyperConnection, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c = self.config
-        return mhc.collapse(before, hc.fn, hc.base, hc.scale, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+    def forward(self, before: Tensor | mhc.PendingPost, rope: RopeTables, input_ids: Tensor | None) -> mhc.PendingPost:
+        """See `decoder_step`."""
+        return decoder_step(
+            before,
+            attn_site=self.hc_attn.site(self.attn_norm.weight),
+            attn=lambda x: self.attn(x, rope),
+            ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
+            ffn=lambda x: self.ffn(x, input_ids),
+        )
 
 
 class V4Model(nn.Module):
@@ -338,7 +383,7 @@ class V4Model(nn.Module):
             config.num_hidden_layers, lambda prefix: V4DecoderLayer(config, vllm_config, prefix), prefix=f"{prefix}.layers"
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else PPMissingLayer()
-        self.hc_head = HyperConnection(config, config.hc_mult, 1) if last else PPMissingLayer()
+        self.hc_head = HyperConnection(config, is_head=True) if last else PPMissingLayer()
         device = vllm_config.device_config.device
         self.register_buffer("window_freq", inv_freq(config, compressed=False, device=device), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True, device=device), persistent=False)
@@ -356,11 +401,11 @@ class V4Model(nn.Module):
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             streams = layer(streams, rope, input_ids)
-        if isinstance(streams, mhc.Unmixed):
-            streams = streams.mix()
+        if isinstance(streams, mhc.PendingPost):
+            streams = mhc.post(streams)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": streams.flatten(1)})
-        return mhc.head(streams, self.hc_head.fn, self.hc_head.base, self.hc_head.scale, self.norm.weight, c.rms_norm_eps, c.hc_eps)
+        return mhc.head(streams, self.hc_head.site(self.norm.weight))
 
 
 class DeepseekV4ForCausalLM(nn.Module, SupportsPP):

@@ -2,34 +2,30 @@
 """DSV4_CHECK=1: look at slots, lengths and ids before an operator runs, and say which request and layer held bad ones.
 
 Operators mask what is out of range and go on, since a served batch must not die of one bad slot. In this mode the registry
-puts `guard` around whatever serves an operator, kernel or twin. It reads the values on the host, so it is slow, stops the
-device and cannot be captured into a CUDA graph. Without it nothing here runs.
+puts `guard` around whatever serves an operator, kernel or reference. It reads the values on the host, so it is slow, stops
+the device and cannot be captured into a CUDA graph. Without it nothing here runs.
+
+What must hold follows from types: every `Selection` and `SlotMapping` that an operator is given, in a container or in another
+dataclass too, is checked. Bare tensors that index memory have rules by name, in `RULES`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import CheckImpossibleError, OpInputError
 from dsv4.machine import env
+from dsv4.ops.pages import Pages, Selection, SlotMapping
 
 _MAX_NAMED = 8
 Arguments = Mapping[str, Any]  # an operator's, by name
-
-
-class OpInputError(Dsv4Error):
-    """An operator was given slots, lengths or ids outside what they index."""
-
-
-class CheckImpossibleError(Dsv4Error):
-    """DSV4_CHECK=1 where values cannot be read."""
 
 
 @functools.cache
@@ -62,31 +58,49 @@ def enter_layer(layer: str, request_of_token: Tensor) -> None:
 # ---- what must hold --------------------------------------------------------------------------------------------------
 
 
+def _check_selection(op: str, selection: Selection, given: Arguments) -> None:
+    slots, lens, row = selection.slots, selection.lens, selection.row
+    if row is not None:
+        _check_range(op, "row of slots", row, slots.shape[0] - 1, given)
+        slots = slots[row.long()]
+    _check_range(op, "length", lens, slots.shape[1], given)
+    counted = torch.arange(slots.shape[1], device=slots.device) < lens[:, None]
+    _check_slots(op, slots, selection.pages, counted, given)
+
+
+def _check_slot_mapping(op: str, mapping: SlotMapping, given: Arguments) -> None:
+    _check_slots(op, mapping.slots[:, None], mapping.pages, None, given)
+
+
+def _check_slots(op: str, slots: Tensor, pages: Pages, counted: Tensor | None, given: Arguments) -> None:
+    """slots: [T, K]; counted: [T, K] bool, the places that mean anything; None for all."""
+    bad = (slots < -1) | (slots >= pages.num_slots)
+    if counted is not None:
+        bad &= counted
+    _report(op, "slot", slots, bad, f"-1 or 0 .. {pages.num_slots - 1} ({pages.data.shape[0]} pages of {pages.rows} rows)", given)
+
+
+def _check_range(op: str, what: str, values: Tensor, most: int, given: Arguments, of_requests: bool = False) -> None:
+    """values: [T], or one of each request."""
+    rows = values[:, None]
+    _report(op, what, rows, (rows < 0) | (rows > most), f"0 .. {most}", given, of_requests)
+
+
+CHECK_OF_TYPE: Mapping[type, Callable[[str, Any, Arguments], None]] = {
+    Selection: _check_selection,
+    SlotMapping: _check_slot_mapping,
+}
+
+
 @dataclass(frozen=True)
 class Slots:
-    """Every slot is -1 or names a row of the pages. Names of arguments: slots [T] or [T, K] int, or [N, K] of which `row` [T]
-    says which each token reads; lens: [T], how many of each row count."""
+    """Every slot of the argument `slots`, [T] int, is -1 or names a row of the argument `pages`."""
 
     slots: str
     pages: str
-    lens: str | None = None
-    row: str | None = None
 
     def __call__(self, op: str, given: Arguments) -> None:
-        pages, slots = given.get(self.pages), given.get(self.slots)
-        if pages is None or slots is None:
-            return
-        if self.row is not None:
-            last = slots.shape[0] - 1
-            Within(self.row, "row of slots", lambda _: last)(op, given)
-            slots = slots[given[self.row].long()]
-        rows = slots.reshape(slots.shape[0], -1)
-        num_slots = pages.data.shape[0] * pages.rows
-        bad = (rows < -1) | (rows >= num_slots)
-        if self.lens is not None:
-            Within(self.lens, "length", lambda _: rows.shape[1])(op, given)
-            bad &= torch.arange(rows.shape[1], device=rows.device) < given[self.lens][:, None]
-        _report(op, "slot", rows, bad, f"-1 or 0 .. {num_slots - 1} ({pages.data.shape[0]} pages of {pages.rows} rows)", given)
+        _check_slots(op, given[self.slots][:, None], given[self.pages], None, given)
 
 
 @dataclass(frozen=True)
@@ -99,8 +113,7 @@ class Within:
     of_requests: bool = False
 
     def __call__(self, op: str, given: Arguments) -> None:
-        rows, most = given[self.values][:, None], self.bound(given)
-        _report(op, self.what, rows, (rows < 0) | (rows > most), f"0 .. {most}", given, self.of_requests)
+        _check_range(op, self.what, given[self.values], self.bound(given), given, self.of_requests)
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,6 @@ class Each:
 
 
 RULES: Mapping[str, tuple[Slots | Within | Each, ...]] = {
-    "attention.norm_rope_store": (Slots("slots", "window"),),
-    "attention.sparse": (Slots("window_slots", "window", "window_lens"), Slots("entry_slots", "entries", "entry_lens", "entry_row")),
     "compressor.save_state": (Slots("slots", "state"),),
     "compressor.compress_store": (Slots("entry_slots", "cache"),),
     "compressor.update": (Each("poolings", (Slots("state_slots", "state"), Slots("entry_slots", "cache"))),),
@@ -132,19 +143,40 @@ RULES: Mapping[str, tuple[Slots | Within | Each, ...]] = {
         ),
     ),
     "indexer.logits": (
-        Within("entry_lens", "number of entries", lambda a: min(a["max_entries"], a["block_table"].shape[1] * a["keys"].rows)),
+        Within("entry_lens", "number of entries", lambda a: min(a["max_entries"], a["keys"].block_table.shape[1] * a["keys"].pages.rows)),
     ),
     "indexer.topk": (Within("entry_lens", "number of entries", lambda a: a["logits"].shape[1]),),
     "moe.route_hash": (Within("input_ids", "token id", lambda a: a["tid2eid"].shape[0] - 1),),
 }
 
 
+def applies(op: str, reference: Callable[..., Any]) -> bool:
+    """Whether anything that `op` is given is checked, by the types of its reference's parameters or by name."""
+    return op in RULES or any(_mentions(hint) for name, hint in get_type_hints(reference).items() if name != "return")
+
+
+def _mentions(hint: Any) -> bool:
+    if hint in CHECK_OF_TYPE:
+        return True
+    inner = get_type_hints(hint).values() if is_dataclass(hint) else get_args(hint)
+    return any(_mentions(each) for each in inner)
+
+
+def _checked_in(value: Any) -> Iterator[Any]:
+    """Everything of a checked type in an argument."""
+    if type(value) in CHECK_OF_TYPE:
+        yield value
+    elif isinstance(value, (list, tuple)) or is_dataclass(value):
+        for each in value if isinstance(value, (list, tuple)) else vars(value).values():
+            yield from _checked_in(each)
+
+
 def guard(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which serves `op`, behind the rules of `op`.
+    """`function`, which serves `op`, behind the checks of what it is given.
 
     It raises OpInputError for what breaks a rule, and CheckImpossibleError while a CUDA graph is captured.
     """
-    rules = RULES[op]
+    rules = RULES.get(op, ())
     parameters = inspect.signature(function)
 
     @functools.wraps(function)
@@ -155,6 +187,9 @@ def guard(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 " serve without graphs (vLLM: --enforce-eager, SGLang: --disable-cuda-graph) or unset DSV4_CHECK"
             )
         given = parameters.bind(*args, **kwargs).arguments
+        for argument in given.values():
+            for value in _checked_in(argument):
+                CHECK_OF_TYPE[type(value)](op, value, given)
         for rule in rules:
             rule(op, given)
         return function(*args, **kwargs)
@@ -167,7 +202,7 @@ def _report(op: str, what: str, rows: Tensor, bad: Tensor, allowed: str, given: 
     at = bad.nonzero().tolist()
     if not at:
         return
-    # An operator that was given part of a step says itself whose tokens they are.
+    # Operators called on a slice pass their own request_of_token.
     owners = given.get("request_of_token")
     if owners is None and _place is not None:
         owners = _place.request_of_token

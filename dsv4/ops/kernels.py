@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -92,36 +92,92 @@ def register_limit(device: torch.device, num_warps: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Argument:
+    """One argument of a compiled kernel, or one element of a group of them.
+
+    path: (argument,), or (argument, element, ...) in a group
+    name: the argument's, or the element's
+    type: Triton's, "constexpr" for a constant, whose value is `value`
+    """
+
+    path: tuple[int, ...]
+    name: str
+    type: str
+    value: Any = None
+
+    @property
+    def aligned(self) -> bool:
+        """Divisible by 16, as PyTorch's pointers and V4's strides are."""
+        return self.type.startswith("*") or (self.type != "constexpr" and self.name.endswith("stride"))
+
+
+@dataclass(frozen=True)
 class Shipped:
     """One configuration that serves, for `make kernels`: compiled for every target, with its resources bounded.
 
-    types: "*bf16", "i32", ... by argument name, where `_type_of`'s rules do not give it. spill: bytes of registers a lane
-    may spill by target, 0 for the others; a budget is what was measured when it was written, not a wish.
-    vendor: nvidia or amd for a configuration that serves only there.
+    types: "*bf16", "i32", ... by argument name, where `_type_of`'s rules do not give it
+    constants: values of the constexpr arguments
+    spill: bytes of registers a lane may spill by target, 0 for the others; what was measured, not a wish
+    vendor: nvidia or amd for a configuration that serves only there
+
+    A kernel that takes a group of values takes a NamedTuple. Its type is the same NamedTuple filled with types; what is no
+    string in it is a constant, which a kernel must use in place (`keys.rows`): assigned to a variable, it is one no more.
+
+        class Keys(NamedTuple):
+            pages: Any
+            page_stride: Any
+            rows: Any  # constexpr
+
+        kernel[grid](Keys(data, data.stride(0), tl.constexpr(64)), out)
+        Shipped("read", kernel, {"keys": Keys("*u8", "i32", 64), "out": "*bf16"}, {}, num_warps=4)
     """
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
+    types: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int = 2
     spill: Mapping[str, int] = field(default_factory=dict)
     vendor: str = ""
 
-    def signature(self) -> dict[str, str]:
-        """Triton's type of every argument; constexprs are named as such."""
-        return {name: "constexpr" if name in self.constants else self._type_of(name) for name in self.kernel.arg_names}
+    def arguments(self, target: str, ones: bool = False) -> list[Argument]:
+        """What it is compiled for. ones: with every integer as 1, which Triton makes a constant."""
+        found: list[Argument] = []
+        for at, name in enumerate(self.kernel.arg_names):
+            constant = name in self.constants
+            found += _leaves((at,), name, self.constants[name] if constant else self._type_of(name), constant)
+        if ones:
+            found = [replace(a, type="constexpr", value=1) if a.type == "i32" and not a.aligned else a for a in found]
+        return [replace(a, value=target.startswith("sm")) if a.name == "PTX" else a for a in found]
+
+    def signature(self, arguments: Sequence[Argument]) -> dict[str, Any]:
+        """Triton's type of every argument, groups as they are given."""
+        types = {a.path: a.type for a in arguments}
+        return {name: _regroup((at,), types, self.types.get(name)) for at, name in enumerate(self.kernel.arg_names)}
 
     def serves(self, target: str) -> bool:
         """Whether it is used on a target (sm90, gfx942, ...)."""
         return self.vendor in ("", "nvidia" if target.startswith("sm") else "amd")
 
-    def _type_of(self, name: str) -> str:
+    def _type_of(self, name: str) -> Any:
         if name in self.types:
             return self.types[name]
         return "fp32" if name in ("eps", "rms_eps", "hc_eps", "scale_log2") else "i32"
 
-    def aligned(self) -> list[str]:
-        """Arguments divisible by 16, as PyTorch's pointers and V4's strides are."""
-        return [n for n, t in self.signature().items() if t.startswith("*") or n.endswith("_stride")]
+
+def _is_group(given: Any) -> bool:
+    return isinstance(given, tuple) and hasattr(given, "_fields")
+
+
+def _leaves(path: tuple[int, ...], name: str, given: Any, constant: bool) -> list[Argument]:
+    if _is_group(given) and not constant:
+        elements = enumerate(zip(given._fields, given, strict=True))
+        return [leaf for at, (of, element) in elements for leaf in _leaves((*path, at), of, element, not isinstance(element, (str, tuple)))]
+    return [Argument(path, name, "constexpr", given) if constant else Argument(path, name, given)]
+
+
+def _regroup(path: tuple[int, ...], types: Mapping[tuple[int, ...], str], like: Any) -> Any:
+    if path in types:
+        return types[path]
+    return type(like)(*(_regroup((*path, at), types, element) for at, element in enumerate(like)))

@@ -12,6 +12,7 @@ from dsv4.model.kv_layout import INDEX_MXFP4_GROUP, KV_QUANT_GROUP, CacheSpec, I
 from dsv4.ops.quant.reference import decode_row, encode_row
 
 RowsFormat = KvFormat | IndexFormat
+KV_ROPE_DIM = 64  # the rotated channels of an attention row; fp8_ds_mla keeps them in bf16
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Pages:
     format: RowsFormat
 
     @property
+    def num_slots(self) -> int:
+        return self.data.shape[0] * self.rows
+
+    @property
     def packed(self) -> bool:
         return self.format not in (KvFormat.PLAIN, IndexFormat.PLAIN)
 
@@ -38,6 +43,47 @@ def view_pages(memory: Tensor, spec: CacheSpec, row_format: RowsFormat) -> Pages
         data = memory if memory.dtype is torch.uint8 else memory.view(torch.uint8)
         pages = Pages(data.flatten(1), spec.rows_per_page, row_format)
     return pages
+
+
+@dataclass(frozen=True)
+class SlotMapping:
+    """The row of a cache that each token writes.
+
+    slots: [T] int32; -1 writes nothing
+    """
+
+    pages: Pages
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A cache and each request's pages in it.
+
+    block_table: [R, n] int32
+    """
+
+    pages: Pages
+    block_table: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of one cache that each token attends: the first lens[t] places of a list; slots outside the cache are skipped.
+
+    slots: [N, K] int32, the lists
+    lens: [T] int32
+    row: [T] int32, which list token t reads; None when list t is token t's own
+    """
+
+    pages: Pages
+    slots: Tensor
+    lens: Tensor
+    row: Tensor | None = None
+
+    def slots_of(self, tokens: slice, width: int) -> Tensor:
+        """The first `width` places of some tokens' lists: [t, width] int32."""
+        return self.slots[tokens, :width] if self.row is None else self.slots[self.row[tokens].long(), :width]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ as the engine, so that captured CUDA graphs read the values of the step being re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsv4.model.config import CSA_RATIO, HCA_RATIO
-from dsv4.ops.pages import BatchView
+from dsv4.ops.pages import BatchView, Pages, PageTable, Selection, SlotMapping
 from dsv4.ops.rope import cos_sin
 
 
@@ -24,6 +25,10 @@ class TokenPlan:
     request_of_token: Tensor
     positions: Tensor
     valid: Tensor
+
+    def copied(self, copy: Callable[[str, Tensor], Tensor]) -> TokenPlan:
+        """The same in the buffers that `copy` returns for a name and a value."""
+        return TokenPlan(copy("request", self.request_of_token), copy("positions", self.positions), copy("valid", self.valid))
 
 
 def plan_tokens(batch: BatchView) -> TokenPlan:
@@ -57,7 +62,41 @@ def window_slots(block_table: Tensor, tokens: TokenPlan, page_tokens: int, windo
     return torch.where(inside, page * page_tokens + (at % page_tokens).int(), -1), lens
 
 
-def entry_store_slots(block_table: Tensor, tokens: TokenPlan, rows_per_page: int, ratio: int) -> Tensor:
+@dataclass(frozen=True)
+class WindowPlan:
+    """A step's windows.
+
+    slot_mapping: [T] int32, where each token's row goes
+    slots, lens: [T, 128] and [T] int32, what each token attends, see `window_slots`
+    """
+
+    tokens: TokenPlan
+    slot_mapping: Tensor
+    slots: Tensor
+    lens: Tensor
+
+    def written(self, pages: Pages) -> SlotMapping:
+        """What the step writes, in one layer's pages."""
+        return SlotMapping(pages, self.slot_mapping)
+
+    def read(self, pages: Pages) -> Selection:
+        """What the step reads, in one layer's pages."""
+        return Selection(pages, self.slots, self.lens)
+
+    def copied(self, copy: Callable[[str, Tensor], Tensor]) -> WindowPlan:
+        """The same in the buffers that `copy` returns for a name and a value."""
+        return WindowPlan(
+            self.tokens.copied(copy), copy("slot_mapping", self.slot_mapping), copy("slots", self.slots), copy("lens", self.lens)
+        )
+
+
+def plan_window(block_table: Tensor, tokens: TokenPlan, page_tokens: int, window: int) -> WindowPlan:
+    """block_table: [R, n] int32, pages of one row per token."""
+    slots, lens = window_slots(block_table, tokens, page_tokens, window)
+    return WindowPlan(tokens, token_slots(block_table, tokens, page_tokens), slots, lens)
+
+
+def entry_slot_mapping(block_table: Tensor, tokens: TokenPlan, rows_per_page: int, ratio: int) -> Tensor:
     """The slot of the entry that each token completes: [T] int32, -1 for tokens that complete none."""
     entry = tokens.positions // ratio
     page = block_table[tokens.request_of_token.long(), entry // rows_per_page]
@@ -76,11 +115,49 @@ def request_entry_slots(block_table: Tensor, rows_per_page: int, max_entries: in
     return block_table[:, entry // rows_per_page] * rows_per_page + (entry % rows_per_page).int()
 
 
-def selected_slots(selected: Tensor, block_table: Tensor, request_of_token: Tensor, rows_per_page: int) -> Tensor:
-    """Slots of selected entries: selected [T, K] int32 with -1 for none; [T, K] int32 with -1 kept."""
-    at = selected.clamp(min=0).long()
-    page = block_table[request_of_token.long()[:, None], at // rows_per_page]
-    return torch.where(selected >= 0, page * rows_per_page + (at % rows_per_page).int(), -1)
+def topk_slots(topk_indices: Tensor, entries: PageTable, request_of_token: Tensor) -> Tensor:
+    """Slots of entries: topk_indices [T, K] int32, relative to the token's request; [T, K] int32, -1 is kept."""
+    at, rows = topk_indices.clamp(min=0).long(), entries.pages.rows
+    page = entries.block_table[request_of_token.long()[:, None], at // rows]
+    return torch.where(topk_indices >= 0, page * rows + (at % rows).int(), -1)
+
+
+@dataclass(frozen=True)
+class EntryPlan:
+    """A step's compressed entries in one cache.
+
+    block_table: [R, n] int32
+    slot_mapping: [T] int32, where the entry that each token completes goes
+    lens: [T] int32, visible entries; max_entries: host bound on them
+    request_slots: [R, E] int32, where every entry is attended (HCA); None where an indexer chooses, as E is 262,144 there
+    """
+
+    block_table: Tensor
+    slot_mapping: Tensor
+    lens: Tensor
+    max_entries: int
+    request_slots: Tensor | None
+
+    def table(self, pages: Pages) -> PageTable:
+        """One layer's pages, by request."""
+        return PageTable(pages, self.block_table)
+
+    def everything(self, pages: Pages, tokens: TokenPlan) -> Selection:
+        """Every visible entry of each token's request, in one layer's pages."""
+        assert self.request_slots is not None, "an indexer chooses these entries"
+        return Selection(pages, self.request_slots, self.lens, tokens.request_of_token)
+
+
+def plan_entries(block_table: Tensor, tokens: TokenPlan, page_tokens: int, ratio: int, max_tokens: int) -> EntryPlan:
+    """page_tokens: tokens whose entries share a page; max_tokens: host bound on the context."""
+    rows, max_entries = page_tokens // ratio, max_tokens // ratio
+    return EntryPlan(
+        block_table,
+        entry_slot_mapping(block_table, tokens, rows, ratio),
+        entry_lens(tokens, ratio),
+        max_entries,
+        request_entry_slots(block_table, rows, max_entries) if ratio == HCA_RATIO else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +169,10 @@ class RopeTables:
     compressed: Tensor
     entry: dict[int, Tensor]
 
+    def first(self, n: int) -> RopeTables:
+        """Of the first n tokens."""
+        return RopeTables(self.window[:n], self.compressed[:n], {m: table[:n] for m, table in self.entry.items()})
+
 
 def rope_tables(positions: Tensor, window_freq: Tensor, compressed_freq: Tensor) -> RopeTables:
     """positions: [T]; window_freq, compressed_freq: [rope_dim / 2] fp32, of the two kinds of layers."""
@@ -99,13 +180,13 @@ def rope_tables(positions: Tensor, window_freq: Tensor, compressed_freq: Tensor)
     return RopeTables(cos_sin(positions, window_freq), cos_sin(positions, compressed_freq), entry)
 
 
-class Persistent:
+class GraphBuffers:
     """Buffers that keep their address and shape from step to step, as a captured CUDA graph needs."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def keep(self, name: str, value: Tensor, capacity: tuple[int, ...]) -> Tensor:
+    def copy_in(self, name: str, value: Tensor, capacity: tuple[int, ...]) -> Tensor:
         """Copy `value` into the buffer `name` of shape `capacity`; return the buffer's first value.shape[0] rows.
 
         Columns beyond the value's keep what earlier steps left there. Raises ValueError when the value does not fit.

@@ -18,7 +18,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import OpUnavailableError
 from dsv4.machine import env
 from dsv4.ops import check
 from dsv4.ops.kernels import refuse_triton
@@ -30,10 +30,6 @@ R = TypeVar("R")
 
 # Why an implementation cannot run on a device, or None when it can.
 Refusal = Callable[[torch.device], str | None]
-
-
-class OpUnavailableError(Dsv4Error):
-    """No implementation of an operator runs on the device."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +115,15 @@ def _choose(op: Operator[..., Any], device: torch.device) -> Choice:
         if refusal is None:
             module, _, function = offer.target.partition(":")
             reason = "; ".join(refusals) or "preferred"
-            return _choice(op.name, offer.name, reason, getattr(importlib.import_module(module), function))
+            return _choice(op, offer.name, reason, getattr(importlib.import_module(module), function))
         refusals.append(f"{offer.name}: {refusal}")
     raise OpUnavailableError(f"{op.name}: nothing runs on {device} with DSV4_OPS={mode} ({'; '.join(refusals)})")
 
 
-def _choice(op: str, impl: str, reason: str, function: Callable[..., Any]) -> Choice:
-    if check.enabled() and op in check.RULES:
-        function, reason = check.guard(op, function), f"{reason}; checked"
-    return Choice(op, impl, reason, function)
+def _choice(op: Operator[..., Any], impl: str, reason: str, function: Callable[..., Any]) -> Choice:
+    if check.enabled() and check.applies(op.name, op.reference):
+        function, reason = check.guard(op.name, function), f"{reason}; checked"
+    return Choice(op.name, impl, reason, function)
 
 
 def _refuse_by_mode(offer: Implementation, mode: str, device: torch.device, has_kernel: bool) -> str | None:

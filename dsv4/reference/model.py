@@ -2,7 +2,7 @@
 """The whole model on one sequence, without paging: the truth for parity tests.
 
 Attention is written densely from the paper's equations, so that it shares no paging, no slots and no state cache with
-the engines' path; the mathematics of single rows comes from the operators' twins. Source: spec section 3.
+the engines' path; the mathematics of single rows comes from the operators' references. Source: spec section 3.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dsv4.ops.attention.reference import output_a
 from dsv4.ops.compressor.paged.reference import pool
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.indexer.reference import prepare_query, query_values
+from dsv4.ops.mhc import Site
 from dsv4.ops.mhc import reference as mhc
 from dsv4.ops.moe import reference as moe
 from dsv4.ops.norm import head_rms_norm, rms_norm
@@ -74,25 +75,19 @@ class ReferenceModel:
         streams = w["embed.weight"][tokens][:, None].repeat(1, c.hc_mult, 1)  # [T, n, D]
         for layer in c.layers:
             streams = self._layer(layer, streams, tokens)
-        hidden = mhc.head(streams, w["hc_head_fn"], w["hc_head_base"], w["hc_head_scale"], w["norm.weight"], c.rms_norm_eps, c.hc_eps)
+        hidden = mhc.head(streams, self._site("hc_head", "norm"))
         return hidden.float() @ w["head.weight"].T
 
     def _layer(self, layer: LayerSpec, streams: Tensor, tokens: Tensor) -> Tensor:
         for site, norm, sublayer in (("attn", "attn_norm", self._attention), ("ffn", "ffn_norm", self._ffn)):
-            hc = {part: self._weight(layer, f"hc_{site}_{part}") for part in ("fn", "base", "scale")}
-            c = self.config
-            y, post, comb = mhc.pre(
-                streams,
-                hc["fn"],
-                hc["base"],
-                hc["scale"],
-                self._weight(layer, f"{norm}.weight"),
-                c.rms_norm_eps,
-                c.hc_eps,
-                c.hc_sinkhorn_iters,
-            )
-            streams = mhc.post(streams, sublayer(layer, y, tokens), post, comb)
+            prefix = f"layers.{layer.index}"
+            at = mhc.pre(streams, self._site(f"{prefix}.hc_{site}", f"{prefix}.{norm}"))
+            streams = mhc.post(at.pending(sublayer(layer, at.x, tokens)))
         return streams
+
+    def _site(self, name: str, norm: str) -> Site:
+        c, (fn, base, scale) = self.config, (self.weights[f"{name}_{part}"] for part in ("fn", "base", "scale"))
+        return Site(fn, base, scale, self.weights[f"{norm}.weight"], c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
 
     def _weight(self, layer: LayerSpec, name: str) -> Tensor:
         return self.weights[f"layers.{layer.index}.{name}"]
@@ -121,7 +116,7 @@ class ReferenceModel:
             entries = self._compress(layer, x, "attn.compressor", c.head_dim, self.quantisation.kv)
             seen = torch.arange(entries.shape[0]) < ((t + 1) // layer.compress_ratio)[:, None]
             if layer.kind is LayerKind.CSA:
-                seen = self._selected(layer, x, qr, table, seen)
+                seen = self._visible_topk(layer, x, qr, table, seen)
             keys, visible = torch.cat([keys, entries]), torch.cat([visible, seen], 1)
         o = _attend(q, keys, visible, self._weight(layer, "attn.attn_sink"))
         wo_a = self._weight(layer, "attn.wo_a.weight").unflatten(0, (c.o_groups, c.o_lora_rank))
@@ -151,14 +146,14 @@ class ReferenceModel:
             entry = hadamard(entry.bfloat16())
         return self._stored(entry, row_format)
 
-    def _selected(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor, seen: Tensor) -> Tensor:
+    def _visible_topk(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor, seen: Tensor) -> Tensor:
         """Of the visible entries, those the indexer selects: bool [T, E]."""
-        chosen = torch.zeros_like(seen)
+        topk_mask = torch.zeros_like(seen)
         if seen.shape[1]:
             score = self._index_scores(layer, x, qr, table).masked_fill(~seen, float("-inf"))
             order = score.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.index_topk]
-            chosen.scatter_(1, order, True)
-        return chosen & seen
+            topk_mask.scatter_(1, order, True)
+        return topk_mask & seen
 
     def _index_scores(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor) -> Tensor:
         """Every token's score of every entry: fp32 [T, E]."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 import torch
 
+from dsv4.errors import CheckImpossibleError, OpInputError
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops import attention, check, indexer, moe, registry
 from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor import summary
-from dsv4.ops.pages import BatchView, Pages
+from dsv4.ops.pages import BatchView, Pages, PageTable, Selection, SlotMapping
 from tests.support.kernel_cases import fill_pages, make_pages
 
 CPU = torch.device("cpu")
@@ -50,9 +51,8 @@ def window() -> Pages:
 
 
 def norm_rope_store(slots: Ints = (0, -1, 63)) -> None:
-    attention.norm_rope_store(
-        torch.randn(3, 8, 512).bfloat16(), torch.randn(3, 512).bfloat16(), torch.ones(512), 1e-6, torch.zeros(3, 64), window(), ints(*slots)
-    )
+    q, kv = torch.randn(3, 8, 512).bfloat16(), torch.randn(3, 512).bfloat16()
+    attention.norm_rope_store(q, kv, torch.ones(512), 1e-6, torch.zeros(3, 64), SlotMapping(window(), ints(*slots)))
 
 
 def sparse(
@@ -64,8 +64,8 @@ def sparse(
 ) -> None:
     pages = window()
     q = torch.randn(3, 8, 512).bfloat16()
-    where = (pages, ints(*slots), ints(*lens), pages, ints(*entry_slots), ints(*entry_row), ints(*entry_lens))
-    attention.sparse_attention(q, *where, torch.zeros(8), 64)
+    entries = Selection(pages, ints(*entry_slots), ints(*entry_lens), ints(*entry_row))
+    attention.sparse_attention(q, Selection(pages, ints(*slots), ints(*lens)), entries, torch.zeros(8))
 
 
 def state_and_cache() -> tuple[Pages, Pages]:
@@ -105,7 +105,8 @@ def select(lens: Ints = (64, 0, 3)) -> None:
     keys = make_pages(IndexFormat.FP8, 2, 64, 128)
     fill_pages(keys, torch.arange(128), torch.randn(128, 128), 0)
     query = indexer.prepare_query(torch.randn(3, 16, 128).bfloat16(), torch.randn(3, 16), torch.zeros(3, 64), IndexFormat.FP8)
-    indexer.select(query, keys, ints([0], [1]), ints(0, 0, 1), ints(*lens), 64, 16)
+    table = PageTable(keys, ints([0], [1]))
+    indexer.select(query, table, table, ints(0, 0, 1), ints(*lens), max_entries=64, k=16)
 
 
 def choose(lens: Ints = (8, 0, 3)) -> None:
@@ -151,7 +152,7 @@ def test_what_is_in_range_passes(call: Callable[[], None]) -> None:
     ("call", "bad", "message"), BAD, ids=[f"{call.__name__}-{'-'.join(bad)}-{i}" for i, (call, bad, _) in enumerate(BAD)]
 )
 def test_what_is_not_is_reported_with_its_request_and_layer(call: Callable[..., None], bad: dict[str, Ints], message: str) -> None:
-    with pytest.raises(check.OpInputError) as raised:
+    with pytest.raises(OpInputError) as raised:
         call(**bad)
     assert message.format(LAYER) in str(raised.value)
 
@@ -160,7 +161,7 @@ def test_what_is_not_is_reported_with_its_request_and_layer(call: Callable[..., 
 def test_many_bad_slots_are_counted() -> None:
     pages, slots = make_pages(KvFormat.PLAIN, 1, 4, 16, torch.float32), torch.arange(4, 24, dtype=torch.int32)
     kv = torch.randn(20, 8)
-    with pytest.raises(check.OpInputError, match="token 7, place 0: 11 and 12 more"):
+    with pytest.raises(OpInputError, match="token 7, place 0: 11 and 12 more"):
         compressor.save_state(kv, kv, torch.randn(4, 8), torch.arange(20), pages, slots)
 
 
@@ -168,7 +169,7 @@ def test_many_bad_slots_are_counted() -> None:
 def test_a_graph_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(check.CheckImpossibleError, match=r"indexer\.topk: DSV4_CHECK=1 .* --enforce-eager.*--disable-cuda-graph"):
+    with pytest.raises(CheckImpossibleError, match=r"indexer\.topk: DSV4_CHECK=1 .* --enforce-eager.*--disable-cuda-graph"):
         choose()
 
 
@@ -180,9 +181,9 @@ def test_no_graph_is_promised_and_the_choice_says_that_it_is_checked() -> None:
 
 
 def test_without_the_mode_the_operators_own_functions_are_called() -> None:
-    for op in check.RULES:
-        function = registry.OPERATORS[op].choice(CPU).function
-        assert function is inspect.unwrap(function), op
+    for name, op in registry.OPERATORS.items():
+        function = op.choice(CPU).function
+        assert function is inspect.unwrap(function), name
     choose((9, 0, 3))
 
 
@@ -222,5 +223,28 @@ def test_every_argument_that_indexes_memory_has_a_rule() -> None:
 def test_rules_name_arguments_that_exist() -> None:
     for op, function in implementations():
         for rule in rules_of(op):
-            names = [rule.values] if isinstance(rule, check.Within) else [rule.slots, rule.pages, rule.lens, rule.row]
-            assert {n for n in names if n is not None} <= arguments(op, function), (op, function)
+            names = [rule.values] if isinstance(rule, check.Within) else [rule.slots, rule.pages]
+            assert set(names) <= arguments(op, function), (op, function)
+
+
+def test_what_a_type_promises_is_checked_in_lists_and_in_other_types() -> None:
+    @dataclass
+    class State:
+        entries: SlotMapping
+
+    def store(states: Sequence[State], x: torch.Tensor | None = None) -> None: ...
+
+    def read(selection: Selection | None) -> None: ...
+
+    def neither(x: torch.Tensor, pages: Pages) -> None: ...
+
+    assert [check.applies("none", f) for f in (read, neither)] == [True, False]
+    states = [State(SlotMapping(window(), ints(0))), State(SlotMapping(window(), ints(64)))]
+    with pytest.raises(OpInputError, match=r"none.*: slot out of range at .*token 0, place 0: 64"):
+        check.guard("none", store)(states)
+    check.guard("none", store)(states[:1])
+
+
+def test_operators_of_typed_arguments_are_checked_without_a_rule_by_name() -> None:
+    typed = {name for name, op in registry.OPERATORS.items() if check.applies(name, op.reference)} - set(check.RULES)
+    assert typed == {"attention.norm_rope_store", "attention.sparse"}

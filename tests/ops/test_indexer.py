@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4.model.kv_layout import IndexFormat
+from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops import indexer, registry
 from dsv4.ops.indexer import reference
 from dsv4.ops.indexer import topk_triton as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.pages import Pages, load_rows
+from dsv4.ops.pages import PageTable, load_rows
 from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, quantize_e2m1, quantize_e4m3
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import assert_within, fill_pages, make_pages
@@ -54,7 +56,7 @@ def test_prepared_queries_are_the_twins(num_tokens: int, num_heads: int, index_f
         assert torch.stack([dequantize_e2m1(got.values, ones) == dequantize_e2m1(o, ones) for o in options]).any(0).all()
 
 
-def keys_of(index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> tuple[Pages, Tensor]:
+def keys_of(index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> PageTable:
     """Random keys of requests of these lengths on shuffled pages, NaN everywhere else, and the block table [R, n]."""
     width = max(1, -(-max(lens) // rows))
     pages = make_pages(index_format, len(lens) * width + 1, rows, 128, dtype)
@@ -62,12 +64,12 @@ def keys_of(index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: t
     for r, n in enumerate(lens):
         entry = torch.arange(n)
         fill_pages(pages, table[r, entry // rows] * rows + (entry % rows).int(), torch.randn(n, 128) * 2, 0)
-    return pages, table
+    return PageTable(pages, table)
 
 
-def check_scores(query: IndexQuery, keys: Pages, table: Tensor, request: Tensor, lens: Tensor, max_entries: int) -> None:
-    got = registry.OPERATORS["indexer.logits"].choice(CPU).function(query, keys, table, request, lens, max_entries)
-    twin = reference.logits(query, keys, table, request, lens, max_entries)
+def check_scores(query: IndexQuery, keys: PageTable, request: Tensor, lens: Tensor, max_entries: int) -> None:
+    got = registry.OPERATORS["indexer.logits"].choice(CPU).function(query, keys, request, lens, max_entries)
+    twin = reference.logits(query, keys, request, lens, max_entries)
     valid = torch.arange(max_entries) < lens[:, None]
     assert got.shape == twin.shape
     # Products of quantised numbers are exact in fp32; the two sums (128 channels, then the heads) come in another order:
@@ -76,7 +78,8 @@ def check_scores(query: IndexQuery, keys: Pages, table: Tensor, request: Tensor,
     bound = torch.zeros_like(twin)
     for t in range(lens.shape[0]):
         entry = torch.arange(int(lens[t]))
-        k = load_rows(keys, table[request[t], entry // keys.rows] * keys.rows + entry % keys.rows, 128, 0)
+        rows = keys.pages.rows
+        k = load_rows(keys.pages, keys.block_table[request[t], entry // rows] * rows + entry % rows, 128, 0)
         bound[t, : len(entry)] = query.weights[t].abs() @ (q[t].abs() @ k.abs().T)
     error = (got - twin).abs()
     allowed = bound * (128 + query.weights.shape[1]) * 2.0**-24
@@ -89,9 +92,9 @@ def test_decode_scores(index_format: IndexFormat, num_heads: int) -> None:
     """Several query tokens per request, lengths at and around page ends, an empty row."""
     lens = torch.tensor([129, 130, 64, 0, 1, 63], dtype=torch.int32)
     request = torch.tensor([0, 0, 1, 2, 2, 3], dtype=torch.int32)
-    keys, table = keys_of(index_format, [130, 64, 1, 63])
+    keys = keys_of(index_format, [130, 64, 1, 63])
     query = reference.prepare_query(*queries(6, num_heads), index_format)
-    check_scores(query, keys, table, request, lens, 130)
+    check_scores(query, keys, request, lens, 130)
 
 
 @pytest.mark.parametrize("index_format", list(IndexFormat))
@@ -100,9 +103,9 @@ def test_prefill_scores_share_keys_between_neighbours(index_format: IndexFormat)
     counts = [30, 1, 18]
     request = torch.repeat_interleave(torch.arange(3), torch.tensor(counts)).int()
     lens = torch.cat([torch.arange(c) * 7 // 2 + i for i, c in enumerate(counts)]).int()
-    keys, table = keys_of(index_format, [106, 2, 64])
+    keys = keys_of(index_format, [106, 2, 64])
     query = reference.prepare_query(*queries(49, 16), index_format)
-    check_scores(query, keys, table, request, lens, 106)
+    check_scores(query, keys, request, lens, 106)
 
 
 @pytest.mark.parametrize("index_format", list(IndexFormat))
@@ -111,32 +114,32 @@ def test_scores_of_257_tokens(index_format: IndexFormat, requests: int) -> None:
     """64 requests are too many for neighbours to share keys. Lengths around page ends, empty rows and rows of one among them."""
     lens = torch.arange(257, dtype=torch.int32) * 7 % 131
     request = (torch.arange(257) * requests // 257).int()
-    keys, table = keys_of(index_format, [130] * requests)
-    check_scores(reference.prepare_query(*queries(257, 8), index_format), keys, table, request, lens, 130)
+    keys = keys_of(index_format, [130] * requests)
+    check_scores(reference.prepare_query(*queries(257, 8), index_format), keys, request, lens, 130)
 
 
 def test_prefill_scores_stay_inside_their_rows() -> None:
     """Rows of 112 lie side by side, and the last tile of keys reaches over the end."""
-    keys, table = keys_of(IndexFormat.FP8, [112])
+    keys = keys_of(IndexFormat.FP8, [112])
     query = reference.prepare_query(*queries(20, 16), IndexFormat.FP8)
-    check_scores(query, keys, table, torch.zeros(20, dtype=torch.int32), torch.full((20,), 112, dtype=torch.int32), 112)
+    check_scores(query, keys, torch.zeros(20, dtype=torch.int32), torch.full((20,), 112, dtype=torch.int32), 112)
 
 
 def test_fp32_keys_for_the_cpu_platform() -> None:
     lens = torch.tensor([5, 70], dtype=torch.int32)
-    keys, table = keys_of(IndexFormat.PLAIN, [5, 70], dtype=torch.float32)
+    keys = keys_of(IndexFormat.PLAIN, [5, 70], dtype=torch.float32)
     query = reference.prepare_query(*queries(2, 16, torch.float32), IndexFormat.PLAIN)
-    check_scores(query, keys, table, torch.tensor([0, 1], dtype=torch.int32), lens, 70)
+    check_scores(query, keys, torch.tensor([0, 1], dtype=torch.int32), lens, 70)
 
 
 def test_block_table_entries_out_of_range_are_not_followed() -> None:
-    keys, table = keys_of(IndexFormat.FP8, [64])
-    bad = torch.cat([table, torch.tensor([[1 << 30]], dtype=torch.int32)], 1)
+    keys = keys_of(IndexFormat.FP8, [64])
+    bad = replace(keys, block_table=torch.cat([keys.block_table, torch.tensor([[1 << 30]], dtype=torch.int32)], 1))
     query = reference.prepare_query(*queries(1, 16), IndexFormat.FP8)
     score = registry.OPERATORS["indexer.logits"].choice(CPU).function
     request = torch.zeros(1, dtype=torch.int32)
-    got = score(query, keys, bad, request, torch.tensor([90], dtype=torch.int32), 128)
-    expected = score(query, keys, table, request, torch.tensor([64], dtype=torch.int32), 64)
+    got = score(query, bad, request, torch.tensor([90], dtype=torch.int32), 128)
+    expected = score(query, keys, request, torch.tensor([64], dtype=torch.int32), 64)
     assert torch.equal(got[:, :64], expected)
     assert (got[:, 64:90] == 0).all()
 
@@ -225,38 +228,49 @@ def test_a_row_stride_larger_than_the_row() -> None:
 def test_scores_of_ranks_that_split_a_request_merge_to_the_same_choice() -> None:
     """Each rank scores whole pages by its part of the block table; the merge keeps ties at the lowest index."""
     lens = torch.tensor([300, 200, 70, 10], dtype=torch.int32)
-    keys, table = keys_of(IndexFormat.FP8, [300])
+    keys = keys_of(IndexFormat.FP8, [300])
     query = reference.prepare_query(*queries(4, 16), IndexFormat.FP8)
     request, k = torch.zeros(4, dtype=torch.int32), 32
     score, choose = registry.OPERATORS["indexer.logits"].choice(CPU).function, registry.OPERATORS["indexer.topk"].choice(CPU).function
-    whole = choose(score(query, keys, table, request, lens, 300), lens, k)
+    whole = choose(score(query, keys, request, lens, 300), lens, k)
     scores, indices = [], []
     for first, last in ((0, 2), (2, 5)):
         part = (lens - first * 64).clamp(0, (last - first) * 64)
-        logits = score(query, keys, table[:, first:last], request, part, (last - first) * 64)
+        logits = score(query, replace(keys, block_table=keys.block_table[:, first:last]), request, part, (last - first) * 64)
         chosen = choose(logits, part, k)
         scores.append(logits.gather(1, chosen.clamp(min=0).long()))
         indices.append(torch.where(chosen >= 0, chosen + first * 64, -1))
     assert torch.equal(topk_kernels.merge(torch.cat(scores, 1), torch.cat(indices, 1), k), whole)
 
 
+def entries_of(num_reqs: int, max_entries: int) -> PageTable:
+    """An entry cache where entry j of every request is slot j, so that a selection's slots are indices."""
+    width = -(-max_entries // 64)
+    return PageTable(make_pages(KvFormat.PLAIN, width, 64, 512), torch.arange(width, dtype=torch.int32).repeat(num_reqs, 1))
+
+
 def test_selection_end_to_end() -> None:
     lens = torch.tensor([300, 299, 5, 0], dtype=torch.int32)
     request = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
-    keys, table = keys_of(IndexFormat.MXFP4, [300, 5])
+    keys = keys_of(IndexFormat.MXFP4, [300, 5])
     query = reference.prepare_query(*queries(4, 16), IndexFormat.MXFP4)
-    got = indexer.select(query, keys, table, request, lens, 300, 32)
-    twin = reference.topk(reference.logits(query, keys, table, request, lens, 300), lens, 32)
-    for a, b in zip(got.tolist(), twin.tolist(), strict=True):
+    entries = entries_of(2, 300)
+    got = indexer.select(query, keys, entries, request, lens, max_entries=300, k=32)
+    twin = reference.topk(reference.logits(query, keys, request, lens, 300), lens, 32)
+    assert got.pages is entries.pages
+    assert got.row is None
+    assert got.lens.tolist() == [32, 32, 5, 0]
+    for a, b in zip(got.slots.tolist(), twin.tolist(), strict=True):
         assert set(a) == set(b)
 
 
 def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     lens = torch.tensor([304, 303, 302, 5, 0], dtype=torch.int32)
     request = torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32)
-    keys, table = keys_of(IndexFormat.FP8, [304, 5])
+    keys = keys_of(IndexFormat.FP8, [304, 5])
     query = reference.prepare_query(*queries(5, 16), IndexFormat.FP8)
-    whole = indexer.select(query, keys, table, request, lens, 304, 32)
+    entries = entries_of(2, 304)
+    whole = indexer.select(query, keys, entries, request, lens, max_entries=304, k=32)
     monkeypatch.setattr(indexer, "LOGITS_WORKSPACE_BYTES", 2 * 304 * 4 + 1)
     taken: list[int] = []
 
@@ -266,7 +280,9 @@ def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.Monk
         return out
 
     monkeypatch.setattr(indexer, "logits", watched)
-    assert torch.equal(indexer.select(query, keys, table, request, lens, 304, 32), whole)
+    again = indexer.select(query, keys, entries, request, lens, max_entries=304, k=32)
+    assert torch.equal(again.slots, whole.slots)
+    assert torch.equal(again.lens, whole.lens)
     assert len(taken) == 3
     assert max(taken) <= indexer.workspace_bytes(5, 304) < indexer.workspace_bytes(1, 1000)
     assert indexer.workspace_bytes(1, 304) == 304 * 4
@@ -276,10 +292,10 @@ def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.Monk
 def test_selection_as_slots_of_the_entry_cache(n: int) -> None:
     lens = torch.tensor([n, 17, 3, 0], dtype=torch.int32)
     request = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
-    scores, table = torch.randn(4, n), torch.randperm(3 * 200).int().view(3, 200)
+    scores, entries = torch.randn(4, n), PageTable(make_pages(KvFormat.PLAIN, 3 * 200, 64, 1), torch.randperm(3 * 200).int().view(3, 200))
     choose = registry.OPERATORS["indexer.topk"].choice(CPU).function
-    got = choose(scores, lens, 16, table, request, 64)
-    twin = reference.topk(scores, lens, 16, table, request, 64)
+    got = choose(scores, lens, 16, entries, request)
+    twin = reference.topk(scores, lens, 16, entries, request)
     assert [set(row) for row in got.tolist()] == [set(row) for row in twin.tolist()]
     chosen = choose(scores, lens, 16)
     assert torch.equal(got < 0, chosen < 0), "-1 stays last"

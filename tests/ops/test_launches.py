@@ -15,7 +15,7 @@ from dsv4.ops import attention, indexer, mhc
 from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor import summary
 from dsv4.ops.indexer.topk_triton import topk
-from dsv4.ops.pages import BatchView
+from dsv4.ops.pages import BatchView, PageTable, Selection, SlotMapping
 from tests.support.kernel_cases import fill_pages, make_pages
 
 DIM, HEADS, TOPK, T = 64, 8, 512, 2
@@ -38,9 +38,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def mix_streams(streams: torch.Tensor) -> torch.Tensor:
     """One site: the sublayer before is spread, this one's input collapsed."""
-    parameters = (torch.randn(24, 4 * DIM), torch.randn(24), torch.rand(3), torch.ones(DIM))
+    site = mhc.Site(torch.randn(24, 4 * DIM), torch.randn(24), torch.rand(3), torch.ones(DIM), EPS, EPS, ITERS)
     y, post, comb = torch.randn(T, DIM).bfloat16(), torch.rand(T, 4), torch.rand(T, 4, 4)
-    return mhc.post_pre(streams, y, post, comb, *parameters, EPS, EPS, ITERS)[0]
+    return mhc.pre(mhc.PendingPost(streams, y, post, comb), site).streams
 
 
 def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: StateMapping) -> None:
@@ -72,23 +72,24 @@ def decode_layer(kind: str, mapping: StateMapping, max_tokens: int) -> None:
     q, kv, table = torch.randn(T, HEADS, 512).bfloat16(), torch.randn(T, 512).bfloat16(), torch.randn(T, 64)
     window = make_pages(KvFormat.FP8_DS_MLA, 4, 64, 512)
     fill_pages(window, torch.arange(256), torch.randn(256, 512), 64)
-    q = attention.norm_rope_store(q, kv, torch.ones(512), EPS, table, window, torch.tensor([5, 200], dtype=torch.int32))
+    q = attention.norm_rope_store(q, kv, torch.ones(512), EPS, table, SlotMapping(window, torch.tensor([5, 200], dtype=torch.int32)))
     slots, lens = torch.arange(256, dtype=torch.int32).view(2, 128), torch.full((T,), 128, dtype=torch.int32)
-    entries = entry_slots = rows = entry_lens = None
+    entries, rows = None, torch.arange(T, dtype=torch.int32)
     if kind != "window":
         index = [(128, IndexFormat.FP8)] if kind == "csa" else []
         pool(4 if kind == "csa" else 128, [(512, KvFormat.FP8_DS_MLA), *index], mapping)
-        entries, rows = window, torch.arange(T, dtype=torch.int32)
         entry_slots, entry_lens = torch.arange(2 * TOPK, dtype=torch.int32).view(T, TOPK) % 256, torch.tensor([70, 200], dtype=torch.int32)
+        entries = Selection(window, entry_slots, entry_lens, rows)
     if kind == "csa":
         keys = make_pages(IndexFormat.FP8, 20, 64, 128)
         fill_pages(keys, torch.arange(1280), torch.randn(1280, 128), 0)
         query = indexer.prepare_query(torch.randn(T, 16, 128).bfloat16(), torch.randn(T, 16), table, IndexFormat.FP8)
         pages = torch.arange(20, dtype=torch.int32).view(2, 10)
-        entry_slots = indexer.select(
-            query, keys, pages, rows, torch.tensor([600, 70], dtype=torch.int32), max_tokens // 4, TOPK, pages % 4, 64
-        )
-    o, _ = attention.sparse_attention(q, window, slots, lens, entries, entry_slots, rows, entry_lens, torch.zeros(HEADS), 64, table)
+        entries = indexer.select(
+            query, PageTable(keys, pages), PageTable(window, pages % 4), rows, torch.tensor([600, 70], dtype=torch.int32),
+            max_entries=max_tokens // 4, k=TOPK,
+        )  # fmt: skip
+    o, _ = attention.sparse_attention(q, Selection(window, slots, lens), entries, torch.zeros(HEADS), table)
     attention.output_a(o, None, torch.randn(2, 16, 4 * 512).bfloat16())
     mix_streams(streams)
 

@@ -20,7 +20,7 @@ import triton
 from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import attention
 from dsv4.ops.compressor import paged as compressor
-from dsv4.ops.pages import Pages, load_rows, store_rows
+from dsv4.ops.pages import Pages, Selection, SlotMapping, load_rows, store_rows
 from dsv4.ops.rope import cos_sin
 from tests.support.kernel_cases import clone_pages, make_pages, memory
 
@@ -69,7 +69,7 @@ def test_native_writer_and_our_kernel_write_the_same_page(native: ModuleType) ->
     weight = (torch.randn(512) * torch.linspace(-9, 9, 512).exp2()).bfloat16()
     mine, theirs = native_pages(3), native_pages(3)
     table = cos_sin(torch.zeros(5, dtype=torch.int64), FREQ)
-    attention.norm_rope_store(sign[:, None], sign, weight.float(), 0.0, table, mine, slots.int())
+    attention.norm_rope_store(sign[:, None], sign, weight.float(), 0.0, table, SlotMapping(mine, slots.int()))
     rows = (sign.float() * weight.float()).bfloat16()
     native.module_quantize_and_insert_k_kernel[(5,)](
         rows, slots, theirs.data, 5, input_dim=512, fp8_dim=448, bf16_dim=64, scale_dim=8, quant_block=64, cache_block_size=ROWS,
@@ -85,7 +85,7 @@ def test_native_reader_reads_what_our_kernel_wrote(native: ModuleType) -> None:
     at = torch.arange(n)
     slots = table[0, at // ROWS] * ROWS + (at % ROWS).int()
     kv = torch.randn(n, 512).bfloat16() * 3
-    attention.norm_rope_store(kv[:, None], kv, torch.rand(512) + 0.5, 1e-6, cos_sin(at, FREQ), pages, slots)
+    attention.norm_rope_store(kv[:, None], kv, torch.rand(512) + 0.5, 1e-6, cos_sin(at, FREQ), SlotMapping(pages, slots))
     out = torch.zeros(1, n, 512, dtype=torch.bfloat16)
     native.dequantizeandgatherkcachekernel_kernel[(1, 8)](
         out, out.stride(0), out.stride(1), pages.data, torch.tensor([n], dtype=torch.int32), table, 0, None,
@@ -106,8 +106,9 @@ def test_our_attention_reads_what_the_native_writer_wrote(native: ModuleType) ->
     )  # fmt: skip
     q = torch.randn(2, 8, 512).bfloat16()
     window = torch.stack([slots[:64], slots[6:]]).int()
-    args = (window, torch.tensor([64, 50], dtype=torch.int32), None, None, None, None, torch.randn(8), 64)
-    for a, b in zip(attention.sparse_attention(q, mine, *args), attention.sparse_attention(q, theirs, *args), strict=True):
+    lens, sink = torch.tensor([64, 50], dtype=torch.int32), torch.randn(8)
+    of_mine, of_theirs = (attention.sparse_attention(q, Selection(pages, window, lens), None, sink) for pages in (mine, theirs))
+    for a, b in zip(of_mine, of_theirs, strict=True):
         assert torch.equal(a, b)
 
 

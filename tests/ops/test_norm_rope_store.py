@@ -11,7 +11,7 @@ from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import attention
 from dsv4.ops.attention import reference
 from dsv4.ops.norm import rms_norm
-from dsv4.ops.pages import Pages, load_rows
+from dsv4.ops.pages import Pages, SlotMapping, load_rows
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
 
@@ -40,8 +40,8 @@ def test_rotated_queries_and_stored_rows_are_the_twins(num_tokens: int, num_head
     q, kv, weight, table, slots = inputs(num_tokens, num_heads, torch.bfloat16, rows)
     pages = pages_for(row_format, num_tokens, rows, torch.bfloat16)
     expected_pages = clone_pages(pages)
-    out = attention.norm_rope_store(q, kv, weight, EPS, table, pages, slots)
-    low = reference.norm_rope_store(q, kv, weight, EPS, table, expected_pages, slots)
+    out = attention.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(pages, slots))
+    low = reference.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(expected_pages, slots))
     exact = apply_rope(reference.head_rms_norm(q.float(), EPS), table)
     assert_within(out, exact, low)
 
@@ -78,8 +78,8 @@ def test_bytes_are_the_twins_bit_for_bit_where_the_norm_is_exact() -> None:
     pages = pages_for(KvFormat.FP8_DS_MLA, num_tokens, rows, torch.bfloat16)
     expected = clone_pages(pages)
     q = torch.randn(num_tokens, 1, 512).bfloat16()
-    attention.norm_rope_store(q, kv, weight, 0.0, table, pages, slots)
-    reference.norm_rope_store(q, kv, weight, 0.0, table, expected, slots)
+    attention.norm_rope_store(q, kv, weight, 0.0, table, SlotMapping(pages, slots))
+    reference.norm_rope_store(q, kv, weight, 0.0, table, SlotMapping(expected, slots))
     assert_bytes_equal(pages, expected)
 
 
@@ -87,8 +87,8 @@ def test_fp32_rows_for_the_cpu_platform() -> None:
     q, kv, weight, table, slots = inputs(3, 8, torch.float32, 4)
     pages = pages_for(KvFormat.PLAIN, 3, 4, torch.float32)
     expected = clone_pages(pages)
-    out = attention.norm_rope_store(q, kv, weight, EPS, table, pages, slots)
-    twin = reference.norm_rope_store(q, kv, weight, EPS, table, expected, slots)
+    out = attention.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(pages, slots))
+    twin = reference.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(expected, slots))
     torch.testing.assert_close(out, twin, rtol=4 * 2.0**-23, atol=4 * 2.0**-23)  # four fp32 roundings: rms, norm, two products
     kept = slots[slots >= 0]
     torch.testing.assert_close(load_rows(pages, kept, 512, 64), load_rows(expected, kept, 512, 64), rtol=5 * 2.0**-23, atol=2.0**-20)
@@ -99,13 +99,14 @@ def test_slots_beyond_the_pages_write_nothing() -> None:
     pages = make_pages(KvFormat.FP8_DS_MLA, 2, 4, 512)
     before = memory(pages).clone()
     for slots in ([8, 1 << 30, -1], [-1, -1, -1]):
-        attention.norm_rope_store(q, kv, weight, EPS, table, pages, torch.tensor(slots, dtype=torch.int32))
+        attention.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(pages, torch.tensor(slots, dtype=torch.int32)))
         assert torch.equal(memory(pages), before)
 
 
 def test_no_tokens_is_no_launch() -> None:
     q, kv, weight, table, slots = inputs(0, 8, torch.bfloat16, 4)
-    assert attention.norm_rope_store(q, kv, weight, EPS, table, pages_for(KvFormat.PLAIN, 0, 4, torch.bfloat16), slots).shape == (0, 8, 512)
+    pages = pages_for(KvFormat.PLAIN, 0, 4, torch.bfloat16)
+    assert attention.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(pages, slots)).shape == (0, 8, 512)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 128), (2, 64), (63, 8), (257, 16)])

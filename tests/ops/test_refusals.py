@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsv4.errors import OpUnavailableError
 from dsv4.ops import kernels, registry
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def test_auto_keeps_the_twins_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_device_without_kernels_gets_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(registry.OpUnavailableError, match=r"attention\.sparse.*cpu.*no CPU compiler; TRITON_INTERPRET=1.*DSV4_OPS=triton"):
+    with pytest.raises(OpUnavailableError, match=r"attention\.sparse.*cpu.*no CPU compiler; TRITON_INTERPRET=1.*DSV4_OPS=triton"):
         registry.OPERATORS["attention.sparse"].choice(CPU)
 
 
@@ -58,9 +59,7 @@ def test_gpus_are_refused_by_what_they_lack(
 def test_no_accelerator_falls_back_to_a_twin_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("DSV4_OPS", "auto")
-    with pytest.raises(
-        registry.OpUnavailableError, match=r"mhc\.pre.*on xpu:0.*needs an NVIDIA or AMD GPU, not xpu.*DSV4_OPS=reference asks"
-    ):
+    with pytest.raises(OpUnavailableError, match=r"mhc\.pre.*on xpu:0.*needs an NVIDIA or AMD GPU, not xpu.*DSV4_OPS=reference asks"):
         registry.OPERATORS["mhc.pre"].choice(torch.device("xpu", 0))
 
 

@@ -60,7 +60,7 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         owners = table[chosen] if ratio == 4 else torch.tensor(chosen, dtype=torch.int32)[:, None]
         where = Rings(owners, PAGE if ratio == 4 else 10_000, ratio, windows)
         step = plan_single(where, tokens) if single else plan_many(where, tokens, batch)
-        slots = plan.entry_store_slots(table[chosen], tokens, PAGE // ratio, ratio)
+        slots = plan.entry_slot_mapping(table[chosen], tokens, PAGE // ratio, ratio)
         rows = torch.cat([torch.arange(done[r], done[r] + n) for r, n in zip(chosen, sizes, strict=True)])
         owner = torch.tensor(chosen)[tokens.request_of_token.long()]
         cos_sin = torch.cat([torch.ones(len(rows), ROPE // 2), torch.zeros(len(rows), ROPE // 2)], 1)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import attention
 from dsv4.ops.attention import reference
 from dsv4.ops.attention.split_kv import sparse_attention
-from dsv4.ops.pages import Pages, load_rows
+from dsv4.ops.pages import Pages, Selection, load_rows
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import assert_within, fill_pages, make_pages
 
@@ -23,17 +23,12 @@ class Case:
     """The operator's arguments."""
 
     q: Tensor
-    window: Pages
-    window_slots: Tensor
-    window_lens: Tensor
-    entries: Pages | None
-    entry_slots: Tensor | None
-    entry_row: Tensor | None
-    entry_lens: Tensor | None
+    window: Selection
+    entries: Selection | None
     sink: Tensor
 
-    def args(self) -> tuple:
-        return (*vars(self).values(), 64)
+    def args(self) -> tuple[Tensor, Selection, Selection | None, Tensor]:
+        return self.q, self.window, self.entries, self.sink
 
 
 def keys_in(pages: Pages) -> tuple[Tensor, int]:
@@ -68,14 +63,14 @@ def make(
     wl = torch.tensor(window_lens, dtype=torch.int32)
     q, sink = torch.randn(num_tokens, num_heads, 512).to(dtype), torch.randn(num_heads)
     window = make_pages(row_format, 5, 64, 512, dtype)
-    case = Case(q, window, slots_of(num_tokens, width, wl, window), wl, None, None, None, None, sink)
+    case = Case(q, Selection(window, slots_of(num_tokens, width, wl, window), wl), None, sink)
     if entry_lens is not None:
         el = torch.tensor(entry_lens, dtype=torch.int32)
-        case.entries = make_pages(row_format, 256 // entry_rows, entry_rows, 512, dtype)
-        case.entry_slots = slots_of(num_tokens, max(entry_lens) + 5, el, case.entries, holes)
+        entries = make_pages(row_format, 256 // entry_rows, entry_rows, 512, dtype)
+        slots = slots_of(num_tokens, max(entry_lens) + 5, el, entries, holes)
         # One list per token, in another order than the tokens, as HCA's lists per request are.
         order = torch.randperm(num_tokens)
-        case.entry_slots, case.entry_row, case.entry_lens = case.entry_slots[order], order.argsort().int(), el
+        case.entries = Selection(entries, slots[order], el, order.argsort().int())
     return case
 
 
@@ -85,12 +80,9 @@ def exact_and_low(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     low = torch.zeros_like(o)
     for t in range(case.q.shape[0]):
         keys = []
-        pairs = [(case.window, case.window_slots[t], case.window_lens[t])]
-        if case.entries is not None:
-            pairs.append((case.entries, case.entry_slots[case.entry_row[t]], case.entry_lens[t]))
-        for pages, slots, n in pairs:
-            at = slots[:n]
-            keys.append(load_rows(pages, at[at >= 0], 512, 64))
+        for keys_of in [case.window] if case.entries is None else [case.window, case.entries]:
+            at = keys_of.slots[t if keys_of.row is None else keys_of.row[t]][: keys_of.lens[t]]
+            keys.append(load_rows(keys_of.pages, at[(at >= 0) & (at < keys_of.pages.num_slots)], 512, 64))
         k = torch.cat(keys)
         if not k.numel():
             continue
@@ -102,26 +94,28 @@ def exact_and_low(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return o, lse, low.to(case.q.dtype)
 
 
-def check(case: Case, n_split: int | None) -> None:
-    o, lse = sparse_attention(*case.args(), n_split=n_split)
+def check(case: Case, num_splits: int | None) -> None:
+    o, lse = sparse_attention(*case.args(), num_splits=num_splits)
     exact, exact_lse, low = exact_and_low(case)
-    assert_within(o, exact, low, f"split {n_split}")
+    assert_within(o, exact, low, f"split {num_splits}")
     # The LSE sums fp32 exponentials of fp32 dot products of 512 exact products each: 512 roundings of relative 2**-24.
     torch.testing.assert_close(lse, exact_lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
 
 
 @pytest.mark.parametrize("num_heads", [8, 16, 64, 128])
-@pytest.mark.parametrize("n_split", [1, 3])
-def test_every_head_count_with_one_and_several_splits(num_heads: int, n_split: int) -> None:
-    check(make(num_heads, [128, 1], [17, 70]), n_split)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_every_head_count_with_one_and_several_splits(num_heads: int, num_splits: int) -> None:
+    check(make(num_heads, [128, 1], [17, 70]), num_splits)
 
 
-@pytest.mark.parametrize("n_split", [1, 2, 7])
-def test_empty_rows_one_key_and_all_invalid(n_split: int) -> None:
+@pytest.mark.parametrize("num_splits", [1, 2, 7])
+def test_empty_rows_one_key_and_all_invalid(num_splits: int) -> None:
     case = make(8, [0, 1, 0, 128, 5, 0], [0, 0, 1, 33, 64, 9], holes=0.0)
-    case.entry_slots[case.entry_row[5].long()] = -1  # a length, but no valid slot
-    check(case, n_split)
-    o, lse = sparse_attention(*case.args(), n_split=n_split)
+    assert case.entries is not None
+    assert case.entries.row is not None
+    case.entries.slots[case.entries.row[5].long()] = -1  # a length, but no valid slot
+    check(case, num_splits)
+    o, lse = sparse_attention(*case.args(), num_splits=num_splits)
     assert (o[[0, 5]] == 0).all()
     assert (lse[[0, 5]] == float("-inf")).all()
 
@@ -160,20 +154,63 @@ def test_prefill_of_257_tokens_with_whole_windows() -> None:
 def test_a_sink_much_larger_than_every_score() -> None:
     case = make(8, [4, 0], [2, 0])
     case.sink[:] = torch.tensor([1e4, -1e4, 0, 80, 100, 200, -1e30, 3])
-    for n_split in (1, 2):
-        check(case, n_split)
+    for num_splits in (1, 2):
+        check(case, num_splits)
 
 
 def test_slots_and_lengths_out_of_range_are_masked() -> None:
     case = make(8, [8, 8], [6, 6], holes=0.0)
     o, lse = attention.sparse_attention(*case.args())
-    case.window_slots = torch.cat([case.window_slots[:, :8], torch.full((2, 2), 1 << 30, dtype=torch.int32)], 1)
-    case.window_lens = torch.full((2,), 1 << 20, dtype=torch.int32)
-    case.entry_slots = torch.cat([case.entry_slots[:, :6], torch.full((2, 1), 256, dtype=torch.int32)], 1)
-    case.entry_lens = torch.full((2,), 99, dtype=torch.int32)
+    assert case.entries is not None
+    slots = torch.cat([case.window.slots[:, :8], torch.full((2, 2), 1 << 30, dtype=torch.int32)], 1)
+    case.window = replace(case.window, slots=slots, lens=torch.full((2,), 1 << 20, dtype=torch.int32))
+    slots = torch.cat([case.entries.slots[:, :6], torch.full((2, 1), 256, dtype=torch.int32)], 1)
+    case.entries = replace(case.entries, slots=slots, lens=torch.full((2,), 99, dtype=torch.int32))
     again, lse_again = attention.sparse_attention(*case.args())
     torch.testing.assert_close(again, o, rtol=2.0**-7, atol=2.0**-7)  # another split of the keys: one bf16 rounding
     torch.testing.assert_close(lse_again, lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("by_row", [False, True], ids=["own lists", "lists by row"])
+def test_the_most_extreme_slots_are_skipped(num_splits: int, by_row: bool) -> None:
+    """Kernel and reference read nothing by them, and a token with no other slots gets zeros."""
+    case = make(8, [40, 40], [70, 70], holes=0.0)
+    assert case.entries is not None
+    if not by_row:
+        assert case.entries.row is not None
+        case.entries = Selection(case.entries.pages, case.entries.slots[case.entries.row.long()], case.entries.lens)
+    extremes = torch.tensor([-(2**31), 2**31 - 1, case.window.pages.num_slots, -2], dtype=torch.int32)
+    for selection in (case.window, case.entries):
+        at = torch.arange(selection.slots.shape[1]) % 3 == 0
+        selection.slots[:, at] = extremes[torch.randint(0, 4, (2, int(at.sum())))]
+    check(case, num_splits)
+    for selection in (case.window, case.entries):
+        selection.slots[:] = extremes[torch.randint(0, 4, tuple(selection.slots.shape))]
+    check(case, num_splits)
+    o, lse = sparse_attention(*case.args(), num_splits=num_splits)
+    assert (o == 0).all()
+    assert (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_infinite_sinks(num_splits: int) -> None:
+    """-inf is no sink at all, +inf takes everything; neither makes a NaN, with and without a valid key."""
+    case = make(8, [40, 0, 40], [70, 0, 70], holes=0.0)
+    case.sink[:] = torch.tensor([float("-inf"), float("inf")] * 4)
+    o, lse = sparse_attention(*case.args(), num_splits=num_splits)
+    want, want_lse = reference.sparse_attention(*case.args())
+    assert (o[:, 1::2] == 0).all()
+    assert (want[:, 1::2] == 0).all()
+    case.sink[:] = -1e30
+    without, lse_without = sparse_attention(*case.args(), num_splits=num_splits)
+    assert torch.equal(o[:, ::2], without[:, ::2])
+    for got in (lse, want_lse):
+        torch.testing.assert_close(got, lse_without, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
+    exact, _, low = exact_and_low(case)
+    assert_within(want[:, ::2], exact[:, ::2], low[:, ::2])
+    assert (o[1] == 0).all()
+    assert (want[1] == 0).all()
 
 
 def test_rows_of_another_width_are_refused() -> None:
@@ -183,13 +220,13 @@ def test_rows_of_another_width_are_refused() -> None:
         attention.sparse_attention(*case.args())
 
 
-@pytest.mark.parametrize("n_split", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("num_heads", [8, 64])
-def test_outputs_rotated_back_in_the_same_launch(num_heads: int, n_split: int) -> None:
+def test_outputs_rotated_back_in_the_same_launch(num_heads: int, num_splits: int) -> None:
     case = make(num_heads, [128, 0, 5], [17, 0, 70])
     table = cos_sin(torch.tensor([5, 1_000_000, 77]), 1e4 ** (-torch.arange(0, 64, 2) / 64))
-    plain, lse = sparse_attention(*case.args(), n_split=n_split)
-    rotated, lse_too = sparse_attention(*case.args(), cos_sin=table, n_split=n_split)
+    plain, lse = sparse_attention(*case.args(), num_splits=num_splits)
+    rotated, lse_too = sparse_attention(*case.args(), cos_sin=table, num_splits=num_splits)
     assert torch.equal(rotated, apply_rope(plain, table, inverse=True))
     assert torch.equal(lse, lse_too)
     wo_a = torch.randn(2, 16, num_heads // 2 * 512).bfloat16()

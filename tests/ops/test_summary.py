@@ -17,7 +17,7 @@ from dsv4.ops.compressor.paged.reference import pool
 from dsv4.ops.compressor.summary import Pooling, reference
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.pages import BatchView, Pages, RowsFormat, load_rows, row_widths
-from dsv4.ops.plan import TokenPlan, entry_store_slots, plan_tokens
+from dsv4.ops.plan import TokenPlan, entry_slot_mapping, plan_tokens
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import clone_pages, fill_pages, make_pages, memory
@@ -69,7 +69,7 @@ class Engine:
         starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
         batch = BatchView(starts, torch.tensor(self.done, dtype=torch.int32), len(kv), 2, max(self.done), max(counts))
         tokens = plan_tokens(batch)
-        slots = entry_store_slots(self.table, tokens, self.rows, self.ratio)
+        slots = entry_slot_mapping(self.table, tokens, self.rows, self.ratio)
         table = torch.zeros(len(kv), ROPE)
         table[:, : ROPE // 2] = 1.0  # cos 1, sin 0: RoPE is not under test
         kept = (self.state, self.state_page, self.tail, self.table)
@@ -209,7 +209,7 @@ class Served:
         both = torch.cat([self.kvs[i][request, tokens.positions], self.gates[i][request, tokens.positions]], -1)
         both[~tokens.valid] = NAN
         kv, gate = both.chunk(2, -1)
-        return replace(c, kv=kv, gate=gate, entry_slots=entry_store_slots(c.block_table, tokens, self.rows, self.ratio))
+        return replace(c, kv=kv, gate=gate, entry_slots=entry_slot_mapping(c.block_table, tokens, self.rows, self.ratio))
 
     def _check_entries(self, i: int, got: Pooling, want: Pooling, tokens: TokenPlan) -> None:
         """What this step stored is the encoding of whole windows pooled at once; all other bytes are as the twin left them."""

@@ -72,7 +72,7 @@ class Replayed(ReferenceModel):
         assert (own.values != values).float().mean() <= MOST_NEIGHBOURS
         return IndexQuery(values, own.scales, own.weights, own.format)
 
-    def _selected(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor, seen: Tensor) -> Tensor:
+    def _visible_topk(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor, seen: Tensor) -> Tensor:
         chosen = torch.zeros(seen.shape[0], seen.shape[1] + 1, dtype=torch.bool)
         picks = self.chosen[layer.index].long()
         chosen = chosen.scatter_(1, torch.where(picks < 0, seen.shape[1], picks), True)[:, :-1]

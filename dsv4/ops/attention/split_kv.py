@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,13 +18,28 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.ops.kernels import Shipped, on_amd, packed_decode, processors, register_limit
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import KV_ROPE_DIM, Selection
 from dsv4.ops.quant.triton import dequantize_e4m3, format_code, rotate_pairs, ue8m0_value
 
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MAX_SPLITS = 64
 KEYS_PER_SPLIT = 128  # fewer keys than this do not pay for another part and for joining them
+
+
+class Keys(NamedTuple):
+    """A `Selection`, as kernels take it. page_rows and format are constants, row and all of a missing Selection None."""
+
+    pages: Any
+    page_stride: Any
+    num_slots: Any
+    slots: Any
+    slots_stride: Any
+    width: Any
+    lens: Any
+    row: Any
+    page_rows: Any
+    format: Any
 
 
 @dataclass(frozen=True)
@@ -79,8 +95,7 @@ def _rotated_keys(pages, rows_at, ok, FORMAT: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q0, q1, q2, q3, m, total, a0, a1, a2, a3,
-    pages, page_stride, num_slots, slots, first, last, scale_log2,
+    q0, q1, q2, q3, m, total, a0, a1, a2, a3, keys, slots, first, last, scale_log2,
     ROWS: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys at places first .. last of `slots` into the running maximum, sum and output."""
@@ -88,9 +103,9 @@ def _attend(
     for start in range(first, last, BN):
         place = start + tl.arange(0, BN)
         slot = tl.load(slots + place, mask=place < last, other=-1)
-        ok = (slot >= 0) & (slot < num_slots)
+        ok = (slot >= 0) & (slot < keys.num_slots)
         slot = tl.where(ok, slot, 0)
-        page_at = (slot // ROWS).to(tl.int64) * page_stride
+        page_at = (slot // ROWS).to(tl.int64) * keys.page_stride
         row = slot % ROWS
         if FORMAT == 0:
             rows_at = page_at + row * 512
@@ -98,10 +113,10 @@ def _attend(
         else:
             rows_at = page_at + row * 576
             scales_at = page_at + ROWS * 576 + row * 8
-        k0 = _keys(pages, rows_at, scales_at, ok, 0, 256, FORMAT, OUT, PTX)
-        k1 = _keys(pages, rows_at, scales_at, ok, 256, 128, FORMAT, OUT, PTX)
-        k2 = _keys(pages, rows_at, scales_at, ok, 384, 64, FORMAT, OUT, PTX)
-        k3 = _rotated_keys(pages, rows_at, ok, FORMAT, OUT)
+        k0 = _keys(keys.pages, rows_at, scales_at, ok, 0, 256, FORMAT, OUT, PTX)
+        k1 = _keys(keys.pages, rows_at, scales_at, ok, 256, 128, FORMAT, OUT, PTX)
+        k2 = _keys(keys.pages, rows_at, scales_at, ok, 384, 64, FORMAT, OUT, PTX)
+        k3 = _rotated_keys(keys.pages, rows_at, ok, FORMAT, OUT)
         s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
         s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
@@ -123,17 +138,21 @@ def _attend(
 
 
 @triton.jit
+def _list(keys, t):
+    """Where the list of token t begins."""
+    row = t
+    if keys.row is not None:
+        row = tl.load(keys.row + t).to(tl.int64)
+    return keys.slots + row * keys.slots_stride
+
+
+@triton.jit
 def attend_kernel(
-    q, q_token_stride, q_head_stride,
-    window, window_page_stride, window_num_slots, window_slots, window_slots_stride, window_lens, W,
-    entries, entries_page_stride, entries_num_slots, entry_slots, entry_slots_stride, entry_row, entry_lens, K,
-    sink, cos_sin, out, lse, part_out, part_lse, scale_log2, n_split,
-    H: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr, WINDOW_FORMAT: tl.constexpr, ENTRY_ROWS: tl.constexpr, ENTRY_FORMAT: tl.constexpr,
-    HAS_ENTRIES: tl.constexpr, ONE_SPLIT: tl.constexpr, ROTATE: tl.constexpr, PTX: tl.constexpr,
+    q, q_token_stride, q_head_stride, window, entries, sink, cos_sin, out, lse, part_out, part_lse, scale_log2, num_splits,
+    H: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr, ONE_SPLIT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """grid (T, cdiv(H, HB), n_split). A token's keys are its window, then its entries; each split takes an equal share of
-    the keys that the token really has. part_out [T, n_split, H, 512] fp32, part_lse [T, n_split, H] fp32 in log2 units."""
+    """grid (T, cdiv(H, HB), num_splits). A token's keys are its window, then its entries; each split takes an equal share of
+    the keys that the token really has. window, entries: Keys. part_out [T, num_splits, H, 512] fp32, part_lse [T, num_splits, H] fp32 in log2 units."""
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     h = tl.program_id(1) * HB + tl.arange(0, HB)
@@ -150,37 +169,37 @@ def attend_kernel(
     a2 = tl.zeros([HB, 64], tl.float32)
     a3 = tl.zeros([HB, 64], tl.float32)
 
-    num_window = tl.minimum(tl.maximum(tl.load(window_lens + t), 0), W)
-    num_entries = 0
-    if HAS_ENTRIES:
-        num_entries = tl.minimum(tl.maximum(tl.load(entry_lens + t), 0), K)
-    num_keys = num_window + num_entries
-    share = tl.cdiv(tl.cdiv(num_keys, BN), n_split) * BN
+    window_list = _list(window, t)
+    entry_list = window_list
+    if entries.pages is not None:
+        entry_list = _list(entries, t)
+    num_window = tl.minimum(tl.maximum(tl.load(window.lens + t), 0), window.width)
+    num_keys = num_window
+    if entries.pages is not None:
+        num_keys += tl.minimum(tl.maximum(tl.load(entries.lens + t), 0), entries.width)
+    share = tl.cdiv(tl.cdiv(num_keys, BN), num_splits) * BN
     first = split * share
     last = tl.minimum(first + share, num_keys)
     m, total, a0, a1, a2, a3 = _attend(
-        q0, q1, q2, q3, m, total, a0, a1, a2, a3,
-        window, window_page_stride, window_num_slots, window_slots + t * window_slots_stride,
-        first, tl.minimum(last, num_window), scale_log2, WINDOW_ROWS, WINDOW_FORMAT, BN, PTX,
+        q0, q1, q2, q3, m, total, a0, a1, a2, a3, window, window_list, first, tl.minimum(last, num_window), scale_log2,
+        window.page_rows, window.format, BN, PTX,
     )  # fmt: skip
-    if HAS_ENTRIES:
-        row = tl.load(entry_row + t).to(tl.int64)
+    if entries.pages is not None:
         m, total, a0, a1, a2, a3 = _attend(
-            q0, q1, q2, q3, m, total, a0, a1, a2, a3,
-            entries, entries_page_stride, entries_num_slots, entry_slots + row * entry_slots_stride,
-            tl.maximum(first - num_window, 0), last - num_window, scale_log2, ENTRY_ROWS, ENTRY_FORMAT, BN, PTX,
+            q0, q1, q2, q3, m, total, a0, a1, a2, a3, entries, entry_list, tl.maximum(first - num_window, 0),
+            last - num_window, scale_log2, entries.page_rows, entries.format, BN, PTX,
         )  # fmt: skip
 
     some = total > 0
     log_total = m + tl.log2(tl.where(some, total, 1.0))
     if ONE_SPLIT:
-        with_sink = total + tl.exp2(tl.load(sink + h, mask=inside, other=0.0) * 1.4426950408889634 - tl.where(some, m, 0.0))
+        with_sink = total + tl.exp2(tl.load(sink + h, mask=inside, other=0.0) * LOG2_E - tl.where(some, m, 0.0))
         scale = tl.where(some, 1.0 / with_sink, 0.0)[:, None]
         o = out + (t * H + h[:, None]) * 512
-        tl.store(lse + t * H + h, tl.where(some, log_total * 0.6931471805599453, float("-inf")), mask=inside)
+        tl.store(lse + t * H + h, tl.where(some, log_total * LN_2, float("-inf")), mask=inside)
     else:
         scale = tl.where(some, 1.0 / total, 0.0)[:, None]
-        part = t * n_split + split
+        part = t * num_splits + split
         o = part_out + (part * H + h[:, None]) * 512
         tl.store(part_lse + part * H + h, tl.where(some, log_total, float("-inf")), mask=inside)
         inside = inside & some  # a part without keys is never read back
@@ -189,115 +208,99 @@ def attend_kernel(
     tl.store(o + 256 + tl.arange(0, 128)[None, :], (a1 * scale).to(kind), mask=inside[:, None])
     tl.store(o + 384 + tl.arange(0, 64)[None, :], (a2 * scale).to(kind), mask=inside[:, None])
     a3 = (a3 * scale).to(kind)
-    if ROTATE and ONE_SPLIT:
+    if ONE_SPLIT and cos_sin is not None:
         a3 = rotate_pairs(a3.to(tl.float32), cos_sin + t * 64, 0, 64, 64, SIGN=-1.0).to(kind)
     tl.store(o + 448 + tl.arange(0, 64)[None, :], a3, mask=inside[:, None])
 
 
 @triton.jit
-def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, n_split, H: tl.constexpr, SPLITS: tl.constexpr, ROTATE: tl.constexpr):
-    """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a power of two >= n_split."""
+def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, num_splits, H: tl.constexpr, SPLITS: tl.constexpr):
+    """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a power of two >= num_splits."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     d = tl.arange(0, 512)
     split = tl.arange(0, SPLITS)
-    part = (t * n_split + split) * H + h
-    logs = tl.load(part_lse + part, mask=split < n_split, other=float("-inf"))
+    part = (t * num_splits + split) * H + h
+    logs = tl.load(part_lse + part, mask=split < num_splits, other=float("-inf"))
     m = tl.max(logs, 0)
     some = m > float("-inf")
     m = tl.where(some, m, 0.0)
     total = tl.sum(tl.exp2(logs - m), 0)
-    with_sink = total + tl.exp2(tl.load(sink + h) * 1.4426950408889634 - m)
+    with_sink = total + tl.exp2(tl.load(sink + h) * LOG2_E - m)
     o = tl.zeros([512], tl.float32)
-    for i in range(n_split):
-        at = (t * n_split + i) * H + h
+    for i in range(num_splits):
+        at = (t * num_splits + i) * H + h
         log = tl.load(part_lse + at)
         # An empty part wrote no output.
         written = tl.where(log > float("-inf"), 512, 0)
         row = tl.load(part_out + at * 512 + d, mask=d < written, other=0.0)
         o += row * tl.exp2(log - m)
     o = tl.where(some, o / with_sink, 0.0).to(out.dtype.element_ty)
-    if ROTATE:
+    if cos_sin is not None:
         turned = rotate_pairs(tl.reshape(o, [1, 512]).to(tl.float32), cos_sin + t * 64, 448, 64, 512, SIGN=-1.0)
         o = tl.reshape(turned, [512]).to(out.dtype.element_ty)
     tl.store(out + (t * H + h) * 512 + d, o)
-    tl.store(lse + t * H + h, tl.where(some, (m + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf")))
+    tl.store(lse + t * H + h, tl.where(some, (m + tl.log2(tl.where(some, total, 1.0))) * LN_2, float("-inf")))
 
 
 def sparse_attention(
     q: Tensor,
-    window: Pages,
-    window_slots: Tensor,
-    window_lens: Tensor,
-    entries: Pages | None,
-    entry_slots: Tensor | None,
-    entry_row: Tensor | None,
-    entry_lens: Tensor | None,
+    window: Selection,
+    entries: Selection | None,
     sink: Tensor,
-    rope_dim: int,
     cos_sin: Tensor | None = None,
-    n_split: int | None = None,
+    *,
+    num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.sparse_attention`. n_split: parts per token; None chooses from shapes. Raises ValueError for rows
-    other than V4's 448 + 64 channels."""
+    """See `reference.sparse_attention`. num_splits: parts per token; None chooses from shapes.
+
+    Raises ValueError for rows other than V4's 448 + 64 channels.
+    """
     num_tokens, num_heads, dim = q.shape
-    if (dim, rope_dim) != (512, 64):
+    rope_dim = KV_ROPE_DIM if cos_sin is None else cos_sin.shape[-1]
+    if (dim, rope_dim) != (512, KV_ROPE_DIM):
         raise ValueError(f"the kernel is written for rows of 448 + 64 channels, not {dim - rope_dim} + {rope_dim}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if num_tokens == 0:
         return out, lse
-    has_entries = False
-    if entries is None or entry_slots is None or entry_row is None or entry_lens is None:
-        entries, entry_slots, entry_row, entry_lens = window, window_slots[:, :0], window_lens, window_lens
-    elif entry_slots.shape[1]:
-        has_entries = True
+    if entries is not None and entries.slots.shape[1] == 0:
+        entries = None
     tile = tile_for(num_heads, on_amd())
     head_blocks = triton.cdiv(num_heads, tile.heads)
-    n_split = n_split or splits_for(num_tokens, head_blocks, window_slots.shape[1] + entry_slots.shape[1], q.device)
-    table = lse if cos_sin is None else cos_sin
+    max_keys = window.slots.shape[1] + (0 if entries is None else entries.slots.shape[1])
+    num_splits = num_splits or splits_for(num_tokens, head_blocks, max_keys, q.device)
     parts, part_lse = out, lse
-    if n_split > 1:
-        parts = torch.empty(num_tokens, n_split, num_heads, dim, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(num_tokens, n_split, num_heads, dtype=torch.float32, device=q.device)
-    attend_kernel[(num_tokens, head_blocks, n_split)](
-        q, q.stride(0), q.stride(1),
-        window.data, window.data.stride(0), window.data.shape[0] * window.rows,
-        window_slots, window_slots.stride(0), window_lens, window_slots.shape[1],
-        entries.data, entries.data.stride(0), entries.data.shape[0] * entries.rows,
-        entry_slots, entry_slots.stride(0), entry_row, entry_lens, entry_slots.shape[1],
-        sink, table, out, lse, parts, part_lse, dim**-0.5 * LOG2_E, n_split,
-        H=num_heads, HB=tile.heads, BN=tile.keys,
-        WINDOW_ROWS=window.rows, WINDOW_FORMAT=format_code(window.format),
-        ENTRY_ROWS=entries.rows, ENTRY_FORMAT=format_code(entries.format),
-        HAS_ENTRIES=has_entries, ONE_SPLIT=n_split == 1, ROTATE=cos_sin is not None, PTX=packed_decode(q.device), num_warps=tile.num_warps,
+    if num_splits > 1:
+        parts = torch.empty(num_tokens, num_splits, num_heads, dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(num_tokens, num_splits, num_heads, dtype=torch.float32, device=q.device)
+    attend_kernel[(num_tokens, head_blocks, num_splits)](
+        q, q.stride(0), q.stride(1), _kernel_keys(window), NO_KEYS if entries is None else _kernel_keys(entries),
+        sink, cos_sin, out, lse, parts, part_lse, dim**-0.5 * LOG2_E.value, num_splits,
+        H=num_heads, HB=tile.heads, BN=tile.keys, ONE_SPLIT=num_splits == 1, PTX=packed_decode(q.device), num_warps=tile.num_warps,
         **register_limit(q.device, tile.num_warps),
     )  # fmt: skip
-    if n_split > 1:
+    if num_splits > 1:
         combine_kernel[(num_tokens, num_heads)](
-            parts,
-            part_lse,
-            sink,
-            table,
-            out,
-            lse,
-            n_split,
-            H=num_heads,
-            SPLITS=triton.next_power_of_2(n_split),
-            ROTATE=cos_sin is not None,
-            num_warps=4,
+            parts, part_lse, sink, cos_sin, out, lse, num_splits, H=num_heads, SPLITS=triton.next_power_of_2(num_splits), num_warps=4
         )
     return out, lse
+
+
+NO_KEYS = Keys(*[None] * len(Keys._fields))
+
+
+def _kernel_keys(selection: Selection) -> Keys:
+    pages, slots = selection.pages, selection.slots
+    return Keys(
+        pages.data, pages.data.stride(0), pages.num_slots, slots, slots.stride(0), slots.shape[1], selection.lens, selection.row,
+        tl.constexpr(pages.rows), tl.constexpr(format_code(pages.format)),
+    )  # fmt: skip
 
 
 _TYPES = {
     "q": "*bf16",
     "out": "*bf16",
-    "window_slots": "*i32",
-    "window_lens": "*i32",
-    "entry_slots": "*i32",
-    "entry_row": "*i32",
-    "entry_lens": "*i32",
     "sink": "*fp32",
     "cos_sin": "*fp32",
     "lse": "*fp32",
@@ -306,25 +309,26 @@ _TYPES = {
 }
 
 
-def _shipped(name: str, num_heads: int, row_format: int, entry_rows: int, one_split: bool) -> Iterator[Shipped]:
-    pages = "*u8" if row_format else "*bf16"
+def _keys_type(row_format: int, page_rows: int, by_row: bool) -> Keys:
+    row = "*i32" if by_row else None
+    return Keys("*u8" if row_format else "*bf16", "i32", "i32", "*i32", "i32", "i32", "*i32", row, page_rows, row_format)
+
+
+def _shipped(name: str, num_heads: int, row_format: int, entries: Keys, one_split: bool) -> Iterator[Shipped]:
     for vendor in ("nvidia", "amd"):
         tile = tile_for(num_heads, vendor == "amd")
-        constants = {
-            "H": num_heads, "HB": tile.heads, "BN": tile.keys, "WINDOW_ROWS": 64, "WINDOW_FORMAT": row_format, "ENTRY_ROWS": max(entry_rows, 1),
-            "ENTRY_FORMAT": row_format, "HAS_ENTRIES": entry_rows > 0, "ONE_SPLIT": one_split, "ROTATE": True, "PTX": True,
-        }  # fmt: skip
-        types = {**_TYPES, "window": pages, "entries": pages}
+        constants = {"H": num_heads, "HB": tile.heads, "BN": tile.keys, "ONE_SPLIT": one_split, "PTX": True}
+        types = {**_TYPES, "window": _keys_type(row_format, 64, by_row=False), "entries": entries}
         yield Shipped(name, attend_kernel, types, constants, tile.num_warps, spill=SPILL, vendor=vendor)
 
 
 SPILL = {"sm80": 16, "sm120": 200}
 
 SHIPPED = (
-    *_shipped("attend csa fp8 H64 split", 64, 1, 64, one_split=False),
-    *_shipped("attend hca fp8 H64 prefill", 64, 1, 2, one_split=True),
-    *_shipped("attend csa fp8 H8 split", 8, 1, 64, one_split=False),
-    *_shipped("attend csa bf16 H128 split", 128, 0, 64, one_split=False),
-    *_shipped("attend window bf16 H16 split", 16, 0, 0, one_split=False),
-    Shipped("combine H64", combine_kernel, _TYPES, {"H": 64, "SPLITS": 64, "ROTATE": True}, 4),
+    *_shipped("attend csa fp8 H64 split", 64, 1, _keys_type(1, 64, by_row=False), one_split=False),
+    *_shipped("attend hca fp8 H64 prefill", 64, 1, _keys_type(1, 2, by_row=True), one_split=True),
+    *_shipped("attend csa fp8 H8 split", 8, 1, _keys_type(1, 64, by_row=False), one_split=False),
+    *_shipped("attend csa bf16 H128 split", 128, 0, _keys_type(0, 64, by_row=False), one_split=False),
+    *_shipped("attend window bf16 H16 split", 16, 0, NO_KEYS, one_split=False),
+    Shipped("combine H64", combine_kernel, _TYPES, {"H": 64, "SPLITS": 64}, 4),
 )

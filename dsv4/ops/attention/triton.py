@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the attention operators; every function here has its twin in `attention/reference.py`."""
+"""Triton kernels of the attention operators; every function here has its reference in `attention/reference.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from dsv4.ops.attention import split_kv
 from dsv4.ops.attention.split_kv import sparse_attention
 from dsv4.ops.kernels import Shipped
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import SlotMapping
 from dsv4.ops.quant.triton import format_code, rotate_pairs, store_row
 
 __all__ = ["norm_rope_store", "output_a", "sparse_attention"]
@@ -67,9 +67,10 @@ def norm_rope_store_kernel(
         tl.store(out + (t * H + h[:, None]) * D + d, y.to(out.dtype.element_ty), mask=inside)
 
 
-def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: Pages, slots: Tensor) -> Tensor:
+def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: SlotMapping) -> Tensor:
     """See `reference.norm_rope_store`. Packed values are quantised from rows rounded to q's dtype, then to bf16."""
     num_tokens, num_heads, dim = q.shape
+    pages = window.pages
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
@@ -84,16 +85,16 @@ def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_si
         eps,
         cos_sin,
         out,
-        window.data,
-        window.data.stride(0),
-        window.data.shape[0] * window.rows,
-        slots,
+        pages.data,
+        pages.data.stride(0),
+        pages.num_slots,
+        window.slots,
         H=num_heads,
         D=dim,
         ROPE=cos_sin.shape[-1],
         HB=HEADS_PER_PROGRAM,
-        ROWS=window.rows,
-        FORMAT=format_code(window.format),
+        ROWS=pages.rows,
+        FORMAT=format_code(pages.format),
         num_warps=4,
     )
     return out

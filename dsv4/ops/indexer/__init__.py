@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsv4.ops.indexer import reference
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.registry import operator
 
 prepare_query = operator("indexer.prepare_query", reference.prepare_query, triton="dsv4.ops.indexer.triton:prepare_query")
@@ -26,29 +26,28 @@ def workspace_bytes(num_tokens: int, max_entries: int) -> int:
 
 def select(
     query: IndexQuery,
-    keys: Pages,
-    block_table: Tensor,
+    keys: PageTable,
+    entries: PageTable,
     request_of_token: Tensor,
     entry_lens: Tensor,
+    *,
     max_entries: int,
     k: int,
-    entry_block_table: Tensor | None = None,
-    entry_rows: int = 0,
-) -> Tensor:
-    """The `k` visible entries of largest score per token: int32 [T, k], -1 in the tail.
+) -> Selection:
+    """The `k` visible entries of largest score per token.
 
-    keys: the layer's index keys; block_table: [R, n] int32 of their pages; request_of_token: [T] int32; entry_lens: [T]
-    int32, visible entries; max_entries: host bound on entry_lens. An index is relative to the request: entry j pools
-    tokens from 4j on. With entry_block_table [R, n] and entry_rows, the block table and rows per page of the compressed
-    entries, the result is their cache slots.
+    keys: the layer's index keys; entries: its compressed entries, which are selected
+    request_of_token: [T] int32
+    entry_lens: [T] int32, visible entries; entry j of a request pools its tokens from 4j on
+    max_entries: host bound on entry_lens
     """
-    chosen = torch.empty(entry_lens.shape[0], k, dtype=torch.int32, device=entry_lens.device)
+    slots = torch.empty(entry_lens.shape[0], k, dtype=torch.int32, device=entry_lens.device)
     step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
     for start in range(0, entry_lens.shape[0], step):
         part = slice(start, start + step)
-        scores = logits(query[part], keys, block_table, request_of_token[part], entry_lens[part], max_entries)
-        chosen[part] = topk(scores, entry_lens[part], k, entry_block_table, request_of_token[part], entry_rows)
-    return chosen
+        scores = logits(query[part], keys, request_of_token[part], entry_lens[part], max_entries)
+        slots[part] = topk(scores, entry_lens[part], k, entries, request_of_token[part])
+    return Selection(entries.pages, slots, entry_lens.clamp(max=k))
 
 
 __all__ = ["IndexQuery", "logits", "prepare_query", "select", "topk", "workspace_bytes"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch twin of the indexer. Source: spec section 3.5.
+"""Plain-PyTorch reference of the indexer. Source: spec section 3.5.
 
 Variant: the Hadamard rotation is applied for packed keys (official inference, SGLang), not for plain ones, where it
 changes nothing but rounding (spec section 7.22). fp8 keys and queries carry one power-of-two scale per 128 values.
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dsv4.model.kv_layout import IndexFormat
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.pages import Pages, load_rows
-from dsv4.ops.plan import selected_slots
+from dsv4.ops.pages import PageTable, load_rows
+from dsv4.ops.plan import topk_slots
 from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, quantize_e2m1, quantize_e4m3, ue8m0_value
 from dsv4.ops.rope import apply_rope
 
@@ -47,14 +47,14 @@ def query_values(query: IndexQuery) -> Tensor:
     return dequantize_e2m1(query.values, query.scales)
 
 
-def logits(query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token: Tensor, entry_lens: Tensor, max_entries: int) -> Tensor:
+def logits(query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_lens: Tensor, max_entries: int) -> Tensor:
     """score[t, j] = sum_h w[t, h] * relu(q[t, h] . k[j]): fp32 [T, max_entries], -inf from entry_lens[t] on.
 
     A kernel may leave anything there: `topk` reads the first entry_lens[t] of a row.
 
     Tokens of one request are neighbours. Only entries below the request's largest length are read.
     """
-    q = query_values(query)
+    q, pages = query_values(query), keys.pages
     out = torch.full((q.shape[0], max_entries), float("-inf"), device=q.device)
     request, counts = request_of_token.unique_consecutive(return_counts=True)
     start = 0
@@ -65,30 +65,23 @@ def logits(query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token
         if n == 0:
             continue
         entry = torch.arange(n, device=q.device)
-        slots = block_table[r][entry // keys.rows].long() * keys.rows + entry % keys.rows
-        k = load_rows(keys, slots, q.shape[-1], rope_dim=0)  # [n, 128]
+        slots = keys.block_table[r][entry // pages.rows].long() * pages.rows + entry % pages.rows
+        k = load_rows(pages, slots, q.shape[-1], rope_dim=0)  # [n, 128]
         dots = torch.relu(q[tokens].flatten(0, 1) @ k.T).unflatten(0, (count, -1))  # [count, Hi, n]
         score = (query.weights[tokens, None] @ dots).squeeze(1)
         out[tokens, :n] = score.masked_fill(entry >= entry_lens[tokens, None], float("-inf"))
     return out
 
 
-def topk(
-    logits: Tensor,
-    entry_lens: Tensor,
-    k: int,
-    block_table: Tensor | None = None,
-    request_of_token: Tensor | None = None,
-    rows: int = 0,
-) -> Tensor:
+def topk(logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None = None, request_of_token: Tensor | None = None) -> Tensor:
     """Indices of the k largest of each row's first entry_lens[t] logits: int32 [T, k], ties to the lowest index.
 
     logits: [T, N] fp32. Unused places are -1 and come last; a row with at most k entries selects all of them, in order.
-    With block_table [R, n], request_of_token [T] and the rows of a page, cache slots of the entries instead of indices.
-    The order of the chosen is not part of the contract: the twin sorts by score, the kernel by index.
+    With `entries` and request_of_token [T], cache slots of the entries instead of indices. Their order is not part of the
+    contract: the reference sorts by score, the kernel by index.
     """
-    if block_table is not None and request_of_token is not None:
-        return selected_slots(topk(logits, entry_lens, k), block_table, request_of_token, rows)
+    if entries is not None and request_of_token is not None:
+        return topk_slots(topk(logits, entry_lens, k), entries, request_of_token)
     num_tokens, n = logits.shape
     out = torch.full((num_tokens, k), -1, dtype=torch.int32, device=logits.device)
     lens = entry_lens[:, None].long()
@@ -99,6 +92,6 @@ def topk(
         return out
     visible = logits.masked_fill(torch.arange(n, device=logits.device) >= lens, float("-inf"))
     order = visible.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    chosen = torch.where(lens <= k, everything, order)
-    out[:] = torch.where(everything < lens, chosen, -1).int()
+    topk_indices = torch.where(lens <= k, everything, order)
+    out[:] = torch.where(everything < lens, topk_indices, -1).int()
     return out

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.ops.kernels import Shipped, on_amd, register_limit
+from dsv4.ops.pages import PageTable
 
 CHUNK = 8192
 SMALL_CHUNK = 2048
@@ -110,32 +111,25 @@ def topk_kernel(
         tl.store(out_indices + out + j, tl.full([BLOCK], -1, tl.int32), mask=(j >= count) & (j < K))
 
 
-def topk(
-    logits: Tensor,
-    entry_lens: Tensor,
-    k: int,
-    block_table: Tensor | None = None,
-    request_of_token: Tensor | None = None,
-    rows: int = 0,
-) -> Tensor:
+def topk(logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None = None, request_of_token: Tensor | None = None) -> Tensor:
     """See `reference.topk`; the chosen come in index order. Raises ValueError when k does not fit a chunk."""
     num_tokens, n = logits.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
     if n == 0:
         out.fill_(-1)
     elif num_tokens:
-        pages = None if block_table is None or request_of_token is None else _PageMap(block_table, request_of_token, rows)
-        _reduce(logits, None, entry_lens, n, k, out, pages)
+        _reduce(_Candidates(logits, None, entry_lens, n), k, out, entries, request_of_token)
     return out
 
 
 @dataclass(frozen=True)
-class _PageMap:
-    """block_table: [R, n] int32; request_of_token: [T]; rows: rows of a page."""
+class _Candidates:
+    """scores: [T, N] fp32; indices: [T, N] int32, None where it is the place; lens: [T] int32; max_entries: bound on them."""
 
-    block_table: Tensor
-    request_of_token: Tensor
-    rows: int
+    scores: Tensor
+    indices: Tensor | None
+    lens: Tensor
+    max_entries: int
 
 
 def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
@@ -146,15 +140,18 @@ def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
     num_tokens, n = scores.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=scores.device)
     lens = torch.full((num_tokens,), n, dtype=torch.int32, device=scores.device)
-    _reduce(scores, indices, lens, n, k, out, None)
+    _reduce(_Candidates(scores, indices, lens, n), k, out, None, None)
     return out
 
 
-def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: int, k: int, out: Tensor, pages: _PageMap | None) -> None:
+def _reduce(of: _Candidates, k: int, out: Tensor, entries: PageTable | None, request_of_token: Tensor | None) -> None:
     """Reduce rows to k candidates per chunk until they fit the last launch, which writes `out`."""
     if k >= CHUNK:
         raise ValueError(f"k is {k}; a chunk of {CHUNK} must hold more")
-    table, request, rows = (lens[None], lens, 0) if pages is None else (pages.block_table, pages.request_of_token, pages.rows)
+    scores, indices, lens = of.scores, of.indices, of.lens
+    table, request, rows = lens[None], lens, 0
+    if entries is not None and request_of_token is not None:
+        table, request, rows = entries.block_table, request_of_token, entries.pages.rows
     num_tokens, level, merge = scores.shape[0], 0, indices is not None
     while True:
         chunk = _chunk(max(scores.shape[1], k), level)
@@ -165,7 +162,7 @@ def _reduce(scores: Tensor, indices: Tensor | None, lens: Tensor, max_entries: i
             out_scores = torch.empty(num_tokens, chunks * k, dtype=torch.float32, device=scores.device)
             out_indices = torch.empty(num_tokens, chunks * k, dtype=torch.int32, device=scores.device)
         topk_kernel[(num_tokens, chunks)](
-            scores, scores.stride(0), lens if indices is None else indices, lens, max_entries, out_scores, out_indices,
+            scores, scores.stride(0), lens if indices is None else indices, lens, of.max_entries, out_scores, out_indices,
             out_indices.stride(0), k, table, table.stride(0), table.shape[1], request,
             CHUNK=chunk, BLOCK=min(chunk, CHUNK), FIRST=CHUNK, LEVEL=level, FINAL=final, MERGE=merge, ROWS=rows if final else 0,
             num_warps=warps, **register_limit(scores.device, warps),

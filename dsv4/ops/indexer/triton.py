@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the indexer; every function here has its twin in `indexer/reference.py`.
+"""Triton kernels of the indexer; every function here has its reference in `indexer/reference.py`.
 
 Scores: `decode_logits_kernel` serves few tokens, each walking its keys in parallel parts; `prefill_logits_kernel` decodes a
 tile of keys once for a block of tokens. Either scores any range of whole pages when it is given that part of the block
@@ -18,7 +18,7 @@ from dsv4.ops.indexer import topk_triton as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.indexer.topk_triton import topk
 from dsv4.ops.kernels import Shipped, packed_decode, processors, register_limit
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import PageTable
 from dsv4.ops.quant.triton import (
     abs_bits,
     decode_e2m1,
@@ -229,7 +229,7 @@ def prefill_logits_kernel(
                         tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor), mask=entry < mine)
 
 
-def logits(query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token: Tensor, entry_lens: Tensor, max_entries: int) -> Tensor:
+def logits(query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_lens: Tensor, max_entries: int) -> Tensor:
     """See `reference.logits`; places from entry_lens[t] on are left as they are, since nothing may read them."""
     num_tokens, num_heads = query.weights.shape
     # Rows that start at a multiple of 16 let the kernels load and store vectors.
@@ -238,13 +238,14 @@ def logits(query: IndexQuery, keys: Pages, block_table: Tensor, request_of_token
     if num_tokens == 0 or max_entries == 0:
         return out
     scales = query.values if query.scales is None else query.scales
+    pages, block_table = keys.pages, keys.block_table
     args = (
-        query.values, scales, query.weights, keys.data, keys.data.stride(0), keys.data.shape[0],
+        query.values, scales, query.weights, pages.data, pages.data.stride(0), pages.data.shape[0],
         block_table, block_table.stride(0), block_table.shape[1], request_of_token, entry_lens, out, out.stride(0), max_entries,
     )  # fmt: skip
     device = out.device
     shape = dict(
-        H=num_heads, HB=max(16, triton.next_power_of_2(num_heads)), BN=KEYS_PER_TILE, ROWS=keys.rows, FORMAT=format_code(keys.format),
+        H=num_heads, HB=max(16, triton.next_power_of_2(num_heads)), BN=KEYS_PER_TILE, ROWS=pages.rows, FORMAT=format_code(pages.format),
         PTX=packed_decode(device), num_warps=4, **register_limit(device, 4),
     )  # fmt: skip
     tiles = triton.cdiv(max_entries, KEYS_PER_TILE)

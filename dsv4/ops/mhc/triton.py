@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the hyper-connections; every function here has its twin in `mhc/reference.py`.
+"""Triton kernels of the hyper-connections; every function here has its reference in `mhc/reference.py`.
 
 `pre` is two launches: the projection of the flattened streams is split over their length, so that one token keeps the
 whole device busy, and a second kernel joins the parts, balances the matrix, collapses the streams and normalises. The
@@ -8,12 +8,15 @@ second needs whole rows and the first whole columns of `fn`, so no single launch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dsv4.ops.kernels import Shipped, processors
+from dsv4.ops.mhc.site import PendingPost, Site, SublayerInput
 
 STREAMS = 4
 PART_TOKENS = 16  # the smallest tile of a matrix instruction
@@ -223,22 +226,29 @@ def _split(num_tokens: int, width: int, piece: int, device: torch.device) -> tup
     return triton.cdiv(width, share), share
 
 
-def _part_buffers(parts: int, num_tokens: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Projection:
+    """Parts of the projection [count, T, N] and of the sum of squares [count, T], fp32."""
+
+    mix: Tensor
+    squares: Tensor
+    count: int
+
+
+def _empty_projection(parts: int, num_tokens: int, n: int, device: torch.device) -> _Projection:
     mix = torch.empty(parts, num_tokens, n, dtype=torch.float32, device=device)
-    return mix, torch.empty(parts, num_tokens, dtype=torch.float32, device=device)
+    return _Projection(mix, torch.empty(parts, num_tokens, dtype=torch.float32, device=device), parts)
 
 
-def _project(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Parts of the projection and of the squares, and how many: [parts, T, N] fp32 and [parts, T] fp32."""
+def _project(streams: Tensor, fn: Tensor) -> _Projection:
     num_tokens, width, n = streams.shape[0], fn.shape[1], fn.shape[0]
-    blocks = triton.cdiv(num_tokens, PART_TOKENS)
     parts, share = _split(num_tokens, width, PART_WIDTH, streams.device)
-    mix, squares = _part_buffers(parts, num_tokens, n, streams.device)
-    project_kernel[(blocks, parts)](
-        streams, streams.stride(0), fn, mix, squares, num_tokens, width, share,
+    projected = _empty_projection(parts, num_tokens, n, streams.device)
+    project_kernel[(triton.cdiv(num_tokens, PART_TOKENS), parts)](
+        streams, streams.stride(0), fn, projected.mix, projected.squares, num_tokens, width, share,
         N=n, NB=triton.next_power_of_2(max(n, 16)), BT=PART_TOKENS, BK=PART_WIDTH, num_warps=4,
     )  # fmt: skip
-    return mix, squares, parts
+    return projected
 
 
 def _check_streams(streams: Tensor, iters: int = 1) -> None:
@@ -254,74 +264,70 @@ def _row_warps(width: int) -> int:
     return 4 if width <= 1024 else 8 if width <= 4096 else 16
 
 
-def pre(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float, iters: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def pre(streams: Tensor, site: Site) -> SublayerInput:
     """See `reference.pre`. Raises ValueError when iters < 1, and for other than 4 streams."""
-    _check_streams(streams, iters)
-    mix, squares, parts = _project(streams, fn) if streams.shape[0] else (fn, fn, 0)
-    return _finish_pre(streams, mix, squares, parts, base, scale, norm_weight, rms_eps, hc_eps, iters)
+    _check_streams(streams, site.iters)
+    return _finish_pre(streams, _project(streams, site.fn) if streams.shape[0] else None, site)
 
 
-def _finish_pre(
-    streams: Tensor, mix: Tensor, squares: Tensor, parts: int, base: Tensor, scale: Tensor, norm_weight: Tensor,
-    rms_eps: float, hc_eps: float, iters: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _finish_pre(streams: Tensor, projected: _Projection | None, site: Site) -> SublayerInput:
+    """projected: None when there are no tokens."""
     num_tokens, n, dim = streams.shape
-    y = torch.empty(num_tokens, dim, dtype=streams.dtype, device=streams.device)
+    x = torch.empty(num_tokens, dim, dtype=streams.dtype, device=streams.device)
     post_weight = torch.empty(num_tokens, n, dtype=torch.float32, device=streams.device)
     comb = torch.empty(num_tokens, n, n, dtype=torch.float32, device=streams.device)
-    if num_tokens:
+    if projected is not None:
         pre_kernel[(num_tokens,)](
-            streams, streams.stride(0), mix, squares, parts, base, scale, norm_weight, y, post_weight, comb,
-            num_tokens, dim, rms_eps, hc_eps, iters,
-            BD=triton.next_power_of_2(dim), PARTS=triton.next_power_of_2(parts), num_warps=_row_warps(dim),
+            streams, streams.stride(0), projected.mix, projected.squares, projected.count, site.base, site.scale, site.norm_weight,
+            x, post_weight, comb, num_tokens, dim, site.rms_eps, site.hc_eps, site.iters,
+            BD=triton.next_power_of_2(dim), PARTS=triton.next_power_of_2(projected.count), num_warps=_row_warps(dim),
         )  # fmt: skip
-    return y, post_weight, comb
+    return SublayerInput(x, streams, post_weight, comb)
 
 
-def post_pre(
-    streams: Tensor, y: Tensor, post_weight: Tensor, comb: Tensor,
-    fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float, iters: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def post_pre(pending: PendingPost, site: Site) -> SublayerInput:
     """See `reference.post_pre`: the new streams are projected while they are still in registers."""
-    _check_streams(streams, iters)
+    streams, y, n = pending.streams, pending.y, site.fn.shape[0]
+    _check_streams(streams, site.iters)
     num_tokens, _, dim = streams.shape
     out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
-    parts, share = _split(num_tokens, dim, POST_WIDTH, streams.device) if num_tokens else (0, 0)
-    mix, squares = _part_buffers(parts, num_tokens, fn.shape[0], streams.device)
+    projected = None
     if num_tokens:
-        n = fn.shape[0]
+        parts, share = _split(num_tokens, dim, POST_WIDTH, streams.device)
+        projected = _empty_projection(parts, num_tokens, n, streams.device)
         post_project_kernel[(triton.cdiv(num_tokens, PART_TOKENS), parts)](
-            streams, streams.stride(0), y, y.stride(0), post_weight, comb, out, fn, mix, squares, num_tokens, dim, share,
+            streams, streams.stride(0), y, y.stride(0), pending.post, pending.comb, out, site.fn, projected.mix, projected.squares,
+            num_tokens, dim, share,
             N=n, NB=triton.next_power_of_2(max(n, 16)), BT=PART_TOKENS, BK=POST_WIDTH, num_warps=4,
         )  # fmt: skip
-    return out, *_finish_pre(out, mix, squares, parts, base, scale, norm_weight, rms_eps, hc_eps, iters)
+    return _finish_pre(out, projected, site)
 
 
-def post(streams: Tensor, y: Tensor, post_weight: Tensor, comb: Tensor) -> Tensor:
+def post(pending: PendingPost) -> Tensor:
     """See `reference.post`."""
+    streams, y = pending.streams, pending.y
     _check_streams(streams)
     num_tokens, _, dim = streams.shape
     out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     if num_tokens:
         block = min(1024, triton.next_power_of_2(dim))
         post_kernel[(num_tokens, triton.cdiv(dim, block))](
-            streams, streams.stride(0), y, y.stride(0), post_weight, comb, out, dim, BD=block, num_warps=4
+            streams, streams.stride(0), y, y.stride(0), pending.post, pending.comb, out, dim, BD=block, num_warps=4
         )
     return out
 
 
-def head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
+def head(streams: Tensor, site: Site) -> Tensor:
     """See `reference.head`."""
     _check_streams(streams)
     num_tokens, _, dim = streams.shape
     out = torch.empty(num_tokens, dim, dtype=streams.dtype, device=streams.device)
     if num_tokens:
-        mix, squares, parts = _project(streams, fn)
+        projected = _project(streams, site.fn)
         head_kernel[(num_tokens,)](
-            streams, streams.stride(0), mix, squares, parts, base, scale, norm_weight, out, num_tokens, dim, rms_eps, hc_eps,
-            BD=triton.next_power_of_2(dim), PARTS=triton.next_power_of_2(parts), num_warps=_row_warps(dim),
+            streams, streams.stride(0), projected.mix, projected.squares, projected.count, site.base, site.scale, site.norm_weight,
+            out, num_tokens, dim, site.rms_eps, site.hc_eps,
+            BD=triton.next_power_of_2(dim), PARTS=triton.next_power_of_2(projected.count), num_warps=_row_warps(dim),
         )  # fmt: skip
     return out
 
