@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 
 from dsv4.model.config import CSA_RATIO, LayerKind
-from dsv4.model.kv_layout import CacheFormats, CacheRole, IndexFormat, KvFormat, StateMapping, layer_caches
+from dsv4.model.kv_layout import CacheFormats, CacheRole, IndexFormat, KvFormat, StateMapping, layer_caches, state_ring_rows
 from dsv4.planning.deployment import find_checkpoint
 
 matplotlib.use("Agg")
@@ -73,18 +73,18 @@ def page(axes: Axes) -> None:
         (spec.tail_bytes, f"tail: a summary\n{spec.tail_bytes:,} B", GREEN),
         (spec.page_bytes - spec.tail_offset - spec.tail_bytes, "pad", GREY),
     ]
-    widths, at = (9.0, 3.0, 4.0, 1.5), 0.0  # not to scale: values would hide the rest
+    widths, at = (9.0, 3.4, 4.2, 2.8), 0.0  # not to scale: values would hide the rest
     offset = 0
     for (size, text, colour), width in zip(parts, widths, strict=True):
         box(axes, (at, 1.6), (width, 1), text, colour)
         axes.text(at, 1.45, f"{offset:,}", ha="left", va="top", fontsize=7)
         at, offset = at + width, offset + size
-    axes.text(at, 1.45, f"{spec.page_bytes:,}", ha="right", va="top", fontsize=7)
+    axes.text(at, 1.45, f"{spec.page_bytes:,}", ha="center", va="top", fontsize=7)
     box(axes, (0, 0), (5, 0.8), "448 e4m3", BLUE)
     box(axes, (5, 0), (2.4, 0.8), "64 bf16", BLUE)
-    box(axes, (9.6, 0), (2.4, 0.8), "7 ue8m0 + 1", ORANGE)
+    box(axes, (9.8, 0), (3.2, 0.8), "7 ue8m0 + 1", ORANGE)
     axes.text(7.6, 0.4, "one row", va="center")
-    axes.text(12.2, 0.4, f"slot = page * {rows} + row; the page's stride is the engine's", va="center")
+    axes.text(13.2, 0.4, f"slot = page * {rows} + row;\nthe page's stride is the engine's", va="center")
     axes.set(xlim=(-0.2, 20.5), ylim=(-0.3, 2.9))
 
 
@@ -125,10 +125,15 @@ def mappings(axes: Axes) -> None:
         axes.text(0, y + 0.7, says, va="center")
         for k, (kind, layer) in enumerate(kinds.items()):
             specs = layer_caches(config, layer, FORMATS, mapping)
-            state = sum(s.row.row_bytes * s.rows_per_page for s in specs if s.role in (CacheRole.STATE, CacheRole.INDEX_STATE))
-            tokens = next(s for s in specs if s.role is CacheRole.STATE)
-            unit = "a request" if tokens.per_request else f"{tokens.page_tokens} rows"
-            box(axes, (8.5 + 5.2 * k, y), (4.8, 1.4), f"{kind.value.upper()}\n{state:,} B per {unit}", ORANGE if k else BLUE)
+            state = [s for s in specs if s.role in (CacheRole.STATE, CacheRole.INDEX_STATE)]
+            size = sum(s.row.row_bytes for s in state)
+            unit = "a request" if mapping is StateMapping.SUMMARY else "a token in flight"
+            if mapping is StateMapping.RING:
+                size *= state_ring_rows(layer, speculative=False)
+                unit = "a window page" if kind is LayerKind.CSA else "a request"
+            tails = sum(s.tail_bytes for s in specs)
+            more = f"\n+ {tails:,} B a page" if tails else ""
+            box(axes, (8.5 + 5.2 * k, y), (4.8, 1.4), f"{kind.value.upper()}: {size:,} B\n{unit}{more}", ORANGE if k else BLUE)
     axes.set(xlim=(-0.3, 19.5), ylim=(1.7, 7.8))
 
 
