@@ -26,7 +26,7 @@ from served import sglang_serve
 def main(path: Path | None, rounds: int, threads: int) -> None:
     os.environ.update(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1")
     serve = lambda folder: sglang_serve(folder, "--served-model-name", "tiny")  # noqa: E731
-    cpu_bench.run("sglang", "SGLang", serve, load, path, rounds, threads)
+    cpu_bench.run("sglang", "SGLang", serve, load, path=path, rounds=rounds, threads=threads)
 
 
 def load(folder: Path) -> cpu_bench.Generate:

@@ -25,7 +25,7 @@ def main(path: Path | None, rounds: int, threads: int) -> None:
         OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1"
     )
     serve = lambda folder: vllm_serve(folder, "--served-model-name", "tiny")  # noqa: E731
-    cpu_bench.run("vllm", "vLLM", serve, load, path, rounds, threads)
+    cpu_bench.run("vllm", "vLLM", serve, load, path=path, rounds=rounds, threads=threads)
 
 
 def load(folder: Path) -> cpu_bench.Generate:

@@ -218,7 +218,7 @@ def _streams(m: Model, t: int, device: torch.device) -> Tensor:
 def _site(m: Model, device: torch.device, rows: int = 24, scales: int = 3) -> Site:
     fn = torch.randn(rows, 4 * m.hidden, device=device) * (4 * m.hidden) ** -0.5
     base, scale, weight = torch.randn(rows, device=device), torch.rand(scales, device=device), torch.rand(m.hidden, device=device)
-    return Site(fn, base, scale, weight, 1e-6, 1e-6, 20)
+    return Site(fn, base, scale, weight, rms_eps=1e-6, hc_eps=1e-6, iters=20)
 
 
 def _pending(m: Model, t: int, device: torch.device) -> PendingPost:
@@ -412,7 +412,7 @@ def _logits(m: Model, t: int, entries: int, index_format: IndexFormat, device: t
     query, owner = _index_query(t, index_format, device), torch.arange(t, dtype=torch.int32, device=device)
     lens = torch.full((t,), entries, dtype=torch.int32, device=device)
     moved = t * entries * (_index_bytes(index_format) + 4)
-    case = _logits_case(query, PageTable(pages, table), owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
+    case = _logits_case(query, PageTable(pages, table), owner, lens, entries, moved, flops=2 * t * 64 * 128 * entries)
     if index_format is IndexFormat.FP8:
         case.peers["deep_gemm"] = op_peers.deep_gemm(query, PageTable(pages, table), lens, entries)
     return case
@@ -425,7 +425,7 @@ def _prefill_logits(m: Model, t: int, entries: int, index_format: IndexFormat, d
     query, owner = _index_query(t, index_format, device), torch.zeros(t, dtype=torch.int32, device=device)
     lens = entries - (t - 1 - torch.arange(t, device=device, dtype=torch.int32)) // 4
     moved = entries * _index_bytes(index_format) + t * entries * 4
-    return _logits_case(query, PageTable(pages, table), owner, lens, entries, moved, 2 * t * 64 * 128 * entries)
+    return _logits_case(query, PageTable(pages, table), owner, lens, entries, moved, flops=2 * t * 64 * 128 * entries)
 
 
 def _ragged_logits(m: Model, t: int, entries: int, device: torch.device) -> Case:
@@ -439,7 +439,7 @@ def _ragged_logits(m: Model, t: int, entries: int, device: torch.device) -> Case
     pages.data[table[behind].long()] = NAN
     query, owner = _index_query(t, IndexFormat.FP8, device), torch.arange(t, dtype=torch.int32, device=device)
     total = int(lens.sum())
-    return _logits_case(query, PageTable(pages, table), owner, lens, entries, total * 136, 2 * total * 64 * 128)
+    return _logits_case(query, PageTable(pages, table), owner, lens, entries, total * 136, flops=2 * total * 64 * 128)
 
 
 def _topk(m: Model, t: int, n: int, device: torch.device) -> Case:

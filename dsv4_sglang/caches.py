@@ -14,7 +14,7 @@ behind the window. Every cache hangs on one of the two or on the request's slot,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
@@ -41,9 +41,7 @@ from dsv4.ops.compressor.ring import RingState, compress_step
 from dsv4.ops.pages import Pages, RowsFormat, view_pages
 from dsv4_sglang import released_config
 from dsv4_sglang.options import deployed_formats
-
-if TYPE_CHECKING:
-    from dsv4_sglang.metadata import StepPlan
+from dsv4_sglang.step import StepPlan
 
 _STATE_ROLES = (CacheRole.STATE, CacheRole.INDEX_STATE)
 
@@ -58,6 +56,7 @@ class V4Pool(BaseSWAKVPool):
 
     def __init__(
         self,
+        *,
         config: V4Config,
         formats: CacheFormats,
         dtype: torch.dtype,
@@ -67,7 +66,15 @@ class V4Pool(BaseSWAKVPool):
         device: str,
         enable_memory_saver: bool,
     ) -> None:
-        KVCache.__init__(self, full_tokens, PAGE_TOKENS, dtype, config.num_hidden_layers, device, enable_memory_saver)
+        KVCache.__init__(
+            self,
+            size=full_tokens,
+            page_size=PAGE_TOKENS,
+            dtype=dtype,
+            layer_num=config.num_hidden_layers,
+            device=device,
+            enable_memory_saver=enable_memory_saver,
+        )
         self.size_swa, self.num_slots = window_tokens, num_slots
         self.full_kv_pool = self.swa_kv_pool = None
         self.full_to_swa_index_mapping: Tensor | None = None
@@ -207,14 +214,14 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
 def build_pool(kvc: Any, sizes: Any, req_to_token_pool: Any) -> V4Pool:
     """The pool that SGLang asks for at start."""
     pool = V4Pool(
-        released_config.read(kvc.model_config.hf_config),
-        deployed_formats(kvc),
-        kvc.model_config.dtype,
-        sizes.full_max_total_num_tokens,
-        sizes.swa_max_total_num_tokens,
-        req_to_token_pool.req_to_token.shape[0],
-        kvc.device,
-        get_exec().features.enable_memory_saver,
+        config=released_config.read(kvc.model_config.hf_config),
+        formats=deployed_formats(kvc),
+        dtype=kvc.model_config.dtype,
+        full_tokens=sizes.full_max_total_num_tokens,
+        window_tokens=sizes.swa_max_total_num_tokens,
+        num_slots=req_to_token_pool.req_to_token.shape[0],
+        device=kvc.device,
+        enable_memory_saver=get_exec().features.enable_memory_saver,
     )
     pool._finalize_allocation_log(sizes.full_max_total_num_tokens)
     return pool

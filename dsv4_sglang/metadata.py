@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,23 +19,11 @@ from dsv4.ops.compressor.ring import RingPlan, Rings, plan_many, plan_single
 from dsv4.ops.pages import BatchView
 from dsv4_sglang.caches import V4Pool
 from dsv4_sglang.names import ATTENTION_BACKEND
+from dsv4_sglang.step import StepPlan
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One step. entries, rings: by compress ratio, compressed entries and their open windows."""
-
-    window: plan.WindowPlan
-    entries: dict[int, plan.EntryPlan]
-    rings: dict[int, RingPlan]
-
-    @property
-    def tokens(self) -> plan.TokenPlan:
-        return self.window.tokens
 
 
 class V4AttentionBackend(AttentionBackend):

@@ -33,8 +33,9 @@ from dsv4.ops.rope import inv_freq
 from dsv4_sglang import released_config
 from dsv4_sglang.caches import LayerState, V4Pool
 from dsv4_sglang.loading import load_weights
-from dsv4_sglang.metadata import StepPlan, V4AttentionBackend
+from dsv4_sglang.metadata import V4AttentionBackend
 from dsv4_sglang.quant import V4QuantConfig
+from dsv4_sglang.step import StepPlan
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

@@ -15,6 +15,7 @@ PACKAGES = ("dsv4", "dsv4_sglang", "dsv4_vllm")
 HOST = (*PACKAGES, "benchmarks", "examples")
 MOST_POSITIONAL = 6
 MOST_KERNEL_PARAMETERS = 25
+FOREIGN = ("torch.ops.", "library.")  # operators of vendors' libraries take nothing by name
 # Lowest first; a module may import from its own floor and from those below. The contracts in pyproject.toml say the same.
 FLOORS = (
     ("errors",),
@@ -125,7 +126,7 @@ def test_no_call_has_more_than_six_positional_arguments(folder: str) -> None:
         f"{file.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call.func)} gets {len(call.args)}"
         for file in files(folder)
         for call in host_calls(parsed(file))
-        if len(call.args) > MOST_POSITIONAL
+        if len(call.args) > MOST_POSITIONAL and not ast.unparse(call.func).startswith(FOREIGN)
     ]
     assert not long, "\n".join(long)
 

@@ -178,7 +178,7 @@ def layer_caches(
         compressors.append((CacheRole.INDEX_KEY, keys, index_alignment, CacheRole.INDEX_STATE, config.index_head_dim))
     for role, entry_row, alignment, state_role, head_dim in compressors:
         tail = summary_bytes(head_dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0
-        caches.append(CacheSpec(role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, alignment, tail))
+        caches.append(CacheSpec(role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, alignment, tail_bytes=tail))
         caches.append(_state_cache(layer, state_role, head_dim, formats, mapping))
     return tuple(caches)
 

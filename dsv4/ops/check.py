@@ -83,7 +83,7 @@ def _check_slots(op: str, slots: Tensor, pages: Pages, counted: Tensor | None, g
 def _check_range(op: str, what: str, values: Tensor, most: int, given: Arguments, of_requests: bool = False) -> None:
     """values: [T], or one of each request."""
     rows = values[:, None]
-    _report(op, what, rows, (rows < 0) | (rows > most), f"0 .. {most}", given, of_requests)
+    _report(op, what, rows, (rows < 0) | (rows > most), f"0 .. {most}", given, of_requests=of_requests)
 
 
 CHECK_OF_TYPE: Mapping[type, Callable[[str, Any, Arguments], None]] = {

@@ -95,7 +95,7 @@ def store_entry(pooled, norm_weight, eps, cos_sin, entries, slot, D: tl.constexp
 
 
 def projected_types(dim: int) -> ProjectedGroup:
-    return ProjectedGroup("*fp32", "i32", "*fp32", "i32", "*fp32", "*bf16", dim)
+    return ProjectedGroup(kv="*fp32", kv_stride="i32", gate="*fp32", gate_stride="i32", ape="*fp32", norm_weight="*bf16", D=dim)
 
 
 def entry_types(ratio: int, row_format: int) -> EntryGroup:

@@ -74,5 +74,5 @@ def experts_mxfp4(x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, w
         mine = torch.where(ids == e, 0, -1)
         one = slice(e, e + 1)
         dense13, dense2 = dequantize_e2m1(w13[one], s13[one]).to(x.dtype), dequantize_e2m1(w2[one], s2[one]).to(x.dtype)
-        out += experts(x, dense13, dense2, weights, mine, limit, torch.float32)
+        out += experts(x, dense13, dense2, weights, mine, limit, out_dtype=torch.float32)
     return out.to(x.dtype)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of one step, as the attention backend makes it and layers and caches read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4.ops import plan
+from dsv4.ops.compressor.ring import RingPlan
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step. entries, rings: by compress ratio, compressed entries and their open windows."""
+
+    window: plan.WindowPlan
+    entries: dict[int, plan.EntryPlan]
+    rings: dict[int, RingPlan]
+
+    @property
+    def tokens(self) -> plan.TokenPlan:
+        return self.window.tokens
