@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,26 @@ _FUSED: tuple[tuple[str, str, int], ...] = (
     (r"\.attn\.wq_a\.", ".attn.fused_wqa_wkv.", 0),
     (r"\.attn\.wkv\.", ".attn.fused_wqa_wkv.", 1),
 )
+
+
+@runtime_checkable
+class ShardedParameter(Protocol):
+    """A parameter to which an engine gave a loader that keeps this rank's part.
+
+    weight_loader: (parameter, tensor), then the shard of a fused linear; for experts the name, the linear and the expert
+    """
+
+    weight_loader: Callable[..., object]
+
+
+class PackedLinear(nn.Module):
+    """What the engines' block-FP8 linears have between their creation and `process_weights_after_loading`."""
+
+    weight: Tensor
+    weight_scale_inv: Tensor
+    orig_dtype: torch.dtype
+    logical_widths: list[int]
+    weight_block_size: list[int]
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,7 @@ def load_released(
         if expert is None:
             _load(param, tensor, shard, tp_rank)
         else:  # an expert that lives on another expert-parallel rank is left out by the engine's loader
+            assert isinstance(param, ShardedParameter)
             param.weight_loader(param, tensor, target, shard_id=expert.linear, expert_id=expert.expert)
         loaded.add(target)
     missing = sorted(set(params) - loaded)
@@ -129,13 +151,12 @@ def _expert_parameter(expert: ExpertTensor, params: Mapping[str, nn.Parameter]) 
 
 
 def _load(param: nn.Parameter, tensor: Tensor, shard: int | None, tp_rank: int) -> None:
-    loader = getattr(param, "weight_loader", None)
-    if loader is None:
+    if not isinstance(param, ShardedParameter):
         if param.shape != tensor.shape and param.dim():
             local = param.shape[0]  # only attn_sink is sharded and belongs to no linear: one logit per head
             tensor = tensor[tp_rank * local : (tp_rank + 1) * local]
         param.data.copy_(tensor.view(param.shape))
     elif shard is None:
-        loader(param, tensor)
+        param.weight_loader(param, tensor)
     else:
-        loader(param, tensor, shard)
+        param.weight_loader(param, tensor, shard)

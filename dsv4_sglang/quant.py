@@ -24,6 +24,7 @@ from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
 from dsv4.errors import Dsv4Error
+from dsv4.loading import PackedLinear
 from dsv4.model.config import FP4_BLOCK, FP8_BLOCK, ExpertDtype
 from dsv4.ops import moe
 from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
@@ -70,7 +71,7 @@ class DequantizedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: PackedLinear,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -94,12 +95,12 @@ class DequantizedLinearMethod(LinearMethodBase):
             is_checkpoint_fp8_serialized=True,
         )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: PackedLinear) -> None:
         plain = dequantize_fp8_block(layer.weight.data, layer.weight_scale_inv.data).to(layer.orig_dtype)
         layer.weight = nn.Parameter(plain, requires_grad=False)
         del layer.weight_scale_inv
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: PackedLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
 
 

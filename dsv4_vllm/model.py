@@ -355,6 +355,9 @@ class V4DecoderLayer(nn.Module):
 
 
 class V4Model(nn.Module):
+    window_freq: Tensor
+    compressed_freq: Tensor
+
     def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.config = config

@@ -29,6 +29,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.models.deepseek_v4.quant_config import DeepseekV4FP8Config
 from vllm.platforms import current_platform
 
+from dsv4.loading import PackedLinear
 from dsv4.model.config import FP4_BLOCK, FP8_BLOCK, V4Config
 from dsv4.ops import moe
 from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
@@ -61,7 +62,7 @@ class DequantizedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: PackedLinear,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -77,12 +78,12 @@ class DequantizedLinearMethod(LinearMethodBase):
         scale = create_fp8_scale_parameter(BlockQuantScaleParameter, output_partition_sizes, input_size_per_partition, self.block, loader)
         layer.register_parameter("weight_scale_inv", scale)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: PackedLinear) -> None:
         plain = dequantize_fp8_block(layer.weight.data, layer.weight_scale_inv.data).to(layer.orig_dtype)
         layer.weight = nn.Parameter(plain, requires_grad=False)
         del layer.weight_scale_inv
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: PackedLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
 
 
@@ -160,9 +161,10 @@ class V4Router(BaseRouter):
     def _compute_routing(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: torch.dtype | None, *, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if self.tid2eid is None:
+        if self.bias is not None:
             weights, ids = moe.route_topk(router_logits, self.bias, self.top_k, self.scaling_factor)
         else:
+            assert self.tid2eid is not None, "a layer routes by score or by token id"
             if input_ids is None:
                 raise ValueError("hash routing needs input_ids; embeddings as input cannot be routed")
             weights, ids = moe.route_hash(router_logits, self.tid2eid, input_ids, self.scaling_factor)
