@@ -38,7 +38,7 @@ from dsv4.model.kv_layout import (
 )
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.ring import RingState, compress_step
-from dsv4.ops.pages import Pages, RowsFormat, view_pages
+from dsv4.ops.pages import Pages, row_storage, view_pages
 from dsv4_sglang import released_config
 from dsv4_sglang.options import deployed_formats
 from dsv4_sglang.step import StepPlan
@@ -90,18 +90,12 @@ class V4Pool(BaseSWAKVPool):
         self._scratch: dict[int, Tensor] = {}
 
     def _allocate(self, layer: LayerSpec, spec: CacheSpec) -> Pages:
-        row_format, dtype = self._storage(spec.role)
+        row_format, dtype = row_storage(spec.role, self.formats, self.dtype)
         pages = self._num_pages(layer, spec.role)
         memory = torch.zeros(pages, spec.page_bytes // dtype.itemsize, dtype=dtype, device=self.device)
         if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN):
             memory = memory.unflatten(1, (spec.rows_per_page, -1))
         return view_pages(memory, spec, row_format)
-
-    def _storage(self, role: CacheRole) -> tuple[RowsFormat, torch.dtype]:
-        if role in _STATE_ROLES:
-            return KvFormat.PLAIN, torch.float32
-        row_format: RowsFormat = self.formats.index if role is CacheRole.INDEX_KEY else self.formats.kv
-        return row_format, self.dtype if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN) else torch.uint8
 
     def _num_pages(self, layer: LayerSpec, role: CacheRole) -> int:
         if role in _STATE_ROLES:

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.runtime_context import get_exec
 
 from dsv4.errors import Dsv4Error
-from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.model.kv_layout import CacheFormats
 
 _PACKED_CACHE_DTYPES = ("fp8_e4m3",)
 
@@ -22,11 +22,11 @@ def cache_formats(kv_cache_dtype: str, dtype: torch.dtype, fp4_indexer: bool = F
     """
     own = {torch.bfloat16: ("bf16", "bfloat16")}.get(dtype, ())
     if kv_cache_dtype in ("auto", *own):
-        return CacheFormats(KvFormat.PLAIN, IndexFormat.PLAIN, dtype.itemsize)
+        return CacheFormats.plain(dtype.itemsize)
     if kv_cache_dtype not in _PACKED_CACHE_DTYPES:
         known = ", ".join(_PACKED_CACHE_DTYPES)
         raise Dsv4Error(f"--kv-cache-dtype {kv_cache_dtype}: dsv4 stores auto (plain rows) or {known} with --dtype {dtype}")
-    return CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.MXFP4 if fp4_indexer else IndexFormat.FP8, dtype.itemsize)
+    return CacheFormats.packed(dtype.itemsize, mxfp4_keys=fp4_indexer)
 
 
 def deployed_formats(kvc: Any) -> CacheFormats:

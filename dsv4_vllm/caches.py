@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAtten
 from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
 from dsv4.ops.compressor import paged, summary
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.pages import Pages, RowsFormat, view_pages
+from dsv4.ops.pages import Pages, row_storage, view_pages
 from dsv4.ops.plan import EntryPlan
 from dsv4_vllm.metadata import (
     EntryBackend,
@@ -53,7 +53,7 @@ class V4Cache(nn.Module, AttentionLayerBase):
         self.spec = spec
         self.formats = formats
         self.dtype = dtype
-        self.row_format, _ = _storage(spec.role, formats, dtype)
+        self.row_format, _ = row_storage(spec.role, formats, dtype)
         self.kv_cache = torch.tensor([])
         self._pages: Pages | None = None
         self._tail: Tensor | None = None
@@ -153,7 +153,7 @@ def layer_state(caches: Mapping[CacheRole, V4Cache]) -> LayerState:
 
 def kv_cache_spec(cache: CacheSpec, formats: CacheFormats, model_dtype: torch.dtype) -> KVCacheSpec:
     """`cache` in vLLM's terms."""
-    row_format, dtype = _storage(cache.role, formats, model_dtype)
+    row_format, dtype = row_storage(cache.role, formats, model_dtype)
     packed = row_format not in (KvFormat.PLAIN, IndexFormat.PLAIN)
     common: dict[str, Any] = {
         "block_size": cache.page_tokens,
@@ -185,11 +185,3 @@ def view_tail(memory: Tensor, spec: CacheSpec) -> Tensor:
     page_stride = memory.stride(0) * memory.element_size()
     offset = memory.storage_offset() * memory.element_size() + spec.tail_offset
     return torch.as_strided(storage, (memory.shape[0], spec.tail_bytes), (page_stride, 1), offset).view(torch.float32)
-
-
-def _storage(role: CacheRole, formats: CacheFormats, dtype: torch.dtype) -> tuple[RowsFormat, torch.dtype]:
-    """How rows of a role are stored, and the dtype vLLM allocates."""
-    if role in (CacheRole.STATE, CacheRole.INDEX_STATE):
-        return KvFormat.PLAIN, torch.float32
-    row_format: RowsFormat = formats.index if role is CacheRole.INDEX_KEY else formats.kv
-    return row_format, dtype if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN) else torch.uint8

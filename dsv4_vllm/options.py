@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 
 from dsv4.errors import Dsv4Error
 from dsv4.machine import env
-from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
+from dsv4.model.kv_layout import CacheFormats, StateMapping
 
 _PACKED_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_ds_mla")
 
@@ -21,10 +21,10 @@ def cache_formats(vllm_config: VllmConfig) -> CacheFormats:
     itemsize = vllm_config.model_config.dtype.itemsize
     dtype, index = vllm_config.cache_config.cache_dtype, getattr(vllm_config.attention_config, "indexer_kv_dtype", None)
     if dtype in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
-        return CacheFormats(KvFormat.PLAIN, IndexFormat.PLAIN, itemsize)
+        return CacheFormats.plain(itemsize)
     if dtype not in _PACKED_CACHE_DTYPES:
         raise Dsv4Error(f"--kv-cache-dtype {dtype}: dsv4 stores auto (plain rows) or {', '.join(_PACKED_CACHE_DTYPES)}")
-    return CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.MXFP4 if index == "mxfp4" else IndexFormat.FP8, itemsize)
+    return CacheFormats.packed(itemsize, mxfp4_keys=index == "mxfp4")
 
 
 def state_mapping(vllm_config: VllmConfig) -> StateMapping:

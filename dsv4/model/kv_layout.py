@@ -106,6 +106,16 @@ class CacheFormats:
     index: IndexFormat
     itemsize: int = 2
 
+    @staticmethod
+    def plain(itemsize: int) -> CacheFormats:
+        """Rows of the model's dtype."""
+        return CacheFormats(KvFormat.PLAIN, IndexFormat.PLAIN, itemsize)
+
+    @staticmethod
+    def packed(itemsize: int, mxfp4_keys: bool) -> CacheFormats:
+        """The native 584-byte rows, and fp8 or mxfp4 index keys."""
+        return CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.MXFP4 if mxfp4_keys else IndexFormat.FP8, itemsize)
+
     @property
     def alignment(self) -> int:
         """Page alignment the native kernels expect: 576 for fp8_ds_mla, else 512."""

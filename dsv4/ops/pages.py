@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4.model.kv_layout import INDEX_MXFP4_GROUP, KV_QUANT_GROUP, CacheSpec, IndexFormat, KvFormat
+from dsv4.model.kv_layout import INDEX_MXFP4_GROUP, KV_QUANT_GROUP, CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
 from dsv4.ops.quant.reference import decode_row, encode_row
 
 RowsFormat = KvFormat | IndexFormat
@@ -34,6 +34,14 @@ class Pages:
     @property
     def packed(self) -> bool:
         return self.format not in (KvFormat.PLAIN, IndexFormat.PLAIN)
+
+
+def row_storage(role: CacheRole, formats: CacheFormats, model_dtype: torch.dtype) -> tuple[RowsFormat, torch.dtype]:
+    """How rows of a role are stored, and the dtype of their memory: compressor state is fp32, packed rows are bytes."""
+    if role in (CacheRole.STATE, CacheRole.INDEX_STATE):
+        return KvFormat.PLAIN, torch.float32
+    row_format: RowsFormat = formats.index if role is CacheRole.INDEX_KEY else formats.kv
+    return row_format, model_dtype if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN) else torch.uint8
 
 
 def view_pages(memory: Tensor, spec: CacheSpec, row_format: RowsFormat) -> Pages:
