@@ -23,8 +23,21 @@ from dsv4.errors import CompatError
 Engine = Literal["vllm", "sglang"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang")
 
-# The one table of supported versions; pyproject.toml's extras repeat it and a test compares them.
-SUPPORTED: dict[Engine, str] = {"vllm": ">=0.32,<0.34", "sglang": ">=0.5.22,<0.5.24"}
+# The one table of engine versions, oldest first. The supported range, the recipes' ranges and the checker follow from it;
+# pyproject.toml's extras and the Makefile repeat it, and a test compares them.
+TESTED_VERSIONS: dict[Engine, tuple[str, ...]] = {"vllm": ("0.32.0", "0.33.0"), "sglang": ("0.5.22", "0.5.23")}
+# Parts of a version that name a tested line: every 0.33.x of vLLM is taken for 0.33, SGLang's lines are its patch releases.
+_LINE_PARTS: dict[Engine, int] = {"vllm": 2, "sglang": 3}
+
+
+def _range(tested: tuple[str, ...], parts: int) -> str:
+    """From the first tested line to the last, as a PEP 440 range."""
+    first, last = (Version(v).release[:parts] for v in (tested[0], tested[-1]))
+    end = (*last[:-1], last[-1] + 1)
+    return f">={'.'.join(map(str, first))},<{'.'.join(map(str, end))}"
+
+
+SUPPORTED: dict[Engine, str] = {engine: _range(tested, _LINE_PARTS[engine]) for engine, tested in TESTED_VERSIONS.items()}
 _PRODUCT: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
 

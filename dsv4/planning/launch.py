@@ -182,7 +182,7 @@ def _argv(recipe: Recipe) -> str:
 
 
 def _header(recipe: Recipe) -> list[str]:
-    lines = [f"{recipe.id}: {recipe.title}", f"status: {recipe.status}; engine: {recipe.engine.name} {recipe.engine.versions}"]
+    lines = [f"{recipe.id}: {recipe.title}", f"status: {recipe.status}; engine: {recipe.engine.name} {recipe.version_range}"]
     if recipe.engine.serves_with == "plugin":
         lines.append("served by dsv4's plugin: pip install dsv4 beside the engine on every node, then check with dsv4 doctor")
     return [f"# {' '.join(line.split())}" for line in lines]  # a title with a newline must stay a comment

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def test_package_metadata_repeats_the_table():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for engine in compat.ENGINES:
         assert project["optional-dependencies"][engine] == [f"{engine}{compat.SUPPORTED[engine]}"]
+
+
+def test_the_supported_range_spans_the_tested_lines():
+    assert compat.SUPPORTED == {"vllm": ">=0.32,<0.34", "sglang": ">=0.5.22,<0.5.24"}
+    assert compat._range(("1.9.1", "2.10.0"), 2) == ">=1.9,<2.11"
+
+
+def test_the_environment_holds_every_tested_version():
+    """One version of each engine is installed from the lock file, the other is unpacked by the Makefile."""
+    locked = dict(re.findall(r"^(vllm|sglang)==(\S+)", (ROOT / "requirements" / "lock.txt").read_text(), re.MULTILINE))
+    unpacked = dict(re.findall(r"^(VLLM_NEXT|SGLANG_PREV)_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    held = {"vllm": (locked["vllm"], unpacked["VLLM_NEXT"]), "sglang": (unpacked["SGLANG_PREV"], locked["sglang"])}
+    assert {e: tuple(v.partition("+")[0] for v in versions) for e, versions in held.items()} == compat.TESTED_VERSIONS
 
 
 def test_absent_engine_has_no_version(monkeypatch):

@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 
+from dsv4.machine.compat import TESTED_VERSIONS
 from dsv4.machine.hardware import find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat, StateMapping
 from dsv4.planning.deployment import Deployment, Speculation, find_checkpoint
@@ -17,7 +18,8 @@ from dsv4.planning.memory.proof import prove, sglang_stage_pool, vllm_stage_pool
 from dsv4.planning.memory.vllm import in_flight_tokens
 from dsv4.planning.planner import Question, plan
 from dsv4.planning.recipe import check as recipe_check
-from dsv4.planning.recipe.schema import TESTED_VERSIONS, shipped_recipes
+from dsv4.planning.recipe.question import Case
+from dsv4.planning.recipe.schema import shipped_recipes
 
 ENGINES = {(e.name, e.version): e for e in recipe_check.find_engines()}
 BASE = Deployment(
@@ -36,11 +38,11 @@ def _versions(engine: str) -> list:
 def _all_answers(engine: str, version: str) -> dict:
     """Every question of this file at once: importing an engine takes longer than answering."""
     cases = _vllm_cases() if engine == "vllm" else _sglang_cases()
-    recipes = [{"id": f"recipe/{r.id}", **recipe_check.question(r)} for r in _recipes(engine, version)]
+    recipes = [recipe_check.case_of(r, id=f"recipe/{r.id}") for r in _recipes(engine, version)]
     return recipe_check.ask_engine(ENGINES[engine, version], [*cases, *recipes, *_planned_cases(engine)])
 
 
-def _planned_cases(engine: str) -> list[dict]:
+def _planned_cases(engine: str) -> list[Case]:
     """The commands that plans print."""
     cases = []
     for model, gpu, count in (
@@ -55,8 +57,8 @@ def _planned_cases(engine: str) -> list[dict]:
             checkpoint=find_checkpoint(model), gpu=card, count=count, nodes=card.nodes_for(count), context=131_072, engine=engine
         )
         for c in plan(question):
-            argvs = [command.argv(rank, "10.0.0.1")[2:] for rank, command in enumerate(deployment_commands(c.deployment))]
-            cases.append({"id": f"plan/{len(cases)}", "argvs": argvs, "env": []})
+            argvs = (tuple(command.argv(rank, "10.0.0.1")[2:]) for rank, command in enumerate(deployment_commands(c.deployment)))
+            cases.append(Case(id=f"plan/{len(cases)}", argvs=tuple(argvs)))
     return cases
 
 
@@ -70,12 +72,12 @@ def _recipes(engine: str, version: str) -> list:
     return [r for r in shipped_recipes() if r.engine.name == engine and version in r.versions and r.can_work]
 
 
-def _kv_case(name: str, d: Deployment, pool_bytes: int) -> dict:
-    return {"id": name, "argvs": [], "env": [], "kv": {**recipe_check.kv_question(d, prove(d)), "pool_bytes": [pool_bytes] * d.pp}}
+def _kv_case(name: str, d: Deployment, pool_bytes: int) -> Case:
+    return Case(id=name, kv=replace(recipe_check.kv_question(d, prove(d)), pool_bytes=(pool_bytes,) * d.pp))
 
 
-def _argv_case(name: str, args: list[str], env: tuple[str, ...] = ()) -> dict:
-    return {"id": f"argv/{name}", "argvs": [args], "env": list(env)}
+def _argv_case(name: str, args: list[str], env: tuple[str, ...] = ()) -> Case:
+    return Case(id=f"argv/{name}", argvs=(tuple(args),), env=env)
 
 
 def _vllm_grid() -> list[Deployment]:
@@ -94,7 +96,7 @@ def _vllm_grid() -> list[Deployment]:
     return grid
 
 
-def _vllm_cases() -> list[dict]:
+def _vllm_cases() -> list[Case]:
     need = prove(BASE).need_bytes
     names = [
         "deepseek-ai/DeepSeek-V4-Flash", "--tokenizer-mode", "bogus", "--tool-call-parser", "zzz", "--reasoning-parser", "zzz",
@@ -114,22 +116,22 @@ def _vllm_cases() -> list[dict]:
 def test_groups_blocks_and_requests_equal_vllm_exactly(engine, version):
     answers = _answers(engine, version, "grid/")
     for i, d in enumerate(_vllm_grid()):
-        theirs = answers[str(i)]["kv"]
-        assert answers[str(i)]["kv_error"] is None
+        theirs = answers[str(i)].kv
+        assert answers[str(i)].kv_error is None
         flight = in_flight_tokens(d.max_num_batched_tokens, d.async_scheduling, d.pp)
         pools = [vllm_stage_pool(d, stage) for stage in range(d.pp)]
-        assert theirs["in_flight_tokens"] == flight
-        assert [s["block_bytes"] for s in theirs["stages"]] == [p.block_bytes for p in pools]
-        assert [s["request_bytes"] for s in theirs["stages"]] == [p.request_bytes(d.max_model_len, flight) for p in pools]
-        assert theirs["num_blocks"] == min(p.num_blocks(POOL_BYTES) for p in pools)
-        assert theirs["concurrency"] == pytest.approx(theirs["num_blocks"] / pools[0].request_blocks(d.max_model_len, flight))
+        assert theirs.in_flight_tokens == flight
+        assert [s.block_bytes for s in theirs.stages] == [p.block_bytes for p in pools]
+        assert [s.request_bytes for s in theirs.stages] == [p.request_bytes(d.max_model_len, flight) for p in pools]
+        assert theirs.num_blocks == min(p.num_blocks(POOL_BYTES) for p in pools)
+        assert theirs.concurrency == pytest.approx(theirs.num_blocks / pools[0].request_blocks(d.max_model_len, flight))
 
 
 @pytest.mark.parametrize(("engine", "version"), _versions("vllm"))
 def test_vllm_starts_with_exactly_the_memory_that_the_formula_asks_for(engine, version):
     answers = _answers(engine, version, "start/")
-    assert answers["0"]["kv_error"] is None
-    assert "KV cache is needed" in answers["1"]["kv_error"]
+    assert answers["0"].kv_error is None
+    assert "KV cache is needed" in answers["1"].kv_error
 
 
 def _sglang_grid() -> list[Deployment]:
@@ -148,7 +150,7 @@ def _sglang_grid() -> list[Deployment]:
     return grid
 
 
-def _sglang_cases() -> list[dict]:
+def _sglang_cases() -> list[Case]:
     argv = {
         "abbreviation": ["--tp", "8"],
         "ambiguous": ["--cuda-graph-max-bs", "8"],
@@ -168,33 +170,33 @@ def _sglang_cases() -> list[dict]:
 def test_pool_sizes_equal_sglang_exactly(engine, version):
     answers = _answers(engine, version, "grid/")
     for i, d in enumerate(_sglang_grid()):
-        assert answers[str(i)]["kv_error"] is None
-        for stage, theirs in enumerate(answers[str(i)]["kv"]["stages"]):
+        assert answers[str(i)].kv_error is None
+        for stage, theirs in enumerate(answers[str(i)].kv.stages):
             pool = sglang_stage_pool(d, stage)
-            assert pool.bytes_per_full_token == pytest.approx(theirs["bytes_per_full_token"], rel=1e-12)
-            assert pool.fixed_bytes == pytest.approx(theirs["fixed_bytes"], rel=1e-9)
-            assert abs(pool.full_tokens(POOL_BYTES) - theirs["full_tokens"]) <= 256
+            assert pool.bytes_per_full_token == pytest.approx(theirs.bytes_per_full_token, rel=1e-12)
+            assert pool.fixed_bytes == pytest.approx(theirs.fixed_bytes, rel=1e-9)
+            assert abs(pool.full_tokens(POOL_BYTES) - theirs.full_tokens) <= 256
 
 
 @pytest.mark.parametrize(("engine", "version"), _versions("vllm"))
 def test_vllm_probe_refuses_what_the_parser_accepts(engine, version):
     answers = _answers(engine, version, "argv/")
-    complaints = " | ".join(answers["names"]["errors"])
+    complaints = " | ".join(answers["names"].errors)
     for name in ("--tokenizer-mode bogus", "--tool-call-parser zzz", "--reasoning-parser zzz", "method zzz", "VLLM_USE_B12X_MOE"):
         assert name in complaints
     assert "NCCL_DEBUG" not in complaints
-    assert answers["dead"]["errors"]
-    assert answers["unknown"]["errors"]
-    assert answers["good"]["errors"] == []
+    assert answers["dead"].errors
+    assert answers["unknown"].errors
+    assert answers["good"].errors == ()
 
 
 @pytest.mark.parametrize(("engine", "version"), _versions("sglang"))
 def test_sglang_probe_refuses_abbreviations_and_removed_names(engine, version):
     answers = _answers(engine, version, "argv/")
     for name in ("abbreviation", "ambiguous", "deprecated", "algorithm", "parsers"):
-        assert answers[name]["errors"], name
-    assert [e.split(":")[0] for e in answers["env"]["errors"]] == ["environment variable SGLANG_ENABLE_SPEC_V2"]
-    assert answers["good"]["errors"] == []
+        assert answers[name].errors, name
+    assert [e.split(":")[0] for e in answers["env"].errors] == ["environment variable SGLANG_ENABLE_SPEC_V2"]
+    assert answers["good"].errors == ()
 
 
 @pytest.mark.parametrize(("engine", "version"), [p for e in TESTED_VERSIONS for p in _versions(e)])
@@ -206,16 +208,20 @@ def test_every_recipe_passes_the_engine_rung(engine, version):
     assert problems == {}
 
 
+def _scaled(value: float, factor: float) -> float:
+    return type(value)(value * factor)
+
+
 @pytest.mark.parametrize(("engine", "version"), [p for e in TESTED_VERSIONS for p in _versions(e)])
 def test_disagreement_above_1_percent_is_a_failure(engine, version):
     recipe = _recipes(engine, version)[0]
     answer = _answers(engine, version, "recipe/")[recipe.id]
     field = "block_bytes" if engine == "vllm" else "bytes_per_full_token"
     for factor, fails in ((1.005, False), (1.02, True), (0.98, True)):
-        stages = [{**stage, field: stage[field] * factor} for stage in answer["kv"]["stages"]]
-        problems = recipe_check.compare(recipe, {**answer, "kv": {**answer["kv"], "stages": stages}})
+        stages = tuple(replace(stage, **{field: _scaled(getattr(stage, field), factor)}) for stage in answer.kv.stages)
+        problems = recipe_check.compare(recipe, replace(answer, kv=replace(answer.kv, stages=stages)))
         assert bool(problems) is fails
-    broken = {**answer, "kv": None, "kv_error": "ValueError: no memory"}
+    broken = replace(answer, kv=None, kv_error="ValueError: no memory")
     assert recipe_check.compare(recipe, broken) == ["the engine's KV planner failed: ValueError: no memory"]
 
 
@@ -223,4 +229,4 @@ def test_disagreement_above_1_percent_is_a_failure(engine, version):
 def test_every_planned_command_parses(engine, version):
     answers = _answers(engine, version, "plan/")
     assert len(answers) > 20
-    assert {k: v["errors"] for k, v in answers.items() if v["errors"]} == {}
+    assert {k: v.errors for k, v in answers.items() if v.errors} == {}

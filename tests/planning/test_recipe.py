@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from dsv4.data import MAX_YAML_BYTES, data_folder, read_yaml
 from dsv4.errors import RecipeError
-from dsv4.machine.compat import SUPPORTED, is_supported
-from dsv4.planning.recipe.check import Engine, check
+from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, is_supported
+from dsv4.planning.recipe.check import InstalledEngine, check
 from dsv4.planning.recipe.proofs import rewrite
-from dsv4.planning.recipe.schema import TESTED_VERSIONS, Recipe, json_schema, parse_recipe, read_recipe, recipe_paths, shipped_recipes
+from dsv4.planning.recipe.schema import Recipe, json_schema, parse_recipe, read_recipe, recipe_paths, shipped_recipes
 from dsv4.planning.rules import violations
 
 EXAMPLE = data_folder() / "h200" / "h200-x8-pro-vllm-context-800k.yaml"
@@ -271,7 +271,7 @@ def test_an_engine_that_cannot_be_imported_fails_its_rung(tmp_path):
     (tmp_path / "vllm-0.33.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n")
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('broken wheel')\n")
-    (report,) = check([EXAMPLE], [Engine("vllm", "0.33.0", tmp_path)])
+    (report,) = check([EXAMPLE], [InstalledEngine("vllm", "0.33.0", tmp_path)])
     rung = report.rungs[-1]
     assert (rung.name, rung.outcome) == ("vllm-0.33.0", "fail")
     assert "cannot be imported to check with: RuntimeError: broken wheel" in rung.details[0]

@@ -7,7 +7,6 @@ against its registries, KV through its own planner. Where a version is absent th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,16 +15,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from pydantic import ValidationError
 
 from dsv4.data import data_folder
 from dsv4.errors import RecipeError
+from dsv4.machine.compat import TESTED_VERSIONS, Engine
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.launch import commands
 from dsv4.planning.memory.proof import Proof, Verdict, prove, sglang_stage_pool, vllm_stage_pool
 from dsv4.planning.memory.vllm import in_flight_tokens, stage_with_draft
 from dsv4.planning.memory.weights import pipeline_layers
-from dsv4.planning.recipe.schema import TESTED_VERSIONS, Recipe, proof_section, read_recipe
+from dsv4.planning.recipe.question import (
+    Answer,
+    BlockPools,
+    Case,
+    EngineQuestion,
+    KvQuestion,
+    TokenPools,
+    read_answer,
+    to_json,
+)
+from dsv4.planning.recipe.schema import Recipe, proof_section, read_recipe
 from dsv4.planning.rules import violations
 
 TOLERANCE = 0.01
@@ -56,15 +68,15 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Engine:
+class InstalledEngine:
     """An engine version at hand. path: folder to put on PYTHONPATH, None for this interpreter's own."""
 
-    name: str
+    name: Engine
     version: str
     path: Path | None
 
 
-def find_engines(paths: Iterable[Path] = ()) -> list[Engine]:
+def find_engines(paths: Iterable[Path] = ()) -> list[InstalledEngine]:
     """Engines of this interpreter, of `paths` (unpacked wheels), and of the checkout's `.env/<engine>-<version>`.
 
     Raises RecipeError for a folder that holds none.
@@ -72,21 +84,21 @@ def find_engines(paths: Iterable[Path] = ()) -> list[Engine]:
     found = []
     for name in TESTED_VERSIONS:
         try:
-            found.append(Engine(name, metadata.version(name), None))
+            found.append(InstalledEngine(name, metadata.version(name), None))
         except metadata.PackageNotFoundError:
             continue
     checkout = Path(__file__).resolve().parents[3] / ".env"
     usual = (checkout / f"{name}-{version}" for name, versions in TESTED_VERSIONS.items() for version in versions)
     for path in (*paths, *(p for p in usual if p.is_dir())):
         matches = (re.match(r"(vllm|sglang)-(.+)\.dist-info$", p.name) for p in path.iterdir())
-        inside = [Engine(m[1], m[2], path) for m in matches if m]
+        inside = [InstalledEngine(cast("Engine", m[1]), m[2], path) for m in matches if m]
         if not inside:
             raise RecipeError(f"{path}: holds no vllm or sglang (no .dist-info); give a folder with an unpacked wheel")
         found += inside
     return list({(e.name, e.version): e for e in reversed(found)}.values())
 
 
-def check(paths: Sequence[Path], engines: Sequence[Engine]) -> list[Report]:
+def check(paths: Sequence[Path], engines: Sequence[InstalledEngine]) -> list[Report]:
     """Run the ladder over recipe files."""
     recipes: dict[Path, Recipe] = {}
     rungs: dict[Path, list[Rung]] = {path: [] for path in paths}
@@ -165,11 +177,11 @@ def _close(a: Any, b: Any) -> bool:
 # Engines
 
 
-def _engine_rungs(name: str, version: str, engine: Engine | None, cases: Mapping[Path, Recipe]) -> dict[Path, Rung]:
+def _engine_rungs(name: Engine, version: str, engine: InstalledEngine | None, cases: Mapping[Path, Recipe]) -> dict[Path, Rung]:
     label = f"{name}-{version}"
     if engine is None or not cases:
         return {p: Rung(label, "skipped", (f"{name} {version} is not installed here",)) for p in cases}
-    questions = [{"id": str(p), **question(r)} for p, r in cases.items()]
+    questions = [case_of(recipe, id=str(path)) for path, recipe in cases.items()]
     try:
         answers = ask_engine(engine, questions)
     except RecipeError as e:
@@ -177,7 +189,7 @@ def _engine_rungs(name: str, version: str, engine: Engine | None, cases: Mapping
     return {p: _rung(label, compare(cases[p], answers[str(p)])) for p in cases}
 
 
-def ask_engine(engine: Engine, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def ask_engine(engine: InstalledEngine, cases: Sequence[Case]) -> dict[str, Answer]:
     """Answers by case id from one process with `engine` importable. Raises RecipeError when it cannot be asked."""
     package = str(Path(__file__).resolve().parents[3])
     search = [str(engine.path)] if engine.path else []
@@ -189,7 +201,7 @@ def ask_engine(engine: Engine, cases: Sequence[Mapping[str, Any]]) -> dict[str, 
     try:
         run = subprocess.run(
             [sys.executable, "-m", "dsv4.probe"],
-            input=json.dumps({"engine": engine.name, "cases": list(cases)}),
+            input=to_json(EngineQuestion(engine=engine.name, cases=tuple(cases))),
             env=env, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as e:
@@ -199,83 +211,85 @@ def ask_engine(engine: Engine, cases: Sequence[Mapping[str, Any]]) -> dict[str, 
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or ["no output"]
         raise RecipeError(f"{engine.name} {engine.version} cannot be imported to check with: {last[0][:300]}")
-    answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    if answer["version"] != engine.version:
-        raise RecipeError(f"{engine.name} {engine.version} was asked, {answer['version']} answered; check PYTHONPATH")
-    cases_by_id: dict[str, Any] = answer["cases"]
-    return cases_by_id
+    try:
+        answer = read_answer(run.stdout.strip().splitlines()[-1])
+    except (ValidationError, IndexError) as e:
+        raise RecipeError(f"{engine.name} {engine.version} answered what cannot be read: {' '.join(str(e).split())[:300]}") from e
+    if answer.version != engine.version:
+        raise RecipeError(f"{engine.name} {engine.version} was asked, {answer.version} answered; check PYTHONPATH")
+    return answer.cases
 
 
-def question(recipe: Recipe) -> dict[str, Any]:
+def case_of(recipe: Recipe, id: str) -> Case:  # noqa: A002 - the field's name
     """What to ask the engine about `recipe`: every role's argv, its variables and its KV geometry."""
     d = recipe.deployment()
-    argvs = [command.argv(node_rank=rank, head_addr="10.0.0.1")[2:] for rank, command in enumerate(commands(recipe))]
-    return {"argvs": argvs, "env": sorted(recipe.env), "kv": kv_question(d, prove(d, recipe.lengths.concurrency))}
+    argvs = (tuple(command.argv(node_rank=rank, head_addr="10.0.0.1")[2:]) for rank, command in enumerate(commands(recipe)))
+    return Case(id=id, argvs=tuple(argvs), env=tuple(sorted(recipe.env)), kv=kv_question(d, prove(d, recipe.lengths.concurrency)))
 
 
-def kv_question(d: Deployment, proof: Proof) -> dict[str, Any]:
-    """The geometry and scheduling that decide an engine's KV pool, as plain data."""
+def kv_question(d: Deployment, proof: Proof) -> KvQuestion:
+    """The geometry and scheduling that decide an engine's KV pool."""
     c = d.config
-    stages = pipeline_layers(c.num_hidden_layers, d.pp)
-    cut = [stage_with_draft(s, c, d.num_draft_layers) for s in stages]
-    return {
-        "checkpoint": d.checkpoint.id,
-        "state": d.state.value,
-        "compress_ratios": [layer.compress_ratio for layer in c.layers],
-        "num_draft_layers": d.num_draft_layers,
-        "speculative": d.speculation.method,
-        "draft_tokens": d.speculation.num_tokens + 1 if d.has_draft else 0,
-        "stages": [[s.start, s.stop] for s in cut],
-        "kv_dtype": d.kv.value,
-        "index_dtype": d.index.value,
-        "head_dim": c.head_dim,
-        "rope_dim": c.qk_rope_head_dim,
-        "index_head_dim": c.index_head_dim,
-        "sliding_window": c.sliding_window,
-        "max_model_len": d.max_model_len,
-        "max_num_batched_tokens": d.max_num_batched_tokens,
-        "max_num_seqs": d.max_num_seqs,
-        "async_scheduling": d.async_scheduling,
-        "dp": d.dp,
-        "swa_full_tokens_ratio": d.swa_full_tokens_ratio,
+    stages = (stage_with_draft(s, c, d.num_draft_layers) for s in pipeline_layers(c.num_hidden_layers, d.pp))
+    return KvQuestion(
+        checkpoint=d.checkpoint.id,
+        state=d.state,
+        compress_ratios=tuple(layer.compress_ratio for layer in c.layers),
+        num_draft_layers=d.num_draft_layers,
+        speculative=d.speculation.method,
+        draft_tokens=d.speculation.num_tokens + 1 if d.has_draft else 0,
+        stages=tuple((s.start, s.stop) for s in stages),
+        kv_dtype=d.kv,
+        index_dtype=d.index,
+        head_dim=c.head_dim,
+        rope_dim=c.qk_rope_head_dim,
+        index_head_dim=c.index_head_dim,
+        sliding_window=c.sliding_window,
+        max_model_len=d.max_model_len,
+        max_num_batched_tokens=d.max_num_batched_tokens,
+        max_num_seqs=d.max_num_seqs,
+        async_scheduling=d.async_scheduling,
+        dp=d.dp,
+        swa_full_tokens_ratio=d.swa_full_tokens_ratio,
         # Room for at least one request, so that the engine computes instead of refusing a tight plan.
-        "pool_bytes": [max(proof.pool_low, 2 * proof.need_bytes)] * d.pp,
-    }
+        pool_bytes=(max(proof.pool_low, 2 * proof.need_bytes),) * d.pp,
+    )
 
 
-def compare(recipe: Recipe, answer: Mapping[str, Any]) -> list[str]:
+def compare(recipe: Recipe, answer: Answer) -> list[str]:
     """Problems in the engine's answer: its own complaints, and KV that differs from the formula by more than 1 %."""
-    problems = list(answer["errors"])
-    if answer["kv_error"]:
-        return [*problems, f"the engine's KV planner failed: {answer['kv_error']}"]
+    problems = list(answer.errors)
+    if answer.kv_error:
+        return [*problems, f"the engine's KV planner failed: {answer.kv_error}"]
     d = recipe.deployment()
-    return [
-        *problems,
-        *(_vllm_differs if d.engine == "vllm" else _sglang_differs)(d, answer["kv"], kv_question(d, prove(d, recipe.lengths.concurrency))),
-    ]
+    pool_bytes = kv_question(d, prove(d, recipe.lengths.concurrency)).pool_bytes
+    if isinstance(answer.kv, BlockPools):
+        return [*problems, *_block_pools_differ(d, answer.kv, pool_bytes)]
+    assert isinstance(answer.kv, TokenPools)
+    return [*problems, *_token_pools_differ(d, answer.kv, pool_bytes)]
 
 
-def _vllm_differs(d: Deployment, kv: Mapping[str, Any], q: Mapping[str, Any]) -> list[str]:
+def _block_pools_differ(d: Deployment, kv: BlockPools, pool_bytes: Sequence[int]) -> list[str]:
     flight = in_flight_tokens(d.max_num_batched_tokens, d.async_scheduling, d.pp)
-    rows: list[tuple[str, float, float]] = [("in-flight tokens", flight, kv["in_flight_tokens"])]
+    rows: list[tuple[str, float, float]] = [("in-flight tokens", flight, kv.in_flight_tokens)]
     blocks = []
-    for stage, theirs in enumerate(kv["stages"]):
+    for stage, theirs in enumerate(kv.stages):
         pool = vllm_stage_pool(d, stage)
-        rows.append((f"stage {stage} bytes per block", pool.block_bytes, theirs["block_bytes"]))
-        rows.append((f"stage {stage} bytes per request", pool.request_bytes(d.max_model_len, flight), theirs["request_bytes"]))
-        blocks.append(pool.num_blocks(q["pool_bytes"][stage]))
+        rows.append((f"stage {stage} bytes per block", pool.block_bytes, theirs.block_bytes))
+        rows.append((f"stage {stage} bytes per request", pool.request_bytes(d.max_model_len, flight), theirs.request_bytes))
+        blocks.append(pool.num_blocks(pool_bytes[stage]))
     per_request = vllm_stage_pool(d, 0).request_blocks(d.max_model_len, flight)
-    rows += [("blocks", min(blocks), kv["num_blocks"]), ("concurrency", min(blocks) / per_request, kv["concurrency"])]
+    rows += [("blocks", min(blocks), kv.num_blocks), ("concurrency", min(blocks) / per_request, kv.concurrency)]
     return _differences("vLLM", rows)
 
 
-def _sglang_differs(d: Deployment, kv: Mapping[str, Any], q: Mapping[str, Any]) -> list[str]:
+def _token_pools_differ(d: Deployment, kv: TokenPools, pool_bytes: Sequence[int]) -> list[str]:
     rows: list[tuple[str, float, float]] = []
-    for stage, theirs in enumerate(kv["stages"]):
+    for stage, theirs in enumerate(kv.stages):
         pool = sglang_stage_pool(d, stage)
-        rows.append((f"stage {stage} bytes per full token", pool.bytes_per_full_token, theirs["bytes_per_full_token"]))
-        rows.append((f"stage {stage} request-scoped bytes", pool.fixed_bytes, theirs["fixed_bytes"]))
-        rows.append((f"stage {stage} pool tokens", pool.full_tokens(q["pool_bytes"][stage]), theirs["full_tokens"]))
+        rows.append((f"stage {stage} bytes per full token", pool.bytes_per_full_token, theirs.bytes_per_full_token))
+        rows.append((f"stage {stage} request-scoped bytes", pool.fixed_bytes, theirs.fixed_bytes))
+        rows.append((f"stage {stage} pool tokens", pool.full_tokens(pool_bytes[stage]), theirs.full_tokens))
     return _differences("SGLang", rows)
 
 

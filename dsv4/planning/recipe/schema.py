@@ -28,14 +28,13 @@ from pydantic import (
 
 from dsv4.data import data_folder, read_yaml
 from dsv4.errors import HardwareError, PlanError, RecipeError
+from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, Engine
 from dsv4.machine.hardware import find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.planning.deployment import MAX_CONTEXT, Deployment, Speculation, find_checkpoint, usual_state
 from dsv4.planning.memory.proof import Proof
 
-SCHEMA_VERSION = 1
 GIB = 1 << 30
-TESTED_VERSIONS: dict[str, tuple[str, ...]] = {"vllm": ("0.32.0", "0.33.0"), "sglang": ("0.5.22", "0.5.23")}
 
 # Flags that the typed fields render. A recipe that repeats one in extra_args would contradict itself one day.
 TYPED_FLAGS = frozenset(
@@ -120,8 +119,10 @@ class CheckpointSection(_Section):
 
 
 class EngineSection(_Section):
-    name: Literal["vllm", "sglang"]
-    versions: StrictStr = Field(description="PEP 440 range; at least one version dsv4 is tested with")
+    name: Engine
+    versions: StrictStr | None = Field(
+        default=None, description="PEP 440 range, where it is narrower than what dsv4 supports; at least one version dsv4 is tested with"
+    )
     serves_with: Literal["native", "plugin"] = Field(description="the engine's own V4, or dsv4's kernels")
 
 
@@ -230,6 +231,8 @@ class Recipe(_Section):
     @field_validator("engine")
     @classmethod
     def _known_versions(cls, engine: EngineSection) -> EngineSection:
+        if engine.versions is None:
+            return engine
         try:
             versions = SpecifierSet(engine.versions)
         except InvalidSpecifier as e:
@@ -255,9 +258,14 @@ class Recipe(_Section):
         return self
 
     @property
+    def version_range(self) -> str:
+        """PEP 440 range of the engine: the recipe's own, or what dsv4 supports."""
+        return self.engine.versions or SUPPORTED[self.engine.name]
+
+    @property
     def versions(self) -> tuple[str, ...]:
         """Tested versions of the engine in the recipe's range."""
-        inside = SpecifierSet(self.engine.versions)
+        inside = SpecifierSet(self.version_range)
         return tuple(v for v in TESTED_VERSIONS[self.engine.name] if v in inside)
 
     @property
