@@ -20,6 +20,10 @@ from dsv4.ops.indexer.topk_triton import topk
 from dsv4.ops.kernels import Shipped, packed_decode, processors, register_limit
 from dsv4.ops.pages import PageTable
 from dsv4.ops.quant.triton import (
+    E2M1_FLOOR,
+    E2M1_INVERSE_MAX,
+    E4M3_FLOOR,
+    E4M3_INVERSE_MAX,
     abs_bits,
     decode_e2m1,
     decode_e4m3_f16,
@@ -65,14 +69,14 @@ def prepare_query_kernel(
         x = tl.dot(x.to(tl.bfloat16), hadamard_sign(D).to(tl.bfloat16)) * (D**-0.5)
         x = x.to(tl.bfloat16).to(tl.float32)
         if FORMAT == 2:  # INDEX_FP8
-            exponent = ue8m0_ceil(tl.max(abs_bits(x), 1), 1e-4, 1 / 448)  # [HB]
+            exponent = ue8m0_ceil(tl.max(abs_bits(x), 1), E4M3_FLOOR, E4M3_INVERSE_MAX)  # [HB]
             codes = encode_e4m3(x * ue8m0_inverse(exponent)[:, None])
             tl.store(values + (t * H + h[:, None]) * D + d[None, :], codes, mask=inside[:, None])
             w = w * ue8m0_value(exponent)
         else:  # INDEX_MXFP4
             G: tl.constexpr = D // 32
             groups = tl.reshape(x, [HB, G, 32])
-            exponent = ue8m0_ceil(tl.max(abs_bits(groups), 2), 7.052966104933725e-38, 1 / 6)  # [HB, G]; 6 * 2**-126
+            exponent = ue8m0_ceil(tl.max(abs_bits(groups), 2), E2M1_FLOOR, E2M1_INVERSE_MAX)  # [HB, G]
             codes = tl.reshape(encode_e2m1(groups * ue8m0_inverse(exponent)[:, :, None]), [HB, D // 2, 2])
             even, odd = tl.split(codes)
             b = tl.arange(0, D // 2)[None, :]

@@ -38,7 +38,7 @@ def quantize_e4m3(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Quantise the last axis in groups with a power-of-two scale.
 
     x: [..., D], read as fp32. Returns codes uint8 [..., D] and ue8m0 scales uint8 [..., D / group]:
-    scale = 2**ceil(log2(max(amax, 1e-4) / 448)); values are clamped, then rounded to nearest even.
+    scale = 2**ceil(log2(max(amax, E4M3_AMAX_FLOOR) / E4M3_MAX)); values are clamped, then rounded to nearest even.
     """
     groups = x.float().unflatten(-1, (-1, group))
     scale = ue8m0_ceil(groups.abs().amax(-1).clamp(min=E4M3_AMAX_FLOOR) * (1 / E4M3_MAX))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encode and decode e4m3, e2m1 and ue8m0 inside kernels, as integers: Triton has no e4m3 type below sm89.
 
-Every function equals its twin in `quant/reference.py` bit for bit. A row or group that holds a NaN is written with the
+Every function equals its reference in `quant/reference.py` bit for bit. A row or group that holds a NaN is written with the
 scale 255, which decodes to NaN; decoding a code may therefore leave NaN codes unhandled.
 """
 
@@ -12,8 +12,15 @@ import triton.language as tl
 
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops.pages import RowsFormat
+from dsv4.ops.quant.reference import E2M1_AMAX_FLOOR, E2M1_MAX, E4M3_AMAX_FLOOR, E4M3_MAX
 
 PLAIN, DS_MLA, INDEX_FP8, INDEX_MXFP4 = 0, 1, 2, 3
+
+# For `ue8m0_ceil`: the smallest amax that counts, and the inverse of the largest code.
+E4M3_FLOOR: tl.constexpr = tl.constexpr(E4M3_AMAX_FLOOR)
+E4M3_INVERSE_MAX: tl.constexpr = tl.constexpr(1 / E4M3_MAX)
+E2M1_FLOOR: tl.constexpr = tl.constexpr(E2M1_AMAX_FLOOR)
+E2M1_INVERSE_MAX: tl.constexpr = tl.constexpr(1 / E2M1_MAX)
 
 _FORMATS: dict[RowsFormat, int] = {
     KvFormat.PLAIN: PLAIN,
@@ -256,7 +263,7 @@ def store_row(
         values = tl.reshape(x, [GROUPS, 64]).to(tl.bfloat16)
         wide = values.to(tl.float32)
         g, d = tl.arange(0, GROUPS), tl.arange(0, 64)
-        exponent = ue8m0_ceil(tl.max(abs_bits(wide), 1), 1e-4, 1 / 448)  # [GROUPS]
+        exponent = ue8m0_ceil(tl.max(abs_bits(wide), 1), E4M3_FLOOR, E4M3_INVERSE_MAX)  # [GROUPS]
         codes = encode_e4m3(wide * ue8m0_inverse(exponent)[:, None])
         at = page + row * (NOPE + 2 * ROPE)
         tl.store(at + g[:, None] * 64 + d[None, :], codes, mask=(g < GROUPS - 1)[:, None] & (d >= 0)[None, :])
@@ -265,7 +272,7 @@ def store_row(
         tl.store(rope + (g * 0)[:, None] + d[None, :], values, mask=(g == GROUPS - 1)[:, None] & (d >= 0)[None, :])
     elif FORMAT == 2:  # INDEX_FP8
         wide = x.to(tl.bfloat16).to(tl.float32)
-        exponent = ue8m0_ceil(tl.max(abs_bits(wide), 1), 1e-4, 1 / 448)  # [1]
+        exponent = ue8m0_ceil(tl.max(abs_bits(wide), 1), E4M3_FLOOR, E4M3_INVERSE_MAX)  # [1]
         codes = encode_e4m3(wide * ue8m0_inverse(exponent)[:, None])
         tl.store(page + row * D + tl.arange(0, D)[None, :], codes)
         scale = (page + ROWS * D + row * 4).to(tl.pointer_type(tl.float32))
@@ -273,7 +280,7 @@ def store_row(
     else:  # INDEX_MXFP4
         GROUPS_4: tl.constexpr = D // 32
         wide = tl.reshape(x, [GROUPS_4, 32]).to(tl.bfloat16).to(tl.float32)
-        exponent = ue8m0_ceil(tl.max(abs_bits(wide), 1), 7.052966104933725e-38, 1 / 6)  # 6 * 2**-126
+        exponent = ue8m0_ceil(tl.max(abs_bits(wide), 1), E2M1_FLOOR, E2M1_INVERSE_MAX)
         codes = encode_e2m1(wide * ue8m0_inverse(exponent)[:, None])
         even, odd = tl.split(tl.reshape(codes, [D // 2, 2]))
         tl.store(page + row * (D // 2) + tl.arange(0, D // 2), even | (odd << 4))
