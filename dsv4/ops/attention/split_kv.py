@@ -293,9 +293,17 @@ NO_KEYS = Keys(*[None] * len(Keys._fields))
 def _kernel_keys(selection: Selection) -> Keys:
     pages, slots = selection.pages, selection.slots
     return Keys(
-        pages.data, pages.data.stride(0), pages.num_slots, slots, slots.stride(0), slots.shape[1], selection.lens, selection.row,
-        tl.constexpr(pages.rows), tl.constexpr(format_code(pages.format)),
-    )  # fmt: skip
+        pages=pages.data,
+        page_stride=pages.data.stride(0),
+        num_slots=pages.num_slots,
+        slots=slots,
+        slots_stride=slots.stride(0),
+        width=slots.shape[1],
+        lens=selection.lens,
+        row=selection.row,
+        page_rows=tl.constexpr(pages.rows),
+        format=tl.constexpr(format_code(pages.format)),
+    )
 
 
 _TYPES = {
@@ -310,8 +318,18 @@ _TYPES = {
 
 
 def _keys_type(row_format: int, page_rows: int, by_row: bool) -> Keys:
-    row = "*i32" if by_row else None
-    return Keys("*u8" if row_format else "*bf16", "i32", "i32", "*i32", "i32", "i32", "*i32", row, page_rows, row_format)
+    return Keys(
+        pages="*u8" if row_format else "*bf16",
+        page_stride="i32",
+        num_slots="i32",
+        slots="*i32",
+        slots_stride="i32",
+        width="i32",
+        lens="*i32",
+        row="*i32" if by_row else None,
+        page_rows=page_rows,
+        format=row_format,
+    )
 
 
 def _shipped(name: str, num_heads: int, row_format: int, entries: Keys, one_split: bool) -> Iterator[Shipped]:

@@ -34,7 +34,7 @@ class HyperConnection(nn.Module):
         Made anew at each call: engines may put other parameters in the place of these after they have loaded them.
         """
         c = self.config
-        return Site(self.fn, self.base, self.scale, norm_weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        return Site(self.fn, self.base, self.scale, norm_weight, rms_eps=c.rms_norm_eps, hc_eps=c.hc_eps, iters=c.hc_sinkhorn_iters)
 
 
 def decoder_step(
