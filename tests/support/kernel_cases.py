@@ -81,4 +81,4 @@ def assert_within(actual: Tensor, exact: Tensor, at_precision: Tensor, name: str
     allowed = 2 * torch.where(finite, (at_precision.double() - exact_f).abs(), zero).amax(-1)
     allowed = allowed + ROUNDING[actual.dtype] * torch.where(finite, exact_f.abs(), zero).amax(-1)
     worst = (error - allowed).max() if error.numel() else zero
-    assert worst <= 0, f"{name}: error {error.max():.3e}, allowed {allowed[(error - allowed).argmax() if allowed.dim() else ...]}"
+    assert worst <= 0, f"{name}: error {error.max():.3e}, allowed {allowed.flatten()[(error - allowed).argmax()]:.3e}"
