@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel on this GPU: first all of them equal to their twins at full size, then those that are timed.
+"""Every kernel on this GPU: first all of them equal to their references at full size, then those that are timed.
 
     python benchmarks/bench_ops.py --json benchmarks/results/ops_h200.json [--peers FOLDER] [--only TEXT] [--compare]
     TRITON_INTERPRET=1 python benchmarks/bench_ops.py --interpret     # the same comparisons, tiny, without a GPU
@@ -40,7 +40,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# A kernel's bf16 output may differ from the twin's by what one rounding at bf16 does to values and to probabilities.
+# A kernel's bf16 output may differ from the reference's by what one rounding at bf16 does to values and to probabilities.
 CLOSE = 2.0**-6
 SAME_BYTES = 0.995  # fp32 sums in another order flip roundings of single elements
 SLOW_MS = 200.0  # a call this long is timed three times, without clearing the cache: it reads far more than the cache holds
@@ -77,7 +77,7 @@ def disagreement(compare: str, got: Sequence[Tensor], expected: Sequence[Tensor]
 
 
 def stays_on_device(call: Callable[[], Any]) -> bool:
-    """Whether `call` reads nothing on the host, without which it cannot be captured. Twins do in places."""
+    """Whether `call` reads nothing on the host, without which it cannot be captured. References do in places."""
     call()
     torch.cuda.synchronize()
     try:
@@ -147,10 +147,10 @@ def time_call(call: Callable[[], Any]) -> Times:
 
 
 def measure(case: Any, expected: list[Tensor], ceilings: dict[str, float]) -> dict[str, Any]:
-    kernel, twin = time_call(case.kernel), time_call(case.twin)
+    kernel, reference = time_call(case.kernel), time_call(case.reference)
     gb_per_s = case.bytes_moved / kernel.us / 1e3
     row: dict[str, Any] = {
-        "us": kernel.us, "eager_us": kernel.eager_us, "twin_us": twin.us, "twin_eager_us": twin.eager_us, "over_twin": kernel.over(twin),
+        "us": kernel.us, "eager_us": kernel.eager_us, "reference_us": reference.us, "reference_eager_us": reference.eager_us, "over_reference": kernel.over(reference),
         "bytes": case.bytes_moved, "flops": case.flops, "gb_per_s": gb_per_s, "of_copy_bandwidth": gb_per_s / ceilings["copy_gb_per_s"],
         "of_matmul": case.flops / kernel.us / 1e6 / ceilings["bf16_tflops"], "peers": {},
     }  # fmt: skip
@@ -195,7 +195,7 @@ def build(plan: Any) -> Any:
 def run_case(plan: Any, device: str, ceilings: dict[str, float]) -> dict[str, Any]:
     """Compare one case, or, given ceilings, time it."""
     case = build(plan)
-    expected = [x.clone() for x in flat(case.read(case.twin()))]
+    expected = [x.clone() for x in flat(case.read(case.reference()))]
     problem = disagreement(case.compare, flat(case.read(case.kernel())), expected)
     if problem is None and ceilings:
         return measure(case, expected, ceilings)
@@ -330,7 +330,7 @@ def describe(row: dict[str, Any]) -> str:
             f"{n} {p['ratio']:.2f}x{' WRONG' if p['wrong'] else ''}" if "us" in p else f"no {n}" for n, p in row["peers"].items()
         )
         text += f"  {row['us']:9.1f} us  {row['of_copy_bandwidth']:4.0%} of copy {row['of_matmul']:4.0%} of matmul"
-        text += f"  {row['over_twin']:.2f}x twin  {peers}"
+        text += f"  {row['over_reference']:.2f}x reference  {peers}"
     return text
 
 
@@ -375,7 +375,7 @@ def main() -> int:
     plans = [plan for plan in importlib.import_module(args.source).plans(device, args.interpret) if args.only in str(plan)]
     if not plans:
         parser.error(f"no case contains {args.only!r}")
-    record: dict[str, Any] = {"what": "dsv4 kernels against their twins, ceilings and peers", "ceilings": {}}
+    record: dict[str, Any] = {"what": "dsv4 kernels against their references, ceilings and peers", "ceilings": {}}
     rows = {str(p): {"kernel": p.name, "model": p.model, "sizes": dict(p.sizes), "failed": "not run", "wrong": None} for p in plans}
     assert len(rows) == len(plans), "two cases of one name"
     if not args.interpret:

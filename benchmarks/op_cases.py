@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_ops.py runs: every kernel at the sizes of Flash and Pro, with its twin, its bytes and FLOPs, and its peers."""
+"""What bench_ops.py runs: every kernel at the sizes of Flash and Pro, with its reference, its bytes and FLOPs, and its peers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4.model.kv_layout import IndexFormat, KvFormat, round_up
-from dsv4.ops.attention import reference as attention_twin
+from dsv4.ops.attention import reference as attention_reference
 from dsv4.ops.attention import triton as attention
 from dsv4.ops.compressor.paged import PagedState
 from dsv4.ops.compressor.paged import reference as compressor_twin
@@ -21,13 +21,13 @@ from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.summary import SummaryState
 from dsv4.ops.compressor.summary import reference as summary_twin
 from dsv4.ops.compressor.summary import triton as summary
-from dsv4.ops.indexer import reference as indexer_twin
+from dsv4.ops.indexer import reference as indexer_reference
 from dsv4.ops.indexer import triton as indexer
-from dsv4.ops.mhc import reference as mhc_twin
+from dsv4.ops.mhc import reference as mhc_reference
 from dsv4.ops.mhc import triton as mhc
 from dsv4.ops.mhc.site import PendingPost, Site, SublayerInput
 from dsv4.ops.moe import mxfp4
-from dsv4.ops.moe import reference as moe_twin
+from dsv4.ops.moe import reference as moe_reference
 from dsv4.ops.moe import triton as moe
 from dsv4.ops.pages import BatchView, Pages, PageTable, RowsFormat, Selection, SlotMapping
 from dsv4.ops.plan import entry_slot_mapping, plan_tokens
@@ -55,14 +55,14 @@ TINY = Model("tiny", 256, 8, 16, 8, 256)
 
 @dataclass
 class Case:
-    """One measurement. kernel, twin: without arguments; what they return is compared after `read`, as `compare` says.
+    """One measurement. kernel, reference: without arguments; what they return is compared after `read`, as `compare` says.
 
     bytes_moved: what must be read and written once; flops: of matrix products; peers: other implementations by name.
     served: whether the kernel ever serves on this device; of one that does not, no speed is asked.
     """
 
     kernel: Call
-    twin: Call
+    reference: Call
     bytes_moved: int
     flops: int = 0
     peers: dict[str, op_peers.Peer] = field(default_factory=dict)
@@ -186,7 +186,7 @@ def _norm_rope_store(m: Model, t: int, row_format: KvFormat, device: torch.devic
 
     row_bytes = 584 if row_format is KvFormat.FP8_DS_MLA else 1024
     return Case(
-        lambda: run(attention.norm_rope_store, pages), lambda: run(attention_twin.norm_rope_store, again),
+        lambda: run(attention.norm_rope_store, pages), lambda: run(attention_reference.norm_rope_store, again),
         4 * q.numel() + 2 * kv.numel() + t * (row_bytes + 256 + 4), compare="bytes",
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def _output_a(m: Model, t: int, device: torch.device) -> Case:
     wo_a = torch.randn(m.heads // 8, 1024, 8 * 512, device=device).bfloat16() / 64
     args = (o, table, wo_a)
     moved = 2 * (o.numel() + wo_a.numel() + t * wo_a.shape[0] * 1024)
-    return Case(lambda: attention.output_a(*args), lambda: attention_twin.output_a(*args), moved, 2 * t * wo_a.numel())
+    return Case(lambda: attention.output_a(*args), lambda: attention_reference.output_a(*args), moved, 2 * t * wo_a.numel())
 
 
 def _prepare_query(m: Model, t: int, index_format: IndexFormat, device: torch.device) -> Case:
@@ -208,7 +208,7 @@ def _prepare_query(m: Model, t: int, index_format: IndexFormat, device: torch.de
 
     out = {IndexFormat.FP8: 128, IndexFormat.MXFP4: 68, IndexFormat.PLAIN: 256}[index_format]
     moved = t * 64 * (256 + out + 2 + 4) + 256 * t
-    return Case(lambda: run(indexer.prepare_query), lambda: run(indexer_twin.prepare_query), moved, compare="bytes")
+    return Case(lambda: run(indexer.prepare_query), lambda: run(indexer_reference.prepare_query), moved, compare="bytes")
 
 
 def _streams(m: Model, t: int, device: torch.device) -> Tensor:
@@ -234,40 +234,40 @@ def _mhc_pre(m: Model, t: int, device: torch.device) -> Case:
     streams, site = _streams(m, t, device), _site(m, device)
     moved = t * m.hidden * 2 * 5 + site.fn.numel() * 4 + t * 80
     flops = 2 * t * 24 * 4 * m.hidden
-    return Case(lambda: mhc.pre(streams, site), lambda: mhc_twin.pre(streams, site), moved, flops, read=_made)
+    return Case(lambda: mhc.pre(streams, site), lambda: mhc_reference.pre(streams, site), moved, flops, read=_made)
 
 
 def _mhc_post(m: Model, t: int, device: torch.device) -> Case:
     pending = _pending(m, t, device)
-    return Case(lambda: mhc.post(pending), lambda: mhc_twin.post(pending), t * (m.hidden * 2 * 9 + 80))
+    return Case(lambda: mhc.post(pending), lambda: mhc_reference.post(pending), t * (m.hidden * 2 * 9 + 80))
 
 
 def _mhc_post_pre(m: Model, t: int, device: torch.device) -> Case:
     pending, site = _pending(m, t, device), _site(m, device)
     moved = t * (m.hidden * 2 * 10 + 160) + site.fn.numel() * 4
     flops = 2 * t * 24 * 4 * m.hidden
-    return Case(lambda: mhc.post_pre(pending, site), lambda: mhc_twin.post_pre(pending, site), moved, flops, read=_made)
+    return Case(lambda: mhc.post_pre(pending, site), lambda: mhc_reference.post_pre(pending, site), moved, flops, read=_made)
 
 
 def _mhc_head(m: Model, t: int, device: torch.device) -> Case:
     streams, site = _streams(m, t, device), _site(m, device, rows=4, scales=1)
-    return Case(lambda: mhc.head(streams, site), lambda: mhc_twin.head(streams, site), t * m.hidden * 10 + 64 * m.hidden)
+    return Case(lambda: mhc.head(streams, site), lambda: mhc_reference.head(streams, site), t * m.hidden * 10 + 64 * m.hidden)
 
 
 def _route_topk(m: Model, t: int, device: torch.device) -> Case:
     args = (torch.randn(t, m.experts, device=device), torch.randn(m.experts, device=device), 6, 2.5)
-    return Case(lambda: moe.route_topk(*args), lambda: moe_twin.route_topk(*args), t * (4 * m.experts + 48))
+    return Case(lambda: moe.route_topk(*args), lambda: moe_reference.route_topk(*args), t * (4 * m.experts + 48))
 
 
 def _route_hash(m: Model, t: int, device: torch.device) -> Case:
     table = torch.randint(0, m.experts, (129_280, 6), dtype=torch.int32, device=device)
     args = (torch.randn(t, m.experts, device=device), table, torch.randint(0, 129_280, (t,), device=device), 2.5)
-    return Case(lambda: moe.route_hash(*args), lambda: moe_twin.route_hash(*args), t * (8 + 4 * 32 + 24 + 48))
+    return Case(lambda: moe.route_hash(*args), lambda: moe_reference.route_hash(*args), t * (8 + 4 * 32 + 24 + 48))
 
 
 def _swiglu(m: Model, t: int, device: torch.device) -> Case:
     gate, up = torch.randn(t, 2 * m.intermediate, device=device).bfloat16().chunk(2, -1)
-    return Case(lambda: moe.swiglu(gate, up, 10.0), lambda: moe_twin.swiglu(gate, up, 10.0), 6 * t * m.intermediate)
+    return Case(lambda: moe.swiglu(gate, up, 10.0), lambda: moe_reference.swiglu(gate, up, 10.0), 6 * t * m.intermediate)
 
 
 def _experts(m: Model, t: int, device: torch.device) -> Case:
@@ -280,7 +280,7 @@ def _experts(m: Model, t: int, device: torch.device) -> Case:
     args = (x, w13, s13, w2, s2, weights, ids, 10.0)
     moved = ids.unique().numel() * 3 * i * d * 17 // 32 + 4 * t * d
     return Case(
-        lambda: mxfp4.experts_mxfp4(*args), lambda: moe_twin.experts_mxfp4(*args), moved, 6 * t * k * d * i,
+        lambda: mxfp4.experts_mxfp4(*args), lambda: moe_reference.experts_mxfp4(*args), moved, 6 * t * k * d * i,
         {"marlin": op_peers.marlin(x, e, i, weights, ids, 10.0)}, served=torch.version.hip is not None,
     )  # fmt: skip
 
@@ -400,7 +400,7 @@ def _logits_case(query: Any, keys: PageTable, owner: Tensor, lens: Tensor, entri
     """Only what lies within each token's length is compared: the kernels leave the rest as it was."""
     valid = torch.arange(entries, device=lens.device) < lens[:, None]
     args = (query, keys, owner, lens, entries)
-    case = Case(lambda: indexer.logits(*args), lambda: indexer_twin.logits(*args), moved, flops)
+    case = Case(lambda: indexer.logits(*args), lambda: indexer_reference.logits(*args), moved, flops)
     case.read = lambda scores: torch.where(valid, scores, 0.0)
     return case
 
@@ -447,7 +447,7 @@ def _topk(m: Model, t: int, n: int, device: torch.device) -> Case:
     scores = torch.stack([torch.randperm(n, device=device) for _ in range(t)]).float() - n / 2
     lens = torch.full((t,), n, dtype=torch.int32, device=device)
     case = Case(
-        lambda: indexer.topk(scores, lens, m.topk), lambda: indexer_twin.topk(scores, lens, m.topk),
+        lambda: indexer.topk(scores, lens, m.topk), lambda: indexer_reference.topk(scores, lens, m.topk),
         scores.numel() * 4 + t * m.topk * 4, compare="sets",
     )  # fmt: skip
     case.peers["torch.topk"] = op_peers.Peer(lambda: torch.topk(scores, m.topk, dim=-1).indices)
@@ -466,7 +466,7 @@ def _sparse(m: Model, t: int, keys: int, row_format: KvFormat, device: torch.dev
     args = (q, Selection(window, window_slots, lens[0]), Selection(entries, entry_slots, lens[1]), sink)
     row_bytes = 584 if row_format is KvFormat.FP8_DS_MLA else 1024
     case = Case(
-        lambda: attention.sparse_attention(*args), lambda: attention_twin.sparse_attention(*args),
+        lambda: attention.sparse_attention(*args), lambda: attention_reference.sparse_attention(*args),
         t * (128 + keys) * row_bytes + 4 * q.numel(), 4 * t * m.heads * 512 * (128 + keys),
     )  # fmt: skip
     if row_format is KvFormat.FP8_DS_MLA:
@@ -490,6 +490,6 @@ def _ragged_sparse(m: Model, t: int, keys: int, device: torch.device) -> Case:
     args = (q, *lists, sink, table_rows(t, device))
     total = sum(int(s.lens.sum()) for s in lists)
     return Case(
-        lambda: attention.sparse_attention(*args), lambda: attention_twin.sparse_attention(*args),
+        lambda: attention.sparse_attention(*args), lambda: attention_reference.sparse_attention(*args),
         total * 584 + 4 * q.numel(), 4 * total * m.heads * 512,
     )  # fmt: skip

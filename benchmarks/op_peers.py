@@ -28,7 +28,7 @@ MARLIN_BLOCKS_PER_SM = 4
 
 @dataclass(frozen=True)
 class Peer:
-    """call: without arguments. compared: whether its results must be the first of the twin's."""
+    """call: without arguments. compared: whether its results must be the first of the reference's."""
 
     call: Callable[[], Any]
     compared: bool = True

@@ -43,7 +43,7 @@ def targets(row: dict[str, Any]) -> Iterator[Target]:
         found = row["peers"].get(peer, {})
         return None if found.get("wrong") else found.get("ratio")
 
-    yield Target("time over the twin's", row["over_twin"], 1.0)
+    yield Target("time over the reference's", row["over_reference"], 1.0)
     if name == "index.logits decode" and sizes["N"] == MILLION:
         yield Target("share of copy bandwidth", row["of_copy_bandwidth"], 0.7, at_least=True)
         yield Target("time over DeepGEMM's", against("deep_gemm"), 1.3)

@@ -98,9 +98,12 @@ class V4AttentionBackend(AttentionBackend):
 
     def _copied(self, step: StepPlan, batch_size: int) -> StepPlan:
         """The step of a captured decode, in buffers that keep their address."""
+        copies: dict[str, Tensor] = {}  # both ratios have one block table
 
         def copy(name: str, value: Tensor) -> Tensor:
-            return self.buffers.copy_in(name, value, (max(self.max_bs, batch_size), *value.shape[1:]))
+            if name not in copies:
+                copies[name] = self.buffers.copy_in(name, value, (max(self.max_bs, batch_size), *value.shape[1:]))
+            return copies[name]
 
         def entries(m: int, e: plan.EntryPlan) -> plan.EntryPlan:
             return plan.EntryPlan(

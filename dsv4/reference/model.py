@@ -87,7 +87,8 @@ class ReferenceModel:
 
     def _site(self, name: str, norm: str) -> Site:
         c, (fn, base, scale) = self.config, (self.weights[f"{name}_{part}"] for part in ("fn", "base", "scale"))
-        return Site(fn, base, scale, self.weights[f"{norm}.weight"], rms_eps=c.rms_norm_eps, hc_eps=c.hc_eps, iters=c.hc_sinkhorn_iters)
+        weight = self.weights[f"{norm}.weight"]
+        return Site(fn, base, scale, weight, rms_eps=c.rms_norm_eps, hc_eps=c.hc_eps, iters=c.hc_sinkhorn_iters)
 
     def _weight(self, layer: LayerSpec, name: str) -> Tensor:
         return self.weights[f"layers.{layer.index}.{name}"]

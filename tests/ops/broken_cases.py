@@ -16,7 +16,7 @@ from torch import Tensor
 @dataclass
 class Case:
     kernel: Callable[[], Tensor]
-    twin: Callable[[], Tensor] = lambda: torch.ones(3)
+    reference: Callable[[], Tensor] = lambda: torch.ones(3)
     compare: str = "close"
     read: Callable[[Any], Any] = lambda result: result
     served: bool = True

@@ -25,7 +25,7 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**clean, **env}, capture_output=True, text=True, timeout=600)
 
 
-def test_every_case_equals_its_twin_in_the_interpreter() -> None:
+def test_every_case_equals_its_reference_in_the_interpreter() -> None:
     done = run("--interpret", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith(" cases, 0 wrong, 0 failed")
@@ -72,7 +72,16 @@ def judged(kernel: str, sizes: dict[str, int], **measured: object) -> dict[str, 
     sys.path.insert(0, str(BENCHMARKS))
     import op_targets
 
-    row = {"kernel": kernel, "sizes": sizes, "served": True, "over_twin": 0.5, "of_copy_bandwidth": 0.0, "us": 1.0, "peers": {}, **measured}
+    row = {
+        "kernel": kernel,
+        "sizes": sizes,
+        "served": True,
+        "over_reference": 0.5,
+        "of_copy_bandwidth": 0.0,
+        "us": 1.0,
+        "peers": {},
+        **measured,
+    }
     return {t.what: t.met for t in op_targets.targets(row)}
 
 
@@ -146,8 +155,8 @@ def test_a_case_is_timed_like_with_like_and_a_peer_may_be_missing_or_wrong(bench
     }
     case = Case(takes(8.0), takes(40.0, reads=True), bytes_moved=4_000, flops=6_000_000, peers=peers)
     row = bench_ops.measure(case, [torch.ones(3)], {"copy_gb_per_s": 4.0, "bf16_tflops": 6.0})
-    # The kernel is replayed in 2 us; twin and first peer read on the host, so that they are compared as called.
-    assert (row["us"], row["eager_us"], row["twin_us"], row["over_twin"]) == pytest.approx((2.0, 8.0, 40.0, 0.2))
+    # The kernel is replayed in 2 us; want and first peer read on the host, so that they are compared as called.
+    assert (row["us"], row["eager_us"], row["reference_us"], row["over_reference"]) == pytest.approx((2.0, 8.0, 40.0, 0.2))
     assert (row["gb_per_s"], row["of_copy_bandwidth"], row["of_matmul"]) == pytest.approx((2.0, 0.5, 0.5))
     assert row["peers"]["same"]["ratio"] == pytest.approx(0.5)
     assert row["peers"]["same"]["wrong"] is None
@@ -176,33 +185,33 @@ def test_what_was_captured_is_compared_too(bench_ops: ModuleType) -> None:
     assert row["wrong"] == "from a graph: output 0: error 1.00e+00 of the largest value"
 
 
-TWIN = "time over the twin's"
+OVER_REFERENCE = "time over the reference's"
 
 
 @pytest.mark.parametrize(
     ("kernel", "sizes", "measured", "expected"),
     [
-        ("swiglu", {"T": 64}, {"over_twin": 1.0}, {TWIN: True}),
-        ("swiglu", {"T": 64}, {"over_twin": 1.01}, {TWIN: False}),
-        ("experts_mxfp4", {"T": 64}, {"over_twin": 9.0, "served": False}, {}),
-        ("index.logits decode", {"T": 8, "N": 32_768}, {}, {TWIN: True}),
+        ("swiglu", {"T": 64}, {"over_reference": 1.0}, {OVER_REFERENCE: True}),
+        ("swiglu", {"T": 64}, {"over_reference": 1.01}, {OVER_REFERENCE: False}),
+        ("experts_mxfp4", {"T": 64}, {"over_reference": 9.0, "served": False}, {}),
+        ("index.logits decode", {"T": 8, "N": 32_768}, {}, {OVER_REFERENCE: True}),
         (
             "index.logits decode", {"T": 8, "N": 262_144}, {"of_copy_bandwidth": 0.7, "peers": {"deep_gemm": {"ratio": 1.31, "wrong": None}}},
-            {TWIN: True, "share of copy bandwidth": True, "time over DeepGEMM's": False},
+            {OVER_REFERENCE: True, "share of copy bandwidth": True, "time over DeepGEMM's": False},
         ),
         (
             "index.logits decode", {"T": 1, "N": 262_144}, {"of_copy_bandwidth": 0.69, "peers": {"deep_gemm": {"not_measured": "not there"}}},
-            {TWIN: True, "share of copy bandwidth": False, "time over DeepGEMM's": None},
+            {OVER_REFERENCE: True, "share of copy bandwidth": False, "time over DeepGEMM's": None},
         ),
-        ("sparse csa", {"T": 256, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": None}}}, {TWIN: True, "time over FlashMLA's": True}),
-        ("sparse csa", {"T": 64, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": "bad"}}}, {TWIN: True, "time over FlashMLA's": None}),
-        ("sparse csa", {"T": 4096, "K": 512}, {}, {TWIN: True}),
-        ("topk", {"T": 1, "N": 8192}, {"peers": {"torch.topk": {"ratio": 0.51, "wrong": None}}}, {TWIN: True, "time over torch.topk's": False}),
-        ("norm_rope_store", {"T": 8192}, {"of_copy_bandwidth": 0.6}, {TWIN: True, "share of copy bandwidth": True}),
-        ("compressor.update csa index", {"T": 8192}, {"of_copy_bandwidth": 0.59}, {TWIN: True, "share of copy bandwidth": False}),
-        ("mhc.post", {"T": 8192}, {"of_copy_bandwidth": 0.61}, {TWIN: True, "share of copy bandwidth": True}),
-        ("mhc.post_pre", {"T": 1}, {"us": 10.1}, {TWIN: True, "us": False}),
-        ("mhc.post_pre", {"T": 64}, {}, {TWIN: True}),
+        ("sparse csa", {"T": 256, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": None}}}, {OVER_REFERENCE: True, "time over FlashMLA's": True}),
+        ("sparse csa", {"T": 64, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": "bad"}}}, {OVER_REFERENCE: True, "time over FlashMLA's": None}),
+        ("sparse csa", {"T": 4096, "K": 512}, {}, {OVER_REFERENCE: True}),
+        ("topk", {"T": 1, "N": 8192}, {"peers": {"torch.topk": {"ratio": 0.51, "wrong": None}}}, {OVER_REFERENCE: True, "time over torch.topk's": False}),
+        ("norm_rope_store", {"T": 8192}, {"of_copy_bandwidth": 0.6}, {OVER_REFERENCE: True, "share of copy bandwidth": True}),
+        ("compressor.update csa index", {"T": 8192}, {"of_copy_bandwidth": 0.59}, {OVER_REFERENCE: True, "share of copy bandwidth": False}),
+        ("mhc.post", {"T": 8192}, {"of_copy_bandwidth": 0.61}, {OVER_REFERENCE: True, "share of copy bandwidth": True}),
+        ("mhc.post_pre", {"T": 1}, {"us": 10.1}, {OVER_REFERENCE: True, "us": False}),
+        ("mhc.post_pre", {"T": 64}, {}, {OVER_REFERENCE: True}),
     ],
 )  # fmt: skip
 def test_targets(kernel: str, sizes: dict[str, int], measured: dict[str, object], expected: dict[str, bool | None]) -> None:

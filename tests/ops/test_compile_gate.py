@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dsv4.ops.kernels import KERNEL_MODULES, import_kernels
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
@@ -43,6 +45,14 @@ found = {{
 }}
 json.dump({{name: row.problems for name, row in found.items()}}, sys.stdout)
 """
+
+
+MOST_PARAMETERS = 25  # of a kernel, constants included; more want a NamedTuple
+
+
+def test_no_kernel_takes_more_parameters_than_a_reader_can() -> None:
+    shipped = [s for m in import_kernels(KERNEL_MODULES) if "compressor" not in m.__name__ for s in getattr(m, "SHIPPED", ())]
+    assert {s.name: len(s.kernel.arg_names) for s in shipped if len(s.kernel.arg_names) > MOST_PARAMETERS} == {}
 
 
 def test_the_gate_names_every_kind_of_failure(tmp_path: Path) -> None:

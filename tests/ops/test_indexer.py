@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Index queries, scores and selection equal the twins'."""
+"""Index queries, scores and selection equal the references'."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def queries(num_tokens: int, num_heads: int, dtype: torch.dtype = torch.bfloat16
 
 @pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 64), (2, 16), (63, 16), (63, 64), (257, 8)])
 @pytest.mark.parametrize("index_format", list(IndexFormat))
-def test_prepared_queries_are_the_twins(num_tokens: int, num_heads: int, index_format: IndexFormat) -> None:
+def test_prepared_queries_are_the_references(num_tokens: int, num_heads: int, index_format: IndexFormat) -> None:
     q, weights, table = queries(num_tokens, num_heads)
-    got, twin = (prepare(q, weights, table, index_format) for prepare in (indexer.prepare_query, reference.prepare_query))
+    got, want = (prepare(q, weights, table, index_format) for prepare in (indexer.prepare_query, reference.prepare_query))
     if index_format is IndexFormat.PLAIN:
-        assert_within(got.values, apply_rope(q.float(), table), twin.values)
-        assert torch.equal(got.weights, twin.weights)
+        assert_within(got.values, apply_rope(q.float(), table), want.values)
+        assert torch.equal(got.weights, want.weights)
         return
     # A sum of 128 bf16 numbers in another order may round to the neighbouring bf16, which may quantise to another code.
     row = hadamard(apply_rope(q, table)).bfloat16().float()
     near = [row * f for f in (1.0, 1 + 2.0**-8, 1 - 2.0**-8)]
     if index_format is IndexFormat.FP8:
         options = [quantize_e4m3(x, 128)[0] for x in near]
-        torch.testing.assert_close(got.weights, twin.weights, rtol=2.0**-23, atol=0)
-        assert (got.weights == twin.weights).all(), "scales are powers of two"
+        torch.testing.assert_close(got.weights, want.weights, rtol=2.0**-23, atol=0)
+        assert (got.weights == want.weights).all(), "scales are powers of two"
     else:
         options = [quantize_e2m1(x)[0] for x in near]
-        assert torch.equal(got.weights, twin.weights)
-        assert torch.equal(got.scales, twin.scales)
-    assert (got.values == twin.values).float().mean() > 0.995
+        assert torch.equal(got.weights, want.weights)
+        assert torch.equal(got.scales, want.scales)
+    assert (got.values == want.values).float().mean() > 0.995
     if index_format is IndexFormat.FP8:
         assert torch.stack([got.values == o for o in options]).any(0).all()
     else:
@@ -69,19 +69,19 @@ def keys_of(index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: t
 
 def check_scores(query: IndexQuery, keys: PageTable, request: Tensor, lens: Tensor, max_entries: int) -> None:
     got = registry.OPERATORS["indexer.logits"].choice(CPU).function(query, keys, request, lens, max_entries)
-    twin = reference.logits(query, keys, request, lens, max_entries)
+    want = reference.logits(query, keys, request, lens, max_entries)
     valid = torch.arange(max_entries) < lens[:, None]
-    assert got.shape == twin.shape
+    assert got.shape == want.shape
     # Products of quantised numbers are exact in fp32; the two sums (128 channels, then the heads) come in another order:
     # (128 + Hi) roundings of 2**-24, of the sum of magnitudes.
     q = reference.query_values(query)
-    bound = torch.zeros_like(twin)
+    bound = torch.zeros_like(want)
     for t in range(lens.shape[0]):
         entry = torch.arange(int(lens[t]))
         rows = keys.pages.rows
         k = load_rows(keys.pages, keys.block_table[request[t], entry // rows] * rows + entry % rows, 128, 0)
         bound[t, : len(entry)] = query.weights[t].abs() @ (q[t].abs() @ k.abs().T)
-    error = (got - twin).abs()
+    error = (got - want).abs()
     allowed = bound * (128 + query.weights.shape[1]) * 2.0**-24
     assert (error[valid] <= allowed[valid]).all()
 
@@ -149,9 +149,9 @@ def test_block_table_entries_out_of_range_are_not_followed() -> None:
 
 def check_topk(scores: Tensor, lens: Tensor, k: int) -> None:
     got = registry.OPERATORS["indexer.topk"].choice(CPU).function(scores, lens, k)
-    twin = reference.topk(scores, lens, k)
+    want = reference.topk(scores, lens, k)
     big = 1 << 30
-    in_order = torch.where(twin < 0, big, twin).sort(-1).values
+    in_order = torch.where(want < 0, big, want).sort(-1).values
     assert torch.equal(got, torch.where(in_order == big, -1, in_order)), "another set, or not in index order with -1 last"
 
 
@@ -256,11 +256,11 @@ def test_selection_end_to_end() -> None:
     query = reference.prepare_query(*queries(4, 16), IndexFormat.MXFP4)
     entries = entries_of(2, 300)
     got = indexer.select(query, keys, entries, request, lens, max_entries=300, k=32)
-    twin = reference.topk(reference.logits(query, keys, request, lens, 300), lens, 32)
+    want = reference.topk(reference.logits(query, keys, request, lens, 300), lens, 32)
     assert got.pages is entries.pages
     assert got.row is None
     assert got.lens.tolist() == [32, 32, 5, 0]
-    for a, b in zip(got.slots.tolist(), twin.tolist(), strict=True):
+    for a, b in zip(got.slots.tolist(), want.tolist(), strict=True):
         assert set(a) == set(b)
 
 
@@ -295,7 +295,7 @@ def test_selection_as_slots_of_the_entry_cache(n: int) -> None:
     scores, entries = torch.randn(4, n), PageTable(make_pages(KvFormat.PLAIN, 3 * 200, 64, 1), torch.randperm(3 * 200).int().view(3, 200))
     choose = registry.OPERATORS["indexer.topk"].choice(CPU).function
     got = choose(scores, lens, 16, entries, request)
-    twin = reference.topk(scores, lens, 16, entries, request)
-    assert [set(row) for row in got.tolist()] == [set(row) for row in twin.tolist()]
+    want = reference.topk(scores, lens, 16, entries, request)
+    assert [set(row) for row in got.tolist()] == [set(row) for row in want.tolist()]
     chosen = choose(scores, lens, 16)
     assert torch.equal(got < 0, chosen < 0), "-1 stays last"

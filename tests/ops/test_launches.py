@@ -39,7 +39,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def mix_streams(streams: torch.Tensor) -> torch.Tensor:
     """One site: the sublayer before is spread, this one's input collapsed."""
-    site = mhc.Site(torch.randn(24, 4 * DIM), torch.randn(24), torch.rand(3), torch.ones(DIM), EPS, EPS, ITERS)
+    fn, base, scale = torch.randn(24, 4 * DIM), torch.randn(24), torch.rand(3)
+    site = mhc.Site(fn, base, scale, torch.ones(DIM), rms_eps=EPS, hc_eps=EPS, iters=ITERS)
     y, post, comb = torch.randn(T, DIM).bfloat16(), torch.rand(T, 4), torch.rand(T, 4, 4)
     return mhc.pre(mhc.PendingPost(streams, y, post, comb), site).streams
 

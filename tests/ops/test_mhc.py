@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyper-connections: projection, balancing, collapse, expansion and the head equal the twins."""
+"""Hyper-connections: projection, balancing, collapse, expansion and the head equal the references."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ EPS, HC_EPS, ITERS = 1e-6, 1e-3, 20  # the model's hc_eps, 1e-6, would be below 
 def site(dim: int, rows: int = 24, scales: int = 3, iters: int = ITERS) -> Site:
     """With mixes large enough for the sigmoids and the matrix to matter."""
     fn, base, scale = torch.randn(rows, 4 * dim) * (4 * dim) ** -0.5 * 2, torch.randn(rows), torch.rand(scales) + 0.5
-    return Site(fn, base, scale, torch.rand(dim) + 0.5, EPS, HC_EPS, iters)
+    return Site(fn, base, scale, torch.rand(dim) + 0.5, rms_eps=EPS, hc_eps=HC_EPS, iters=iters)
 
 
 def double(of: Site) -> Site:
-    return Site(of.fn.double(), of.base.double(), of.scale.double(), of.norm_weight.double(), of.rms_eps, of.hc_eps, of.iters)
+    tensors = {name: getattr(of, name).double() for name in ("fn", "base", "scale", "norm_weight")}
+    return replace(of, **tensors)
 
 
 def pending(num_tokens: int, dim: int) -> PendingPost:
@@ -41,7 +42,7 @@ def double_pending(of: PendingPost) -> PendingPost:
 @pytest.mark.parametrize(
     ("num_tokens", "dim"), [(1, 256), (2, 4096), (1, 7168), (63, 256), (257, 64), pytest.param(63, 7168, marks=pytest.mark.slow)]
 )
-def test_pre_is_the_twins(num_tokens: int, dim: int) -> None:
+def test_pre_is_the_references(num_tokens: int, dim: int) -> None:
     here = site(dim)
     streams = torch.randn(num_tokens, 4, dim).bfloat16()
     got, low = mhc.pre(streams, here), reference.pre(streams, here)
@@ -81,13 +82,13 @@ def test_another_number_of_streams_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "dim"), [(1, 7168), (2, 4096), (63, 256), (257, 64)])
-def test_post_is_the_twins(num_tokens: int, dim: int) -> None:
+def test_post_is_the_references(num_tokens: int, dim: int) -> None:
     of = pending(num_tokens, dim)
     assert_within(mhc.post(of), reference.post(double_pending(of), torch.float64), reference.post(of))
 
 
 @pytest.mark.parametrize(("num_tokens", "dim"), [(1, 7168), (2, 4096), (63, 256), (257, 64)])
-def test_head_is_the_twins(num_tokens: int, dim: int) -> None:
+def test_head_is_the_references(num_tokens: int, dim: int) -> None:
     here = site(dim, rows=4, scales=1)
     streams = torch.randn(num_tokens, 4, dim).bfloat16()
     exact = reference.head(streams.double(), double(here), torch.float64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing and the clamped activation equal the twins."""
+"""Routing and the clamped activation equal the references."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TEN = 10 * 2.0**-24
 def test_experts_are_chosen_by_score_and_bias(num_tokens: int, num_experts: int) -> None:
     logits, bias = torch.randn(num_tokens, num_experts) * 4, torch.randn(num_experts)
     weights, ids = moe.route_topk(logits, bias, 6, 2.5)
-    twin_weights, twin_ids = reference.route_topk(logits, bias, 6, 2.5)
-    assert torch.equal(ids, twin_ids)
-    torch.testing.assert_close(weights, twin_weights, rtol=TEN, atol=0)
+    want_weights, want_ids = reference.route_topk(logits, bias, 6, 2.5)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, rtol=TEN, atol=0)
 
 
 def test_ties_between_experts_go_to_the_lowest() -> None:
@@ -33,12 +33,12 @@ def test_ties_between_experts_go_to_the_lowest() -> None:
 def test_scores_of_very_low_and_very_high_logits() -> None:
     logits = torch.tensor([[-80.0, -30.0, -8.0, -1e-6, 0.0, 1e-6, 8.0, 100.0]])
     weights, ids = moe.route_topk(logits, torch.zeros(8), 8, 1.0)
-    twin_weights, twin_ids = reference.route_topk(logits, torch.zeros(8), 8, 1.0)
-    assert torch.equal(ids, twin_ids)
+    want_weights, want_ids = reference.route_topk(logits, torch.zeros(8), 8, 1.0)
+    assert torch.equal(ids, want_ids)
     exact = torch.nn.functional.softplus(logits.double(), threshold=1e3).sqrt()
     exact = (exact / exact.sum()).gather(1, ids.long()).float()
     torch.testing.assert_close(weights, exact, rtol=TEN, atol=0)
-    torch.testing.assert_close(weights, twin_weights, rtol=2 * TEN, atol=0)
+    torch.testing.assert_close(weights, want_weights, rtol=2 * TEN, atol=0)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 256), (2, 384), (63, 32), (257, 8)])
@@ -47,9 +47,9 @@ def test_experts_of_hash_layers_come_from_the_table(num_tokens: int, num_experts
     table = torch.stack([torch.randperm(num_experts)[:6] for _ in range(50)]).int()
     input_ids = torch.randint(0, 50, (num_tokens,))
     weights, ids = moe.route_hash(logits, table, input_ids, 1.5)
-    twin_weights, twin_ids = reference.route_hash(logits, table, input_ids, 1.5)
-    assert torch.equal(ids, twin_ids)
-    torch.testing.assert_close(weights, twin_weights, rtol=TEN, atol=0)
+    want_weights, want_ids = reference.route_hash(logits, table, input_ids, 1.5)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, rtol=TEN, atol=0)
 
 
 def test_token_ids_beyond_the_table_stay_inside_it() -> None:
@@ -89,12 +89,12 @@ def test_experts_from_packed_weights(num_tokens: int, dim: int, inner: int, dtyp
     x, weights = torch.randn(num_tokens, dim).to(dtype), torch.rand(num_tokens, 3)
     ids = torch.stack([torch.tensor([0, 2, 4]) if t % 3 else torch.tensor([2, -1, 5]) for t in range(num_tokens)]).int()
     args = (w13, s13, w2, s2, weights, ids, 10.0)
-    twin = reference.experts_mxfp4(x, *args)
+    want = reference.experts_mxfp4(x, *args)
     exact = reference.experts_mxfp4(x.double(), *args)
     if dtype is torch.float32:
-        torch.testing.assert_close(moe.experts_mxfp4(x, *args), twin, rtol=1e-5, atol=float(twin.abs().max()) * (dim + inner) * 2.0**-24)
+        torch.testing.assert_close(moe.experts_mxfp4(x, *args), want, rtol=1e-5, atol=float(want.abs().max()) * (dim + inner) * 2.0**-24)
     else:
-        assert_within(moe.experts_mxfp4(x, *args), exact, twin)
+        assert_within(moe.experts_mxfp4(x, *args), exact, want)
 
 
 def test_blocks_of_pairs_cover_every_pair_once() -> None:

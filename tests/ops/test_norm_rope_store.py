@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""q and kv are normalised, rotated and stored as the twin does it, and nothing else in the cache is touched."""
+"""q and kv are normalised, rotated and stored as the reference does it, and nothing else in the cache is touched."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pages_for(row_format: KvFormat, num_tokens: int, rows: int, dtype: torch.dty
     ("num_tokens", "num_heads", "rows"), [(1, 8, 64), (2, 16, 2), (63, 3, 64), (5, 64, 256), (2, 128, 64), (257, 8, 64)]
 )
 @pytest.mark.parametrize("row_format", list(KvFormat))
-def test_rotated_queries_and_stored_rows_are_the_twins(num_tokens: int, num_heads: int, rows: int, row_format: KvFormat) -> None:
+def test_rotated_queries_and_stored_rows_are_the_references(num_tokens: int, num_heads: int, rows: int, row_format: KvFormat) -> None:
     q, kv, weight, table, slots = inputs(num_tokens, num_heads, torch.bfloat16, rows)
     pages = pages_for(row_format, num_tokens, rows, torch.bfloat16)
     expected_pages = clone_pages(pages)
@@ -69,7 +69,7 @@ def test_rotated_queries_and_stored_rows_are_the_twins(num_tokens: int, num_head
     assert_bytes_equal(pages, expected_pages)
 
 
-def test_bytes_are_the_twins_bit_for_bit_where_the_norm_is_exact() -> None:
+def test_bytes_are_the_references_bit_for_bit_where_the_norm_is_exact() -> None:
     """Rows of +-2**k have a mean square that fp32 holds exactly in any order of summation."""
     num_tokens, rows = 17, 8
     _, _, _, table, slots = inputs(num_tokens, 1, torch.bfloat16, rows)
@@ -88,8 +88,8 @@ def test_fp32_rows_for_the_cpu_platform() -> None:
     pages = pages_for(KvFormat.PLAIN, 3, 4, torch.float32)
     expected = clone_pages(pages)
     out = attention.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(pages, slots))
-    twin = reference.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(expected, slots))
-    torch.testing.assert_close(out, twin, rtol=4 * 2.0**-23, atol=4 * 2.0**-23)  # four fp32 roundings: rms, norm, two products
+    want = reference.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(expected, slots))
+    torch.testing.assert_close(out, want, rtol=4 * 2.0**-23, atol=4 * 2.0**-23)  # four fp32 roundings: rms, norm, two products
     kept = slots[slots >= 0]
     torch.testing.assert_close(load_rows(pages, kept, 512, 64), load_rows(expected, kept, 512, 64), rtol=5 * 2.0**-23, atol=2.0**-20)
 

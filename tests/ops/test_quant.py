@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number formats inside kernels equal torch's and the twins', bit for bit."""
+"""Number formats inside kernels equal torch's and the references', bit for bit."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_encoding_e4m3_keeps_nan() -> None:
 
 def test_encoding_e2m1_rounds_to_nearest_even_and_saturates() -> None:
     x = torch.cat([boundaries(torch.tensor(reference._E2M1[:8])), torch.randn(20000) * 3])
-    # A group of one number with amax 6 beside it has scale 1, so the twin's code is that of the number itself.
+    # A group of one number with amax 6 beside it has scale 1, so the reference's code is that of the number itself.
     packed, scale = reference.quantize_e2m1(torch.stack([x.clamp(-6, 6), torch.full_like(x, 6.0)], -1).repeat(1, 16))
     assert (scale == 127).all()
     assert torch.equal(run("encode_e2m1", x, torch.uint8), packed[:, 0] & 15)
@@ -151,7 +151,7 @@ PACKED = [(reference.KvFormat.FP8_DS_MLA, 512), (reference.IndexFormat.FP8, 128)
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(-120, 100), st.integers(0, 40))
 @pytest.mark.parametrize(("row_format", "dim"), PACKED)
-def test_rows_of_any_magnitude_are_stored_as_the_twin_stores_them(
+def test_rows_of_any_magnitude_are_stored_as_the_reference_stores_them(
     row_format: reference.KvFormat | reference.IndexFormat, dim: int, seed: int, exponent: int, spread: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -172,8 +172,8 @@ def test_a_nan_or_infinity_stays_visible_in_its_group_and_nowhere_else(
     values, scales = store(x, row_format)
     group = {512: 64, 128: 128}[dim] if row_format is not reference.IndexFormat.MXFP4 else 32
     decoded = reference.decode_row(values, scales, row_format, 64)
-    twin = reference.decode_row(*reference.encode_row(x, row_format, 64), row_format, 64)
-    assert torch.equal(decoded.isnan(), twin.isnan())
+    want = reference.decode_row(*reference.encode_row(x, row_format, 64), row_format, 64)
+    assert torch.equal(decoded.isnan(), want.isnan())
     assert decoded[0, :group].isnan().all()
     assert decoded[0, group:].isfinite().all()
     assert torch.equal(decoded[1], reference.decode_row(*reference.encode_row(x[1:], row_format, 64), row_format, 64)[0])

@@ -22,7 +22,7 @@ def test_every_operator_with_a_kernel_is_served_by_it_in_the_interpreter() -> No
         assert registry.report()[op]["impl"] == ("triton" if len(offers) > 1 else "reference")
 
 
-def test_auto_keeps_the_twins_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_keeps_the_references_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV4_OPS", "auto")
     registry.OPERATORS["attention.sparse"].choice(CPU)
     assert registry.report()["attention.sparse"]["impl"] == "reference"
@@ -56,7 +56,7 @@ def test_gpus_are_refused_by_what_they_lack(
     kernels._refuse_gpu.cache_clear()
 
 
-def test_no_accelerator_falls_back_to_a_twin_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_accelerator_falls_back_to_a_reference_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("DSV4_OPS", "auto")
     with pytest.raises(OpUnavailableError, match=r"mhc\.pre.*on xpu:0.*needs an NVIDIA or AMD GPU, not xpu.*DSV4_OPS=reference asks"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over gathered rows equals the twin's, whatever the number of splits, and never reads what it should not."""
+"""Attention over gathered rows equals the reference's, whatever the number of splits, and never reads what it should not."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def memory(pages: Pages) -> Tensor:
 
 
 def fill_pages(pages: Pages, slots: Tensor, rows: Tensor, rope_dim: int) -> None:
-    """Write rows with the twin."""
+    """Write rows with the reference."""
     store_rows(pages, slots, rows, rope_dim)
 
 
@@ -60,14 +60,14 @@ def assert_encodes(values: Tensor, scales: Tensor, source: Tensor, row_format: R
     """
     options = [encode_row(source * factor, row_format, rope_dim) for factor in (1.0, 1.0 + slack, 1.0 - slack)]
     exact = (values == options[0][0]).float().mean()
-    assert exact > 0.995, f"only {exact:.4f} of the value bytes are the twin's"
+    assert exact > 0.995, f"only {exact:.4f} of the value bytes are the reference's"
     for got, column in ((values, 0), (scales, 1)):
         ok = torch.stack([got == option[column] for option in options]).any(0)
         assert ok.all(), f"{int((~ok).sum())} bytes encode another number"
 
 
 def assert_within(actual: Tensor, exact: Tensor, at_precision: Tensor, name: str = "") -> None:
-    """Design rule 6.8: error against the fp32 twin at most twice that of the twin at the kernel's precision, plus a rounding.
+    """Design rule 6.8: error against the fp32 reference at most twice that of the reference at the kernel's precision, plus a rounding.
 
     The error is the largest of a row (last axis), since a row's elements share their sums. Same infinities and NaNs.
     """
@@ -81,4 +81,4 @@ def assert_within(actual: Tensor, exact: Tensor, at_precision: Tensor, name: str
     allowed = 2 * torch.where(finite, (at_precision.double() - exact_f).abs(), zero).amax(-1)
     allowed = allowed + ROUNDING[actual.dtype] * torch.where(finite, exact_f.abs(), zero).amax(-1)
     worst = (error - allowed).max() if error.numel() else zero
-    assert worst <= 0, f"{name}: error {error.max():.3e}, allowed {allowed[(error - allowed).argmax() if allowed.dim() else ...]}"
+    assert worst <= 0, f"{name}: error {error.max():.3e}, allowed {allowed.flatten()[(error - allowed).argmax()]:.3e}"

@@ -44,7 +44,7 @@ class Replayed(ReferenceModel):
         csa = [layer.index for layer in layers if layer.kind is LayerKind.CSA]
         routed = [layer.index for layer in layers if layer.routing is Routing.TOPK]
         self.queries = {i: torch.cat([values for values, _ in recorded["query"][n :: len(csa)]]) for n, i in enumerate(csa)}
-        self.chosen = {i: torch.cat(recorded["topk"][n :: len(csa)]) for n, i in enumerate(csa)}
+        self.topk_indices = {i: torch.cat(recorded["topk"][n :: len(csa)]) for n, i in enumerate(csa)}
         self.experts = {i: torch.cat(recorded["route"][n :: len(routed)]) for n, i in enumerate(routed)}
         self.layer, self.calls, self.different, self.total = -1, 0, 0, 0
 
@@ -73,30 +73,30 @@ class Replayed(ReferenceModel):
         return IndexQuery(values, own.scales, own.weights, own.format)
 
     def _visible_topk(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor, seen: Tensor) -> Tensor:
-        chosen = torch.zeros(seen.shape[0], seen.shape[1] + 1, dtype=torch.bool)
-        picks = self.chosen[layer.index].long()
-        chosen = chosen.scatter_(1, torch.where(picks < 0, seen.shape[1], picks), True)[:, :-1]
-        _assert_top(self._index_scores(layer, x, qr, table), chosen, seen)
-        return chosen
+        is_topk = torch.zeros(seen.shape[0], seen.shape[1] + 1, dtype=torch.bool)
+        picks = self.topk_indices[layer.index].long()
+        is_topk = is_topk.scatter_(1, torch.where(picks < 0, seen.shape[1], picks), True)[:, :-1]
+        _assert_top(self._index_scores(layer, x, qr, table), is_topk, seen)
+        return is_topk
 
     def route(self, logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) -> tuple[Tensor, Tensor]:
         """Stands in for the reference's router on the current layer."""
         ids = self.experts[self.layer].long()
         score = moe.scores(logits)
-        chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, ids, True)
-        assert (chosen.sum(-1) == top_k).all()
-        _assert_top(score + bias, chosen, torch.ones_like(chosen))
+        is_topk = torch.zeros_like(score, dtype=torch.bool).scatter_(1, ids, True)
+        assert (is_topk.sum(-1) == top_k).all()
+        _assert_top(score + bias, is_topk, torch.ones_like(is_topk))
         weights = score.gather(1, ids)
         return weights / weights.sum(-1, keepdim=True) * scaling_factor, ids.int()
 
 
-def _assert_top(scores: Tensor, chosen: Tensor, allowed: Tensor) -> None:
+def _assert_top(scores: Tensor, is_topk: Tensor, allowed: Tensor) -> None:
     """The chosen of each row are allowed, and none is below a refused one by more than a tie."""
-    assert not (chosen & ~allowed).any()
+    assert not (is_topk & ~allowed).any()
     if scores.shape[1] == 0:
         return
-    worst = scores.masked_fill(~chosen, float("inf")).amin(-1)
-    best_refused = scores.masked_fill(chosen | ~allowed, float("-inf")).amax(-1)
+    worst = scores.masked_fill(~is_topk, float("inf")).amin(-1)
+    best_refused = scores.masked_fill(is_topk | ~allowed, float("-inf")).amax(-1)
     spread = scores.abs().masked_fill(~allowed, 0.0).amax(-1)
     assert (worst >= best_refused - TIE * spread).all()
 
@@ -137,7 +137,7 @@ def record_quantised(names: dict[int, str]) -> dict[str, list[Any]]:
     attention.store_rows = entry.store_rows = recorded_store
     record_result(indexer, "prepare_query", "query", lambda query: (query.values.clone(), query.weights.clone()))
     # Asked for cache slots, topk asks itself for entries: that inner call of three arguments is what the reference replays.
-    record_result(indexer, "topk", "topk", lambda chosen: chosen.clone(), most_args=3)
+    record_result(indexer, "topk", "topk", lambda topk_indices: topk_indices.clone(), most_args=3)
     record_result(moe, "route_topk", "route", lambda result: result[1].clone())
     registry.forget_choices()
     return recorded

@@ -318,7 +318,6 @@ _TYPES = {
 
 
 def _keys_type(row_format: int, page_rows: int, by_row: bool) -> Keys:
-    row = "*i32" if by_row else None
     return Keys(
         pages="*u8" if row_format else "*bf16",
         page_stride="i32",
@@ -327,7 +326,7 @@ def _keys_type(row_format: int, page_rows: int, by_row: bool) -> Keys:
         slots_stride="i32",
         width="i32",
         lens="*i32",
-        row=row,
+        row="*i32" if by_row else None,
         page_rows=page_rows,
         format=row_format,
     )

@@ -60,7 +60,7 @@ def topk_kernel(
 
     LEVEL 0 reads scores, whose index is their place unless MERGE says that they have their own; a later level reads what
     the one before chose, K of each chunk of FIRST. FINAL writes indices alone, -1 behind the last; with ROWS, rows of a
-    page, it writes cache slots instead. What is chosen is read again and written BLOCK by BLOCK, to stay in registers.
+    page, it writes cache slots instead. What it takes is read again and written BLOCK by BLOCK, to stay in registers.
     """
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1)
@@ -96,23 +96,23 @@ def topk_kernel(
             place = c * CHUNK + block + tl.arange(0, BLOCK)
             rank = _keys(scores + row, indices + row, place, length, MERGE)
             equal = (rank == threshold) & (rank > 0)
-            chosen = (rank > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-            to = out + count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            is_topk = (rank > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+            to = out + count + tl.cumsum(is_topk.to(tl.int32), 0) - 1
             room -= tl.sum(equal.to(tl.int32), 0)
-            count += tl.sum(chosen.to(tl.int32), 0)
+            count += tl.sum(is_topk.to(tl.int32), 0)
             entry = place
             if MERGE or LEVEL > 0:
-                entry = tl.load(indices + row + place, mask=chosen, other=-1)
+                entry = tl.load(indices + row + place, mask=is_topk, other=-1)
             if not FINAL:
-                tl.store(out_scores + to, tl.load(scores + row + place, mask=chosen, other=0.0), mask=chosen)
+                tl.store(out_scores + to, tl.load(scores + row + place, mask=is_topk, other=0.0), mask=is_topk)
             elif ROWS > 0:
-                entry = _slot(entry, chosen, table, block_table_width, ROWS)
-            tl.store(out_indices + to, entry, mask=chosen)
+                entry = _slot(entry, is_topk, table, block_table_width, ROWS)
+            tl.store(out_indices + to, entry, mask=is_topk)
         tl.store(out_indices + out + j, tl.full([BLOCK], -1, tl.int32), mask=(j >= count) & (j < K))
 
 
 def topk(logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None = None, request_of_token: Tensor | None = None) -> Tensor:
-    """See `reference.topk`; the chosen come in index order. Raises ValueError when k does not fit a chunk."""
+    """See `reference.topk`; the indices come in index order. Raises ValueError when k does not fit a chunk."""
     num_tokens, n = logits.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
     if n == 0:

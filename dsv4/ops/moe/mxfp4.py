@@ -3,7 +3,7 @@
 
 Pairs of token and expert are sorted by expert on the device and cut into blocks of one expert each; the launch shape comes
 from host integers alone, so that blocks beyond the last return at once. Two launches: gate and up with the clamped SwiGLU,
-then down with the routing weight. Weights are decoded to bf16, exactly; products are those of the twin.
+then down with the routing weight. Weights are decoded to bf16, exactly; products are those of the reference.
 """
 
 from __future__ import annotations

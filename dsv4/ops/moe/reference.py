@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch twin of the router and the experts. Source: spec section 3.8."""
+"""Plain-PyTorch reference of the router and the experts. Source: spec section 3.8."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def scores(logits: Tensor) -> Tensor:
 
 
 def _weigh(score: Tensor, ids: Tensor, scaling_factor: float) -> Tensor:
-    chosen = score.gather(1, ids.long())
-    return chosen / chosen.sum(-1, keepdim=True) * scaling_factor
+    weights = score.gather(1, ids.long())
+    return weights / weights.sum(-1, keepdim=True) * scaling_factor
 
 
 def route_topk(logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) -> tuple[Tensor, Tensor]:

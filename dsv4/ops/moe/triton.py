@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the router and the activation; every function here has its twin in `moe/reference.py`."""
+"""Triton kernels of the router and the activation; every function here has its reference in `moe/reference.py`."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def route_topk_kernel(
     # NaN ranks first, as in torch.topk. A chosen expert falls to -inf and is barred by `taken`, since a bias may be -inf too.
     choice = tl.where(choice != choice, float("inf"), choice)
     choice = tl.where(inside, choice, float("-inf"))
-    chosen = tl.zeros([KB], tl.int32)
+    topk_ids = tl.zeros([KB], tl.int32)
     weight = tl.zeros([KB], tl.float32)
     taken = e >= E
     for i in tl.static_range(K):
         best = tl.max(choice, 0)
         at = tl.min(tl.where((choice == best) & (taken == 0), e, EB), 0)
-        chosen = tl.where(k == i, at, chosen)
+        topk_ids = tl.where(k == i, at, topk_ids)
         weight = tl.where(k == i, tl.sum(tl.where(e == at, score, 0.0), 0), weight)
         taken = taken | (e == at)
         choice = tl.where(taken, float("-inf"), choice)
     weight = weight / tl.sum(weight, 0) * factor
-    tl.store(ids + t * K + k, chosen, mask=k < K)
+    tl.store(ids + t * K + k, topk_ids, mask=k < K)
     tl.store(weights + t * K + k, weight, mask=k < K)
 
 
@@ -80,11 +80,11 @@ def route_hash_kernel(
     inside = k < K
     token = tl.load(input_ids + t).to(tl.int64)
     token = tl.where((token >= 0) & (token < num_rows), token, 0)
-    chosen = tl.load(table + token * K + k, mask=inside, other=0).to(tl.int32)
-    chosen = tl.where((chosen >= 0) & (chosen < E), chosen, 0)
-    score = _score(tl.load(logits + t * logits_stride + chosen, mask=inside, other=0.0).to(tl.float32))
+    topk_ids = tl.load(table + token * K + k, mask=inside, other=0).to(tl.int32)
+    topk_ids = tl.where((topk_ids >= 0) & (topk_ids < E), topk_ids, 0)
+    score = _score(tl.load(logits + t * logits_stride + topk_ids, mask=inside, other=0.0).to(tl.float32))
     score = tl.where(inside, score, 0.0)
-    tl.store(ids + t * K + k, chosen, mask=inside)
+    tl.store(ids + t * K + k, topk_ids, mask=inside)
     tl.store(weights + t * K + k, score / tl.sum(score, 0) * factor, mask=inside)
 
 
