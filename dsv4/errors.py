@@ -6,6 +6,15 @@ Messages name values and fields. A command adds the option that a value came fro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.4) -> list[str]:
+    """Up to `n` of `known` that `name` may have meant, the likeliest first. cutoff: least likeness, 0 to 1."""
+    import difflib  # here, because most commands make no mistake
+
+    return difflib.get_close_matches(name, known, n=n, cutoff=cutoff)
+
 
 class Dsv4Error(Exception):
     """Base of every error a user can cause; the CLI prints it on one line and exits 2."""

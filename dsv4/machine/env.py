@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsv4.errors import EnvError
+from dsv4.errors import EnvError, nearest
 
 PREFIX = "DSV4_"
 _ON = "1"
@@ -90,5 +89,5 @@ def check_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.6)
+    near = nearest(name, VARIABLES, n=1, cutoff=0.6)
     return f"{name}: unknown variable; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(VARIABLES)}")

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections import Counter
 from dataclasses import dataclass
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import HardwareError
+from dsv4.errors import HardwareError, nearest
 from dsv4.machine.decide import Device, detect_devices, runs_native
 
 MIB = 1 << 20
@@ -77,7 +76,7 @@ def find_gpu(name: str) -> Gpu:
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
     if wanted in names:
         return names[wanted]
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+    near = nearest(wanted, names)
     ids = list(dict.fromkeys(names[n].id for n in near)) or [gpu.id for gpu in all_gpus()]
     raise HardwareError(f"{name}: unknown GPU; nearest: {', '.join(ids)}")
 

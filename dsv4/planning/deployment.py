@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import PlanError
+from dsv4.errors import PlanError, nearest
 from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import DraftKind, V4Config
@@ -144,7 +143,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     wanted = name.strip().lower().removesuffix("/")
     if wanted in by_name:
         return by_name[wanted]
-    near = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.4)
+    near = nearest(wanted, by_name)
     ids = list(dict.fromkeys(by_name[n].id for n in near)) or [c.id for c in all_checkpoints()]
     raise PlanError(f"{name}: unknown checkpoint; nearest: {', '.join(ids)}")
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from dsv4.machine.hardware import Gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.recipe.schema import Recipe
@@ -310,11 +309,6 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
-def install_hint(gpu: Gpu, engine: str) -> str:
-    """What must be installed before the command works."""
-    return f"pip install 'dsv4[{engine}]'" if gpu.needs_plugin else f"pip install {engine}"
-
-
 def split_roles(cmds: Sequence[Command]) -> dict[str, list[str]]:
-    """Plain argv by role, for --json."""
+    """Plain argv by role."""
     return {c.role: c.argv(node_rank=i) for i, c in enumerate(cmds)}

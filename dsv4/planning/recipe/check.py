@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from dsv4.data import data_folder
 from dsv4.errors import RecipeError
 from dsv4.machine.compat import TESTED_VERSIONS, Engine
+from dsv4.machine.hardware import GIB
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.launch import commands
 from dsv4.planning.memory.proof import Proof, Verdict, prove, sglang_stage_pool, vllm_stage_pool
@@ -152,7 +153,7 @@ def _record(recipe: Recipe) -> list[str]:
 def _does_not_fit(proof: Proof) -> list[str]:
     if proof.verdict is not Verdict.NO:
         return []
-    return [f"does not fit: {proof.shortfall_bytes / (1 << 30):.2f} GiB short on the fullest rank"]
+    return [f"does not fit: {proof.shortfall_bytes / GIB:.2f} GiB short on the fullest rank"]
 
 
 def _proof_differs(recipe: Recipe, proof: Proof) -> list[str]:
