@@ -65,21 +65,24 @@ class RowFormat:
         return self.value_bytes + self.scale_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheSpec:
     """One cache of one layer.
 
-    page_tokens: tokens one page covers; tokens_per_row: 1, or the compress ratio; sliding_window: tokens after which
-    a row is dead, None when rows live as long as the request; alignment: page_bytes is a multiple of it. tail_bytes: fp32
-    values after the page's rows and scales. per_request: a request has exactly one page, whatever its length.
+    page_tokens: tokens one page covers.
+    tokens_per_row: 1, or the compress ratio.
+    sliding_window: tokens after which a row is dead, None when rows live as long as the request.
+    alignment: page_bytes is a multiple of it.
+    tail_bytes: fp32 values after the page's rows and scales.
+    per_request: a request has exactly one page, whatever its length.
     """
 
     role: CacheRole
     row: RowFormat
     page_tokens: int
-    tokens_per_row: int
-    sliding_window: int | None
-    alignment: int
+    tokens_per_row: int = 1
+    sliding_window: int | None = None
+    alignment: int = 1
     tail_bytes: int = 0
     per_request: bool = False
 
@@ -168,8 +171,15 @@ def layer_caches(
     kv_alignment = 1 if ring and formats.kv is KvFormat.PLAIN else formats.alignment
     index_alignment = 1 if ring else formats.alignment
     row = kv_row(config, formats)
-    window_tokens = PAGE_TOKENS if ring else WINDOW_PAGE_TOKENS
-    caches = [CacheSpec(CacheRole.WINDOW, row, window_tokens, 1, config.sliding_window, kv_alignment)]
+    caches = [
+        CacheSpec(
+            role=CacheRole.WINDOW,
+            row=row,
+            page_tokens=PAGE_TOKENS if ring else WINDOW_PAGE_TOKENS,
+            sliding_window=config.sliding_window,
+            alignment=kv_alignment,
+        )
+    ]
     if layer.kind is LayerKind.SWA:
         return tuple(caches)
     compressors = [(CacheRole.COMPRESSED, row, kv_alignment, CacheRole.STATE, config.head_dim)]
@@ -177,17 +187,32 @@ def layer_caches(
         keys = index_row(config, formats)
         compressors.append((CacheRole.INDEX_KEY, keys, index_alignment, CacheRole.INDEX_STATE, config.index_head_dim))
     for role, entry_row, alignment, state_role, head_dim in compressors:
-        tail = summary_bytes(head_dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0
-        caches.append(CacheSpec(role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, alignment, tail))
+        caches.append(
+            CacheSpec(
+                role=role,
+                row=entry_row,
+                page_tokens=PAGE_TOKENS,
+                tokens_per_row=layer.compress_ratio,
+                alignment=alignment,
+                tail_bytes=summary_bytes(head_dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0,
+            )
+        )
         caches.append(_state_cache(layer, state_role, head_dim, formats, mapping))
     return tuple(caches)
 
 
 def _state_cache(layer: LayerSpec, role: CacheRole, head_dim: int, formats: CacheFormats, mapping: StateMapping) -> CacheSpec:
     if mapping is StateMapping.SUMMARY:
-        summaries = RowFormat(layer.overlap * summary_bytes(head_dim))
-        return CacheSpec(role, summaries, PAGE_TOKENS, PAGE_TOKENS, None, formats.alignment, per_request=True)
+        return CacheSpec(
+            role=role,
+            row=RowFormat(layer.overlap * summary_bytes(head_dim)),
+            page_tokens=PAGE_TOKENS,
+            tokens_per_row=PAGE_TOKENS,
+            alignment=formats.alignment,
+            per_request=True,
+        )
     row, window = state_row(layer, head_dim), state_window(layer)
     if mapping is StateMapping.RING:
-        return CacheSpec(role, row, layer.compress_ratio, 1, window, 1)
-    return CacheSpec(role, row, STATE_PAGE_TOKENS[layer.kind], 1, window, formats.alignment)
+        return CacheSpec(role=role, row=row, page_tokens=layer.compress_ratio, sliding_window=window)
+    tokens = STATE_PAGE_TOKENS[layer.kind]
+    return CacheSpec(role=role, row=row, page_tokens=tokens, sliding_window=window, alignment=formats.alignment)

@@ -38,9 +38,13 @@ class Term:
 class Proof:
     """Memory of the fullest rank. `*_low` assume the high end of every overhead, `*_high` the low end.
 
-    budget_bytes: what the engine may use; request_bytes: what its admission reserves for one request of max_model_len,
-    of which reserve_bytes do not depend on the context; need_bytes: target concurrency on one replica. by_memory_*:
-    requests of max_model_len at once over all replicas, by KV alone. shortfall_bytes: missing with the high ends, 0 when it fits.
+    budget_bytes: what the engine may use.
+    request_bytes: what its admission reserves for one request of max_model_len.
+    reserve_bytes: the part of request_bytes that does not depend on the context.
+    need_bytes: what the target concurrency takes on one replica.
+    by_memory_*: requests of max_model_len at once over all replicas, by KV alone.
+    shortfall_bytes: missing with the high ends, 0 when it fits.
+    headroom_shortfall_bytes: the part of it that activations and graphs lack outside SGLang's fraction.
     """
 
     deployment: Deployment
