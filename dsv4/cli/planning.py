@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dsv4 plan`, `dsv4 launch` and `dsv4 recipes`. Exit codes: 0 done, 1 a check failed or nothing fits, 2 bad input."""
+"""`dsv4 plan`, `dsv4 launch` and `dsv4 recipes`. Exit codes: 0 done, 1 a check failed or nothing
+fits, 2 bad input.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from dsv4.planning.recipe.schema import Recipe, find_recipe, json_schema, proof_
 
 
 class _Command(click.Command):
-    """A command whose bad options are one line, as every other bad input (dsv4.cli.main prints it and exits 2)."""
+    """A command whose bad options are one line, as every other bad input (dsv4.cli.main prints it
+    and exits 2).
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -65,7 +69,9 @@ def plan(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when nothing fits."""
+    """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when
+    nothing fits.
+    """
     with _named("--context"):
         tokens = parse_context(context)
     with _named("--model"):
@@ -115,7 +121,9 @@ def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, i
 
 @contextmanager
 def _named(option: str | None = None) -> Iterator[None]:
-    """Put before an error's message the option whose value it refuses: `option`, or that of the error's own field."""
+    """Put before an error's message the option whose value it refuses: `option`, or that of the
+    error's own field.
+    """
     try:
         yield
     except HardwareError as e:
@@ -251,7 +259,9 @@ def show(recipe: str, as_json: bool) -> None:
 def check(
     recipe: tuple[str, ...], engine_paths: tuple[Path, ...], no_engines: bool, write_proofs: bool, write_schema: bool, as_json: bool
 ) -> None:
-    """Run the ladder: schema, rules, memory, and each tested engine that is at hand. Exit 1 when a rung fails."""
+    """Run the ladder: schema, rules, memory, and each tested engine that is at hand. Exit 1 when a
+    rung fails.
+    """
     from dsv4.planning.recipe import check as recipe_check
 
     paths = [_path_of(name) for name in recipe] or recipe_paths()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every DSV4_* variable: the one table, typed access, and the refusal of names and values that are not in it."""
+"""Every DSV4_* variable: the one table, typed access, and the refusal of names and values that are
+not in it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _OFF = "0"
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable. choices: every value it may have; a flag is on at "1" and off at "0"."""
+    """One environment variable. choices: every value it may have; a flag is on at "1" and off at
+    "0".
+    """
 
     name: str
     default: str
@@ -54,7 +58,9 @@ VARIABLES = {
 
 
 def get(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Value of `name`, or its default when unset or empty. Raises EnvError for a value that is not one of its choices."""
+    """Value of `name`, or its default when unset or empty. Raises EnvError for a value that is not
+    one of its choices.
+    """
     variable = VARIABLES[name]
     value = (os.environ if environ is None else environ).get(name, "").strip().lower() or variable.default
     if value not in variable.choices:
@@ -72,8 +78,8 @@ def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
 def check_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Values of every DSV4_* variable, defaults included.
 
-    Raises EnvError naming every unknown name, with the nearest known one, and every bad value: a misspelt variable would
-    otherwise be ignored in silence.
+    Raises EnvError naming every unknown name, with the nearest known one, and every bad value: a
+    misspelt variable would otherwise be ignored in silence.
     """
     environ = os.environ if environ is None else environ
     problems = [_unknown(name) for name in sorted(environ) if name.startswith(PREFIX) and name not in VARIABLES]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU facts by id, read from recipes/hardware.yaml, and what this machine holds, asked of NVML without torch."""
+"""GPU facts by id, read from recipes/hardware.yaml, and what this machine holds, asked of NVML
+without torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _MEMORY_TOLERANCE = 0.04  # one card's boards differ by ECC and firmware reserve
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card. visible_mib: as nvidia-smi prints it; tflops: dense; see recipes/hardware.yaml for sources."""
+    """One card. visible_mib: as nvidia-smi prints it; tflops: dense; see recipes/hardware.yaml for
+    sources.
+    """
 
     id: str
     name: str
@@ -71,7 +75,9 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card with this id or alias, whatever the case. Raises HardwareError naming the nearest ids."""
+    """The card with this id or alias, whatever the case. Raises HardwareError naming the nearest
+    ids.
+    """
     names = {n.lower(): gpu for gpu in all_gpus() for n in (gpu.id, *gpu.aliases)}
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
     if wanted in names:
@@ -82,7 +88,9 @@ def find_gpu(name: str) -> Gpu:
 
 
 def detect_machine() -> Machine:
-    """The NVIDIA GPUs that this process may use. Raises HardwareError when there are none, several kinds, or an unknown kind."""
+    """The NVIDIA GPUs that this process may use. Raises HardwareError when there are none, several
+    kinds, or an unknown kind.
+    """
     found = Counter((device.name, device.memory_mib) for device in detect_devices() if device.kind == "cuda")
     if not found:
         raise HardwareError("no NVIDIA GPU is visible on this machine")

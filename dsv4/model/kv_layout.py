@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes, rows, pages and strides of every cache: the only place where KV geometry is computed.
 
-A cache is a list of pages; a page holds `rows_per_page` rows; a row holds one entry (a token, a compressed entry, an
-index key or one token's compressor state). Quantised pages store all rows' values first, then all rows' scales, then
-padding, which is the byte layout of the engines' native V4. Source: spec section 5.1.
+A cache is a list of pages; a page holds `rows_per_page` rows; a row holds one entry (a token, a
+compressed entry, an index key or one token's compressor state). Quantised pages store all rows'
+values first, then all rows' scales, then padding, which is the byte layout of the engines' native
+V4. Source: spec section 5.1.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class CacheFormats:
-    """The two storage choices of a deployment, and the bytes of one plain element (2 for bf16, 4 for fp32)."""
+    """The two storage choices of a deployment, and the bytes of one plain element (2 for bf16, 4
+    for fp32).
+    """
 
     kv: KvFormat
     index: IndexFormat
@@ -149,7 +152,9 @@ def state_window(layer: LayerSpec) -> int:
 
 
 def state_ring_rows(layer: LayerSpec, speculative: bool) -> int:
-    """Rows of one ring of raw state: the window that an entry needs, twice where drafted tokens may be rejected."""
+    """Rows of one ring of raw state: the window that an entry needs, twice where drafted tokens may
+    be rejected.
+    """
     return state_window(layer) * (2 if speculative else 1)
 
 
@@ -161,11 +166,13 @@ def summary_bytes(head_dim: int) -> int:
 def layer_caches(
     config: V4Config, layer: LayerSpec, formats: CacheFormats, mapping: StateMapping = StateMapping.PAGED
 ) -> tuple[CacheSpec, ...]:
-    """Every cache of `layer`: WINDOW; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE.
+    """Every cache of `layer`: WINDOW; compressed layers add COMPRESSED and STATE; CSA layers add
+    INDEX_KEY and INDEX_STATE.
 
-    mapping: PAGED and RING keep raw rows. A ring has `state_ring_rows` rows in pages of one window of `compress_ratio`; beside
-    rings, window pages are as long as the others, and only packed KV pages are aligned. SUMMARY keeps one state row per
-    request and, because a prefix hit resumes at a page end, the previous CSA window's summary in each CSA and index page.
+    mapping: PAGED and RING keep raw rows. A ring has `state_ring_rows` rows in pages of one window
+    of `compress_ratio`; beside rings, window pages are as long as the others, and only packed KV
+    pages are aligned. SUMMARY keeps one state row per request and, because a prefix hit resumes at
+    a page end, the previous CSA window's summary in each CSA and index page.
     """
     ring = mapping is StateMapping.RING
     kv_alignment = 1 if ring and formats.kv is KvFormat.PLAIN else formats.alignment

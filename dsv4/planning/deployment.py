@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to serve one checkpoint: everything that decides memory and flags, typed. Recipes and plans both become this."""
+"""One way to serve one checkpoint: everything that decides memory and flags, typed. Recipes and
+plans both become this.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """method: none, mtp (April checkpoints) or dspark (0731, 0813); num_tokens: drafted per step."""
+    """method: none, mtp (April checkpoints) or dspark (0731, 0813); num_tokens: drafted per
+    step.
+    """
 
     method: DraftKind = "none"
     num_tokens: int = 0
@@ -57,7 +61,8 @@ class Deployment:
     max_num_batched_tokens: per step and replica; SGLang's chunked prefill size.
     max_num_seqs: per replica.
     memory_fraction: gpu_memory_utilization or mem_fraction_static.
-    state: how compressor state is kept; see `usual_state`. Raises PlanError for RING in vLLM or anything else in SGLang.
+    state: how compressor state is kept; see `usual_state`. Raises PlanError for RING in vLLM or
+    anything else in SGLang.
     swa_full_tokens_ratio: SGLang only; None lets it size windows from max_num_seqs.
     """
 
@@ -114,7 +119,9 @@ class Deployment:
 
 
 def usual_state(engine: Engine, plugin: bool) -> StateMapping:
-    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM plugin summaries, native vLLM pages."""
+    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM
+    plugin summaries, native vLLM pages.
+    """
     if engine == "sglang":
         return StateMapping.RING
     return StateMapping.SUMMARY if plugin else StateMapping.PAGED
@@ -149,7 +156,9 @@ def find_checkpoint(name: str) -> Checkpoint:
 
 
 def parse_context(text: str) -> int:
-    """Tokens in `text`: plain, or with k or m as binary thousands (800k is 819,200; 1m is 1,048,576). Raises PlanError."""
+    """Tokens in `text`: plain, or with k or m as binary thousands (800k is 819,200; 1m is
+    1,048,576). Raises PlanError.
+    """
     raw = text.strip().lower().replace(",", "").replace("_", "")
     scale = {"k": 1024, "m": 1024 * 1024}.get(raw[-1:], 1)
     digits = raw[:-1] if scale > 1 else raw

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV accounting without vLLM: groups, blocks of one shared pool, and what a request must be able to hold.
+"""vLLM's KV accounting without vLLM: groups, blocks of one shared pool, and what a request must be
+able to hold.
 
-Mirrors `_get_packed_kv_cache_groups`, `SlidingWindowSpec.max_admission_blocks_per_request` and `VllmConfig.max_in_flight_tokens`
-of vLLM 0.32 and 0.33 (`vllm/v1/core/kv_cache_utils.py`, in 0.33 `kv_cache_planning.py`); tests compare with those functions.
+Mirrors `_get_packed_kv_cache_groups`, `SlidingWindowSpec.max_admission_blocks_per_request` and
+`VllmConfig.max_in_flight_tokens` of vLLM 0.32 and 0.33 (`vllm/v1/core/kv_cache_utils.py`, in 0.33
+`kv_cache_planning.py`); tests compare with those functions.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from dsv4.model.kv_layout import CacheFormats, CacheSpec, StateMapping, layer_ca
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """One cache as vLLM registers it. layer: index of the decoder layer, drafts follow the backbone."""
+    """One cache as vLLM registers it. layer: index of the decoder layer, drafts follow the
+    backbone.
+    """
 
     layer: int
     spec: CacheSpec
@@ -67,7 +71,9 @@ class VllmPool:
         return self.block_bytes * self.request_blocks(max_model_len, in_flight_tokens)
 
     def state_bytes(self, in_flight_tokens: int, max_model_len: int) -> int:
-        """The part of `request_bytes` that windows and compressor states take: the in-flight reserve."""
+        """The part of `request_bytes` that windows and compressor states take: the in-flight
+        reserve.
+        """
         windowed = [g for g in self.groups if g.sliding_window is not None]
         return self.block_bytes * sum(g.request_blocks(max_model_len, in_flight_tokens) for g in windowed)
 
@@ -79,7 +85,9 @@ class VllmPool:
         return self.num_blocks(pool_bytes) / self.request_blocks(max_model_len, in_flight_tokens)
 
     def max_model_len(self, pool_bytes: int, in_flight_tokens: int, limit: int, concurrency: int = 1) -> int:
-        """Longest context of which `concurrency` requests fit beside the null block; 0 when none does."""
+        """Longest context of which `concurrency` requests fit beside the null block; 0 when none
+        does.
+        """
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -91,7 +99,8 @@ class VllmPool:
 def in_flight_tokens(max_num_batched_tokens: int, async_scheduling: bool, pp: int) -> int:
     """Tokens scheduled and not yet settled: every concurrent batch may be full.
 
-    Async scheduling keeps one batch more than the pipeline has stages (GPU model runner V2, the default since 0.30).
+    Async scheduling keeps one batch more than the pipeline has stages (GPU model runner V2, the
+    default since 0.30).
     """
     return max_num_batched_tokens * (pp + 1 if async_scheduling else pp)
 
@@ -104,7 +113,8 @@ def vllm_pool(
     stage: range | None = None,
     mapping: StateMapping = StateMapping.PAGED,
 ) -> VllmPool:
-    """The pool of one rank. Groups are formed over the whole model, then cut to the layers of pipeline stage `stage`.
+    """The pool of one rank. Groups are formed over the whole model, then cut to the layers of
+    pipeline stage `stage`.
 
     mapping: PAGED where native V4 serves, SUMMARY where dsv4's plugin does (docs/kv-mapping.md).
     """
@@ -147,7 +157,9 @@ def _groups(caches: Sequence[CacheLayer]) -> tuple[KvGroup, ...]:
 
 
 def _capped_to_widest(whole: Sequence[KvGroup]) -> tuple[KvGroup, ...]:
-    """Without a pattern to keep whole, window and per-request groups are split until they fit the widest other group's block."""
+    """Without a pattern to keep whole, window and per-request groups are split until they fit the
+    widest other group's block.
+    """
 
     def splits(group: KvGroup) -> bool:
         return group.per_request or group.sliding_window is not None
@@ -161,7 +173,9 @@ def _capped_to_widest(whole: Sequence[KvGroup]) -> tuple[KvGroup, ...]:
 
 
 def _split(group: KvGroup, parts: int) -> list[KvGroup]:
-    """Deal the repeats of the group's pattern (one cache per page size) round robin to `parts` groups."""
+    """Deal the repeats of the group's pattern (one cache per page size) round robin to `parts`
+    groups.
+    """
     if parts == 1:
         return [group]
     by_size: dict[int, list[CacheLayer]] = {}
@@ -173,6 +187,8 @@ def _split(group: KvGroup, parts: int) -> list[KvGroup]:
 
 
 def _least_padding(values: Sequence[int], lower_bound: int) -> int:
-    """The chunk size that pads `values` least; ties prefer the larger. Mirrors `_approximate_gcd`."""
+    """The chunk size that pads `values` least; ties prefer the larger. Mirrors
+    `_approximate_gcd`.
+    """
     candidates = range(lower_bound, max(*values, lower_bound) + 1)
     return min(candidates, key=lambda d: (sum(-v % d for v in values), -d))

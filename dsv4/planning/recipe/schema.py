@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schema of a recipe: one checkpoint on one topology with one plan, flat, every number with its evidence.
+"""Schema of a recipe: one checkpoint on one topology with one plan, flat, every number with its
+evidence.
 
 `recipes/recipe.schema.json` is generated from `Recipe`; tests keep the two equal.
 """
@@ -270,7 +271,9 @@ class Recipe(_Section):
         return self.status != "cannot_work"
 
     def deployment(self) -> Deployment:
-        """What the planner and the launcher need. Raises PlanError or HardwareError for unknown names and too many stages."""
+        """What the planner and the launcher need. Raises PlanError or HardwareError for unknown
+        names and too many stages.
+        """
         checkpoint = find_checkpoint(self.checkpoint.id)
         if self.parallel.pp > checkpoint.config.num_hidden_layers:
             raise PlanError(f"parallel.pp is {self.parallel.pp}, {checkpoint.id} has {checkpoint.config.num_hidden_layers} layers")
@@ -349,7 +352,9 @@ def recipe_paths() -> list[Path]:
 
 @functools.cache
 def shipped_recipes(gpu: str | None = None) -> tuple[Recipe, ...]:
-    """Every shipped recipe, or those for the card with id `gpu` (recipes lie in a folder per card)."""
+    """Every shipped recipe, or those for the card with id `gpu` (recipes lie in a folder per
+    card).
+    """
     return tuple(read_recipe(p) for p in recipe_paths() if gpu is None or p.parent.name == gpu)
 
 
