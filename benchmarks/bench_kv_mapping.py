@@ -18,23 +18,42 @@ from typing import Any
 
 import click
 
+from dsv4.machine.hardware import GIB
+from dsv4.model.kv_layout import IndexFormat, KvFormat, StateMapping
+from dsv4.planning.recipe.question import KvQuestion
+
 POINTS = ((86_016, 16_384), (800_000, 8_192), (1_048_576, 4_096), (32_768, 8_192), (4_096, 8_192))
-GIB = 1 << 30
 MAPPINGS = {"native": "paged", "summary": "summary"}
 # KV pool of one rank of 8x H200 as `dsv4 plan` derives it (the low end): TP8 for both checkpoints.
 POOL_GIB = {"flash": 100, "pro": 22}
 
 
-def question(checkpoint: Any, state: str, max_model_len: int, tokens: int, is_async: bool, pool_bytes: int) -> dict[str, Any]:
-    """What `dsv4.probe.__main__` needs to ask vLLM's planner about `checkpoint` with fp8_ds_mla pages and fp8 index keys."""
+def question(checkpoint: Any, state: str, max_model_len: int, tokens: int, is_async: bool) -> KvQuestion:
+    """What to ask vLLM's planner about `checkpoint` with fp8_ds_mla pages and fp8 index keys, on one rank."""
     config = checkpoint.config
-    return {
-        "checkpoint": checkpoint.id, "state": state,
-        "kv_dtype": "fp8_ds_mla", "index_dtype": "fp8", "compress_ratios": [layer.compress_ratio for layer in config.layers],
-        "num_draft_layers": 0, "stages": [[0, config.num_hidden_layers]], "max_model_len": max_model_len, "max_num_batched_tokens": tokens,
-        "async_scheduling": is_async, "head_dim": config.head_dim, "index_head_dim": config.index_head_dim,
-        "sliding_window": config.sliding_window, "pool_bytes": [pool_bytes],
-    }  # fmt: skip
+    return KvQuestion(
+        checkpoint=checkpoint.id,
+        state=StateMapping(state),
+        compress_ratios=tuple(layer.compress_ratio for layer in config.layers),
+        num_draft_layers=0,
+        speculative="none",
+        draft_tokens=0,
+        stages=((0, config.num_hidden_layers),),
+        kv_dtype=KvFormat.FP8_DS_MLA,
+        index_dtype=IndexFormat.FP8,
+        head_dim=config.head_dim,
+        rope_dim=config.qk_rope_head_dim,
+        index_head_dim=config.index_head_dim,
+        sliding_window=config.sliding_window,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=tokens,
+        max_num_seqs=1,
+        async_scheduling=is_async,
+        dp=1,
+        swa_full_tokens_ratio=None,
+        # Holds one request by any mapping, so that the planner answers; admission scales from it.
+        pool_bytes=(64 * GIB,),
+    )
 
 
 def measure(planner: Any, checkpoint: Any, pool_bytes: int, points: tuple[tuple[int, int], ...] = POINTS) -> list[dict[str, Any]]:
@@ -44,14 +63,12 @@ def measure(planner: Any, checkpoint: Any, pool_bytes: int, points: tuple[tuple[
         for is_async in (False, True):
             row: dict[str, Any] = {"max_model_len": max_model_len, "max_num_batched_tokens": tokens, "async_scheduling": is_async}
             for name, state in MAPPINGS.items():
-                # A pool that holds one request by any mapping, so that the planner answers; admission scales from it.
-                answer = planner.kv(question(checkpoint, state, max_model_len, tokens, is_async, 64 * GIB))
-                stage = answer["stages"][0]
-                blocks = pool_bytes // stage["block_bytes"]
-                per_request = stage["request_bytes"] // stage["block_bytes"]
+                stage = planner.kv(question(checkpoint, state, max_model_len, tokens, is_async)).stages[0]
+                blocks = pool_bytes // stage.block_bytes
+                per_request = stage.request_bytes // stage.block_bytes
                 row[name] = {
-                    "block_bytes": stage["block_bytes"],
-                    "request_gib": round(stage["request_bytes"] / GIB, 3),
+                    "block_bytes": stage.block_bytes,
+                    "request_gib": round(stage.request_bytes / GIB, 3),
                     "requests": round(blocks / per_request, 2),
                 }
             row["times_the_requests"] = round(row["summary"]["requests"] / row["native"]["requests"], 2)
@@ -109,9 +126,9 @@ def main(path: Path | None, plot_path: Path | None) -> None:
 
     # Planning needs a platform to import vLLM, not to run it.
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
-    from dsv4.probe.__main__ import _Vllm
+    from dsv4.probe.vllm import VllmProbe
 
-    planner = _Vllm()
+    planner = VllmProbe()
     record: dict[str, Any] = {
         "what": "vLLM's own KV planner: native mapping against dsv4's summaries, fp8_ds_mla pages, fp8 index keys, one rank",
         "vllm": installed_version("vllm"),

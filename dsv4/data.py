@@ -45,7 +45,9 @@ def data_folder() -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse `path`: plain data only, no anchors, no tags, no key twice, at most 64 KiB. Raises RecipeError, one line."""
+    """Parse `path`: plain data only, no anchors, no tags, no key twice, at most 64 KiB. Raises
+    RecipeError, one line.
+    """
     try:
         raw = path.read_bytes()
     except OSError as e:

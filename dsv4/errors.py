@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error types of dsv4: each message says what, where, what was found and what to do.
 
-Messages name values and fields. A command adds the option that a value came from, a recipe its file.
+Messages name values and fields. A command adds the option that a value came from, a recipe its
+file.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.4) -> list[str]:
+    """Up to `n` of `known` that `name` may have meant, the likeliest first. cutoff: least likeness,
+    0 to 1.
+    """
+    import difflib  # here, because most commands make no mistake
+
+    return difflib.get_close_matches(name, known, n=n, cutoff=cutoff)
 
 
 class Dsv4Error(Exception):
@@ -38,7 +50,8 @@ class UnsupportedDeviceError(Dsv4Error):
 class PlanError(Dsv4Error):
     """What was asked of the planner cannot be answered: an impossible count, context or version.
 
-    field: the field of the question whose value is refused, None where no single one is; reason: the message without it.
+    field: the field of the question whose value is refused, None where no single one is; reason:
+    the message without it.
     """
 
     def __init__(self, reason: str, field: str | None = None) -> None:

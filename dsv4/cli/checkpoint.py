@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from dsv4.cli.output import CHECK_FAILED, console
+from dsv4.cli.output import CHECK_FAILED, console, json_option, print_json
 from dsv4.errors import CheckpointError
 
 
@@ -17,7 +16,7 @@ from dsv4.errors import CheckpointError
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--config", type=click.Path(exists=True, path_type=Path), help="Another config.json than the folder's own.")
 @click.option("--require-draft", is_flag=True, help="Fail when the speculative draft (mtp.*) is absent.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def check(folder: Path, config: Path | None, require_draft: bool, as_json: bool) -> None:
     """Validate the checkpoint in FOLDER from its safetensors headers alone.
 
@@ -31,7 +30,7 @@ def check(folder: Path, config: Path | None, require_draft: bool, as_json: bool)
         report = validate(folder, expected, require_draft)
     except CheckpointError as e:
         if as_json:
-            click.echo(json.dumps({"folder": str(folder), "ok": False, "error": str(e)}, indent=2))
+            print_json({"folder": str(folder), "ok": False, "error": str(e)})
         else:
             click.echo(f"dsv4: {e}", err=True)
         sys.exit(CHECK_FAILED)
@@ -48,7 +47,7 @@ def check(folder: Path, config: Path | None, require_draft: bool, as_json: bool)
         "ignored": list(report.ignored),
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     console().print(
         f"{folder}: complete: {len(report.headers):,} tensors, {report.total_bytes / 1e9:,.2f} GB in {len(report.files)} shards;"

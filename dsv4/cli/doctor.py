@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 
 import click
 
-from dsv4.cli.output import CHECK_FAILED, console
+from dsv4.cli.output import CHECK_FAILED, console, json_option, print_json
 from dsv4.machine import env
 from dsv4.proof.doctor import Diagnosis, ServerReport, diagnose
 
 
 @click.command()
 @click.option("--url", help="A running server, e.g. http://localhost:8000: prove what serves there.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def doctor(url: str | None, as_json: bool) -> None:
     """Say what would serve DeepSeek-V4 here and why; with --url, prove what a running server uses.
 
@@ -24,7 +23,7 @@ def doctor(url: str | None, as_json: bool) -> None:
     """
     result = diagnose(url)
     if as_json:
-        click.echo(json.dumps({**asdict(result), "ok": result.ok}, indent=2))
+        print_json({**asdict(result), "ok": result.ok})
     else:
         _print(result)
     if not result.ok:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `dsv4` command.
 
-Exit codes: 0 = ok; 1 = a check failed (the report says which); 2 = bad input (one message on stderr, nothing done).
-Every command takes --json. Commands are imported when called, so that planning never loads torch.
+Exit codes: 0 = ok; 1 = a check failed (the report says which); 2 = bad input (one message on
+stderr, nothing done). Every command takes --json. Commands are imported when called, so that
+planning never loads torch.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def dsv4(ctx: click.Context) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: every expected error is one message on stderr and exit code 2, never a traceback."""
+    """Entry point: every expected error is one message on stderr and exit code 2, never a
+    traceback.
+    """
     try:
         result: Any = dsv4.main(args=argv, prog_name="dsv4", standalone_mode=False)
     except Dsv4Error as e:

@@ -3,12 +3,33 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CHECK_FAILED = 1
 BAD_INPUT = 2
+SCHEMA_VERSION = 1  # of what --json prints; raised when a field goes or changes its meaning
+T = TypeVar("T")
+
+
+def json_option(f: Callable[..., T]) -> Callable[..., T]:
+    """The option --json, which every command has, as argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(f)
+
+
+def print_json(facts: Mapping[str, Any]) -> None:
+    """Print `facts` as one object that says its schema_version first."""
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **facts}, indent=2))
 
 
 def console() -> Console:
     """Console for human output: no markup surprises in paths, no wrapping when piped."""
+    from rich.console import Console
+
     return Console(highlight=False, markup=False, soft_wrap=True)

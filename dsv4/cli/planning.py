@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dsv4 plan`, `dsv4 launch` and `dsv4 recipes`. Exit codes: 0 done, 1 a check failed or nothing fits, 2 bad input."""
+"""`dsv4 plan`, `dsv4 launch` and `dsv4 recipes`. Exit codes: 0 done, 1 a check failed or nothing
+fits, 2 bad input.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from enum import Enum
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import click
 
+from dsv4.cli.output import json_option, print_json
 from dsv4.errors import HardwareError, PlanError, RecipeError
 from dsv4.machine.compat import Engine
-from dsv4.machine.hardware import Gpu, detect_machine, find_gpu
+from dsv4.machine.hardware import GIB, Gpu, detect_machine, find_gpu
 from dsv4.model.kv_layout import StateMapping
 from dsv4.planning.deployment import find_checkpoint, parse_context
 from dsv4.planning.launch import deployment_commands
@@ -24,22 +26,17 @@ from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Qu
 from dsv4.planning.planner import plan as make_plan
 from dsv4.planning.recipe.schema import Recipe, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
 
-GIB = 1 << 30
-T = TypeVar("T")
-
 
 class _Command(click.Command):
-    """A command whose bad options are one line, as every other bad input (dsv4.cli.main prints it and exits 2)."""
+    """A command whose bad options are one line, as every other bad input (dsv4.cli.main prints it
+    and exits 2).
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as e:
             raise PlanError(f"{' '.join(e.format_message().split())} See {ctx.command_path} --help.") from e
-
-
-def _json_option(f: Callable[..., T]) -> Callable[..., T]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(f)
 
 
 @click.command("plan", cls=_Command)
@@ -56,7 +53,7 @@ def _json_option(f: Callable[..., T]) -> Callable[..., T]:
 @click.option("--prefer", type=click.Choice(["latency", "throughput"]), default="throughput", show_default=True, help="What ranks first.")
 @click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw context against concurrency into an .svg or .png.")
-@_json_option
+@json_option
 def plan(
     model: str,
     gpu: str | None,
@@ -72,7 +69,9 @@ def plan(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when nothing fits."""
+    """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when
+    nothing fits.
+    """
     with _named("--context"):
         tokens = parse_context(context)
     with _named("--model"):
@@ -98,7 +97,7 @@ def plan(
         with _named("--plot"):
             draw(question, found, plot)
     if as_json:
-        click.echo(json.dumps({"question": _question_json(question), "configurations": [_candidate_json(c) for c in found]}, indent=2))
+        print_json({"question": _question_json(question), "configurations": [_candidate_json(c) for c in found]})
     else:
         from dsv4.planning.text import describe
 
@@ -122,7 +121,9 @@ def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, i
 
 @contextmanager
 def _named(option: str | None = None) -> Iterator[None]:
-    """Put before an error's message the option whose value it refuses: `option`, or that of the error's own field."""
+    """Put before an error's message the option whose value it refuses: `option`, or that of the
+    error's own field.
+    """
     try:
         yield
     except HardwareError as e:
@@ -173,31 +174,31 @@ def _terms_json(proof: Proof) -> list[dict[str, Any]]:
 
 @click.command("launch", cls=_Command)
 @click.argument("recipe")
-@click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Take the twin of RECIPE for this engine.")
+@click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Take the recipe of the same plan for this engine.")
 @click.option("--format", "output", type=click.Choice(["shell", "compose", "k8s", "argv"]), default="shell", show_default=True)
-@_json_option
+@json_option
 def launch(recipe: str, engine: str | None, output: str, as_json: bool) -> None:
     """Print how to start RECIPE (an id, or a YAML file). Nothing is executed."""
     from dsv4.planning.launch import commands, environment, render, split_roles
 
     found, _ = find_recipe(recipe)
-    found = _twin(found, engine)
+    found = _other_engine(found, engine)
     if not found.can_work:
         raise RecipeError(f"{found.id}: cannot work: {found.why_not[0].why}")
     if as_json:
-        click.echo(json.dumps({"id": found.id, "env": environment(found), "argv": split_roles(commands(found))}, indent=2))
+        print_json({"id": found.id, "env": environment(found), "argv": split_roles(commands(found))})
         return
     click.echo(render(found, output))
 
 
-def _twin(recipe: Recipe, engine: str | None) -> Recipe:
+def _other_engine(recipe: Recipe, engine: str | None) -> Recipe:
     if engine is None or engine == recipe.engine.name:
         return recipe
     for other in shipped_recipes(recipe.hardware.gpu):
         same = (other.checkpoint.id, other.hardware.count, other.plan) == (recipe.checkpoint.id, recipe.hardware.count, recipe.plan)
         if same and other.engine.name == engine and other.can_work:
             return other
-    raise RecipeError(f"{recipe.id}: has no {engine} twin; see dsv4 recipes list --gpu {recipe.hardware.gpu} --engine {engine}")
+    raise RecipeError(f"{recipe.id}: has no counterpart for {engine}; see dsv4 recipes list --gpu {recipe.hardware.gpu} --engine {engine}")
 
 
 @click.group("recipes")
@@ -209,7 +210,7 @@ def recipes() -> None:
 @click.option("--gpu", help="Only this card.")
 @click.option("--model", help="Only this checkpoint.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Only this engine.")
-@_json_option
+@json_option
 def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json: bool) -> None:
     """One line per recipe."""
     with _named("--gpu"):
@@ -222,7 +223,7 @@ def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json
         if (checkpoint is None or r.checkpoint.id == checkpoint) and (engine is None or r.engine.name == engine)
     ]
     if as_json:
-        click.echo(json.dumps([{"id": r.id, "title": r.title, "status": r.status, "evidence": _kinds(r)} for r in rows], indent=2))
+        print_json({"recipes": [{"id": r.id, "title": r.title, "status": r.status, "evidence": _kinds(r)} for r in rows]})
         return
     width = max((len(r.id) for r in rows), default=0)
     for r in rows:
@@ -235,11 +236,16 @@ def _kinds(r: Recipe) -> str:
 
 @recipes.command("show", cls=_Command)
 @click.argument("recipe")
-@_json_option
+@json_option
 def show(recipe: str, as_json: bool) -> None:
     """The recipe's file."""
     found, path = find_recipe(recipe)
-    click.echo(found.model_dump_json(indent=2) if as_json else path.read_text(encoding="utf-8").rstrip())
+    if as_json:
+        facts = found.model_dump(mode="json")
+        facts["engine"]["versions"] = found.version_range
+        print_json({"recipe": facts})  # whose own schema_version is the recipe's
+    else:
+        click.echo(path.read_text(encoding="utf-8").rstrip())
 
 
 @recipes.command("check", cls=_Command)
@@ -249,11 +255,13 @@ def show(recipe: str, as_json: bool) -> None:
 @click.option("--no-engines", is_flag=True, help="Leave the engine rungs out.")
 @click.option("--write-proofs", is_flag=True, help="Rewrite memory.proof in the files first.")
 @click.option("--write-schema", is_flag=True, help="Rewrite recipe.schema.json first.")
-@_json_option
+@json_option
 def check(
     recipe: tuple[str, ...], engine_paths: tuple[Path, ...], no_engines: bool, write_proofs: bool, write_schema: bool, as_json: bool
 ) -> None:
-    """Run the ladder: schema, rules, memory, and each tested engine that is at hand. Exit 1 when a rung fails."""
+    """Run the ladder: schema, rules, memory, and each tested engine that is at hand. Exit 1 when a
+    rung fails.
+    """
     from dsv4.planning.recipe import check as recipe_check
 
     paths = [_path_of(name) for name in recipe] or recipe_paths()
@@ -266,7 +274,7 @@ def check(
             rewrite(path)
     reports = recipe_check.check(paths, [] if no_engines else recipe_check.find_engines(engine_paths))
     if as_json:
-        click.echo(json.dumps([_plain(r) for r in reports], indent=2))
+        print_json({"reports": [{**asdict(r), "path": str(r.path)} for r in reports]})
     else:
         width = max((len(r.id) for r in reports), default=0)
         for report in reports:
@@ -296,13 +304,3 @@ def _report_line(report: Any, width: int) -> str:
     rungs = " ".join(f"{r.name}{'' if r.outcome == 'ok' else ':' + r.outcome.upper()}" for r in report.rungs)
     details = "; ".join(d for r in report.rungs if r.outcome != "ok" for d in r.details)
     return f"{report.id:{width}}  {word:4}  {rungs}{'  ' + details if details else ''}"
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {**{k: _plain(v) for k, v in asdict(value).items()}}
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path | Enum) else value

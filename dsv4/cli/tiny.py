@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from dsv4.cli.output import console
+from dsv4.cli.output import console, json_option, print_json
 from dsv4.model.checkpoint import validate
 from dsv4.reference.tiny import Variant, write_tiny
 
@@ -20,7 +19,7 @@ from dsv4.reference.tiny import Variant, write_tiny
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Same seed, same bytes.")
 @click.option("--experts", type=click.Choice(["fp4", "fp8"]), default="fp4", show_default=True, help="Storage of routed experts.")
 @click.option("--draft", type=click.Choice(["mtp", "dspark", "none"]), default="mtp", show_default=True, help="Speculative draft.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def tiny(out: Path, variant: Variant, layers: int, seed: int, experts: str, draft: str, as_json: bool) -> None:
     """Write a small random checkpoint in the released format to the new folder OUT."""
     folder = write_tiny(
@@ -35,7 +34,7 @@ def tiny(out: Path, variant: Variant, layers: int, seed: int, experts: str, draf
     report = validate(folder)
     if as_json:
         facts = {"folder": str(folder), "tensors": len(report.headers), "bytes": report.total_bytes, "shards": len(report.files)}
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
     else:
         size = f"{report.total_bytes / 1e6:.1f} MB in {len(report.files)} shards"
         console().print(f"{folder}: wrote {len(report.headers)} tensors, {size}; {variant}, {layers} layers, {experts} experts")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engine versions that dsv4 was tested with, and structural probes for what it uses of each engine.
 
-Both engines swallow a plugin's errors, so a plugin that does not fit turns into the native model or a crash elsewhere.
-The plugins ask here first, and register a stand-in that raises this module's message when something is off.
+Both engines swallow a plugin's errors, so a plugin that does not fit turns into the native model or
+a crash elsewhere. The plugins ask here first, and register a stand-in that raises this module's
+message when something is off.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ _PRODUCT: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
 def installed_version(engine: Engine) -> str | None:
-    """Version of the installed distribution, read without importing the engine; None when absent."""
+    """Version of the installed distribution, read without importing the engine; None when
+    absent.
+    """
     try:
         return importlib.metadata.version(engine)
     except importlib.metadata.PackageNotFoundError:
@@ -50,7 +53,9 @@ def installed_version(engine: Engine) -> str | None:
 
 
 def dsv4_version() -> str:
-    """Version of the installed dsv4; "(not installed)" when it runs from a folder that was never installed."""
+    """Version of the installed dsv4; "(not installed)" when it runs from a folder that was never
+    installed.
+    """
     try:
         return importlib.metadata.version("dsv4")
     except importlib.metadata.PackageNotFoundError:
@@ -58,7 +63,9 @@ def dsv4_version() -> str:
 
 
 def is_supported(engine: Engine, found: str) -> bool:
-    """Whether `found` is in the tested range; a development build counts as the release it leads to."""
+    """Whether `found` is in the tested range; a development build counts as the release it leads
+    to.
+    """
     try:
         release = Version(Version(found).base_version)
     except InvalidVersion:
@@ -67,7 +74,9 @@ def is_supported(engine: Engine, found: str) -> bool:
 
 
 def check_version(engine: Engine, found: str, allow_untested: bool = False) -> None:
-    """Raise CompatError when `found` is outside the tested range, unless `allow_untested` (DSV4_ALLOW_UNTESTED)."""
+    """Raise CompatError when `found` is outside the tested range, unless `allow_untested`
+    (DSV4_ALLOW_UNTESTED).
+    """
     if allow_untested or is_supported(engine, found):
         return
     raise CompatError(
@@ -81,8 +90,8 @@ def check_version(engine: Engine, found: str, allow_untested: bool = False) -> N
 class Probe:
     """Names that dsv4 uses of one object of an engine.
 
-    where: "module:object", "module:Class.method", or "module" for the module itself. kind: what the names are: attributes, fields of a dataclass, or
-    parameters of a callable.
+    where: "module:object", "module:Class.method", or "module" for the module itself. kind: what the
+    names are: attributes, fields of a dataclass, or parameters of a callable.
     """
 
     where: str
@@ -170,7 +179,9 @@ PROBES: dict[Engine, tuple[Probe, ...]] = {
 
 
 def missing_symbols(probes: Sequence[Probe]) -> list[str]:
-    """One entry per name of `probes` that is absent, as "module:object.name"; imports the modules."""
+    """One entry per name of `probes` that is absent, as "module:object.name"; imports the
+    modules.
+    """
     return [absent for probe in probes for absent in _missing(probe)]
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who serves DeepSeek-V4 on this machine, decided without torch and without touching CUDA.
 
-Installing the plugin never makes anybody slower: dsv4 serves where the engine's native V4 cannot run. Elsewhere native stays
-until a committed benchmark record shows dsv4 at least as fast (there is none yet), unless DSV4_MODE says otherwise.
+Installing the plugin never makes anybody slower: dsv4 serves where the engine's native V4 cannot
+run. Elsewhere native stays until a committed benchmark record shows dsv4 at least as fast (there is
+none yet), unless DSV4_MODE says otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ OLDEST_CAPABILITY = (8, 0)  # bf16 matrix instructions and asynchronous copies, 
 
 @dataclass(frozen=True)
 class Device:
-    """One device that could serve. capability: CUDA compute capability, None for a CPU or an AMD GPU."""
+    """One device that could serve. capability: CUDA compute capability, None for a CPU or an AMD
+    GPU.
+    """
 
     kind: DeviceKind
     name: str = ""
@@ -48,8 +51,8 @@ class Decision:
 def decide(mode: str, device: Device) -> Decision:
     """Who serves V4 on `device`.
 
-    mode: DSV4_MODE, one of auto, on, off. Raises UnsupportedDeviceError, unless mode is off, for a device that serves no V4
-    at all.
+    mode: DSV4_MODE, one of auto, on, off. Raises UnsupportedDeviceError, unless mode is off, for a
+    device that serves no V4 at all.
     """
     if mode == "off":
         return Decision(False, "DSV4_MODE=off: the engine's native V4 is left in place")
@@ -90,13 +93,17 @@ def detect_devices(environ: Mapping[str, str] | None = None) -> tuple[Device, ..
 
 
 def has_accelerator_node() -> bool:
-    """Whether an accelerator's device node exists: NVIDIA, AMD compute, Intel or TPU; asks no driver."""
+    """Whether an accelerator's device node exists: NVIDIA, AMD compute, Intel or TPU; asks no
+    driver.
+    """
     nodes = [p for p in Path("/dev").glob("nvidia[0-9]*") if p.name.removeprefix("nvidia").isdigit()]
     return bool(nodes) or any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg", "/dev/accel0", "/dev/vfio/0"))
 
 
 def weakest(devices: Sequence[Device]) -> Device:
-    """The device that decides on a machine with several kinds: the one with the lowest capability."""
+    """The device that decides on a machine with several kinds: the one with the lowest
+    capability.
+    """
     return min(devices, key=lambda device: device.capability or (0, 0))
 
 

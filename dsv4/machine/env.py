@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every DSV4_* variable: the one table, typed access, and the refusal of names and values that are not in it."""
+"""Every DSV4_* variable: the one table, typed access, and the refusal of names and values that are
+not in it.
+"""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsv4.errors import EnvError
+from dsv4.errors import EnvError, nearest
 
 PREFIX = "DSV4_"
 _ON = "1"
@@ -17,7 +18,9 @@ _OFF = "0"
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable. choices: every value it may have; a flag is on at "1" and off at "0"."""
+    """One environment variable. choices: every value it may have; a flag is on at "1" and off at
+    "0".
+    """
 
     name: str
     default: str
@@ -55,7 +58,9 @@ VARIABLES = {
 
 
 def get(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Value of `name`, or its default when unset or empty. Raises EnvError for a value that is not one of its choices."""
+    """Value of `name`, or its default when unset or empty. Raises EnvError for a value that is not
+    one of its choices.
+    """
     variable = VARIABLES[name]
     value = (os.environ if environ is None else environ).get(name, "").strip().lower() or variable.default
     if value not in variable.choices:
@@ -73,8 +78,8 @@ def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
 def check_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Values of every DSV4_* variable, defaults included.
 
-    Raises EnvError naming every unknown name, with the nearest known one, and every bad value: a misspelt variable would
-    otherwise be ignored in silence.
+    Raises EnvError naming every unknown name, with the nearest known one, and every bad value: a
+    misspelt variable would otherwise be ignored in silence.
     """
     environ = os.environ if environ is None else environ
     problems = [_unknown(name) for name in sorted(environ) if name.startswith(PREFIX) and name not in VARIABLES]
@@ -90,5 +95,5 @@ def check_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.6)
+    near = nearest(name, VARIABLES, n=1, cutoff=0.6)
     return f"{name}: unknown variable; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(VARIABLES)}")

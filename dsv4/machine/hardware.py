@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU facts by id, read from recipes/hardware.yaml, and what this machine holds, asked of NVML without torch."""
+"""GPU facts by id, read from recipes/hardware.yaml, and what this machine holds, asked of NVML
+without torch.
+"""
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections import Counter
 from dataclasses import dataclass
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import HardwareError
+from dsv4.errors import HardwareError, nearest
 from dsv4.machine.decide import Device, detect_devices, runs_native
 
 MIB = 1 << 20
@@ -19,7 +20,9 @@ _MEMORY_TOLERANCE = 0.04  # one card's boards differ by ECC and firmware reserve
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card. visible_mib: as nvidia-smi prints it; tflops: dense; see recipes/hardware.yaml for sources."""
+    """One card. visible_mib: as nvidia-smi prints it; tflops: dense; see recipes/hardware.yaml for
+    sources.
+    """
 
     id: str
     name: str
@@ -72,18 +75,22 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card with this id or alias, whatever the case. Raises HardwareError naming the nearest ids."""
+    """The card with this id or alias, whatever the case. Raises HardwareError naming the nearest
+    ids.
+    """
     names = {n.lower(): gpu for gpu in all_gpus() for n in (gpu.id, *gpu.aliases)}
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
     if wanted in names:
         return names[wanted]
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+    near = nearest(wanted, names)
     ids = list(dict.fromkeys(names[n].id for n in near)) or [gpu.id for gpu in all_gpus()]
     raise HardwareError(f"{name}: unknown GPU; nearest: {', '.join(ids)}")
 
 
 def detect_machine() -> Machine:
-    """The NVIDIA GPUs that this process may use. Raises HardwareError when there are none, several kinds, or an unknown kind."""
+    """The NVIDIA GPUs that this process may use. Raises HardwareError when there are none, several
+    kinds, or an unknown kind.
+    """
     found = Counter((device.name, device.memory_mib) for device in detect_devices() if device.kind == "cuda")
     if not found:
         raise HardwareError("no NVIDIA GPU is visible on this machine")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint folder holds, by its safetensors headers alone, and whether that is what config.json implies.
+"""What a checkpoint folder holds, by its safetensors headers alone, and whether that is what
+config.json implies.
 
 `read_headers` reads, `validate` compares with `dsv4.model.tensors`. No weight is ever read.
 """
@@ -41,8 +42,8 @@ class TensorHeader:
 class CheckpointReport:
     """A folder that passed `validate`.
 
-    draft: the draft its tensors hold ("none" when `mtp.*` is absent). ignored: `mtp.*` tensors of a draft that
-    config.json does not declare.
+    draft: the draft its tensors hold ("none" when `mtp.*` is absent). ignored: `mtp.*` tensors of a
+    draft that config.json does not declare.
     """
 
     folder: Path
@@ -64,8 +65,9 @@ class CheckpointReport:
 def read_headers(folder: str | Path) -> dict[str, TensorHeader]:
     """Header of every tensor in `folder`, read from the shards' first bytes.
 
-    With an index file the shards it names are read, else every *.safetensors file. Raises CheckpointError naming every
-    absent or truncated shard, and every tensor that the index promises and the shards do not hold.
+    With an index file the shards it names are read, else every *.safetensors file. Raises
+    CheckpointError naming every absent or truncated shard, and every tensor that the index promises
+    and the shards do not hold.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -133,8 +135,9 @@ def _check_index(folder: Path, index: Mapping[str, str], headers: Mapping[str, T
 def validate(folder: str | Path, config: V4Config | None = None, require_draft: bool = False) -> CheckpointReport:
     """Compare `folder`'s headers with `config` (default: its own config.json).
 
-    `mtp.*` may be absent altogether unless `require_draft`; when some of it is there, all of it must be. Raises
-    ConfigError for a bad config.json and CheckpointError naming every missing, extra or mis-typed tensor.
+    `mtp.*` may be absent altogether unless `require_draft`; when some of it is there, all of it
+    must be. Raises ConfigError for a bad config.json and CheckpointError naming every missing,
+    extra or mis-typed tensor.
     """
     folder = Path(folder)
     headers = read_headers(folder)
@@ -215,7 +218,9 @@ _LITERAL = 8  # groups up to this size are listed tensor by tensor
 
 
 def _group(problems: Sequence[tuple[str, str]]) -> list[str]:
-    """One line per problem; many tensors of one pattern share a line, `layers.{0-42}.attn.wq_b.weight`."""
+    """One line per problem; many tensors of one pattern share a line,
+    `layers.{0-42}.attn.wq_b.weight`.
+    """
     groups: dict[tuple[str, str], list[tuple[int, ...]]] = defaultdict(list)
     for name, problem in problems:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)

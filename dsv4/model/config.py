@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json of DeepSeek-V4, in any of its shapes, as one frozen `V4Config`.
 
-Two shapes circulate: the released flat one (`compress_ratios`, `num_hash_layers`, `rope_scaling`) and the one of
-HF transformers (`layer_types`, `compress_rates`, `mlp_layer_types`, nested `rope_parameters`). Source: spec section 1.
+Two shapes circulate: the released flat one (`compress_ratios`, `num_hash_layers`, `rope_scaling`)
+and the one of HF transformers (`layer_types`, `compress_rates`, `mlp_layer_types`, nested
+`rope_parameters`). Source: spec section 1.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class Yarn:
 
 @dataclass(frozen=True)
 class V4Config:
-    """Everything the model's mathematics, its checkpoint and its caches depend on. Source: spec section 1.1."""
+    """Everything the model's mathematics, its checkpoint and its caches depend on. Source: spec
+    section 1.1.
+    """
 
     hidden_size: int
     num_attention_heads: int
@@ -163,8 +166,9 @@ class V4Config:
     def from_dict(raw: Mapping[str, Any], where: str = "config.json") -> V4Config:
         """Read a config in either shape.
 
-        raw: the parsed JSON, or an HF config object's `to_dict()`. where: named in errors.
-        Raises UnsupportedCheckpointError for V4.1, NVFP4, Vision-Exp and other architectures, ConfigError otherwise.
+        raw: the parsed JSON, or an HF config object's `to_dict()`. where: named in errors. Raises
+        UnsupportedCheckpointError for V4.1, NVFP4, Vision-Exp and other architectures, ConfigError
+        otherwise.
         """
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{where}: is a {type(raw).__name__}, not a JSON object; is this a model's config.json?")
@@ -181,7 +185,9 @@ _COUNTS = ("num_hash_layers", "num_nextn_predict_layers", "dspark_block_size", "
 
 
 def _check_types(raw: Mapping[str, Any], where: str) -> None:
-    """Refuse fields whose JSON type would make the reading below fail without saying where; None counts as absent."""
+    """Refuse fields whose JSON type would make the reading below fail without saying where; None
+    counts as absent.
+    """
     present = {key: value for key, value in raw.items() if value is not None}
     for key, kind in _LISTS.items():
         value = present.get(key, [])

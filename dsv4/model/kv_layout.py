@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes, rows, pages and strides of every cache: the only place where KV geometry is computed.
 
-A cache is a list of pages; a page holds `rows_per_page` rows; a row holds one entry (a token, a compressed entry, an
-index key or one token's compressor state). Quantised pages store all rows' values first, then all rows' scales, then
-padding, which is the byte layout of the engines' native V4. Source: spec section 5.1.
+A cache is a list of pages; a page holds `rows_per_page` rows; a row holds one entry (a token, a
+compressed entry, an index key or one token's compressor state). Quantised pages store all rows'
+values first, then all rows' scales, then padding, which is the byte layout of the engines' native
+V4. Source: spec section 5.1.
 """
 
 from __future__ import annotations
@@ -65,21 +66,24 @@ class RowFormat:
         return self.value_bytes + self.scale_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheSpec:
     """One cache of one layer.
 
-    page_tokens: tokens one page covers; tokens_per_row: 1, or the compress ratio; sliding_window: tokens after which
-    a row is dead, None when rows live as long as the request; alignment: page_bytes is a multiple of it. tail_bytes: fp32
-    values after the page's rows and scales. per_request: a request has exactly one page, whatever its length.
+    page_tokens: tokens one page covers.
+    tokens_per_row: 1, or the compress ratio.
+    sliding_window: tokens after which a row is dead, None when rows live as long as the request.
+    alignment: page_bytes is a multiple of it.
+    tail_bytes: fp32 values after the page's rows and scales.
+    per_request: a request has exactly one page, whatever its length.
     """
 
     role: CacheRole
     row: RowFormat
     page_tokens: int
-    tokens_per_row: int
-    sliding_window: int | None
-    alignment: int
+    tokens_per_row: int = 1
+    sliding_window: int | None = None
+    alignment: int = 1
     tail_bytes: int = 0
     per_request: bool = False
 
@@ -100,7 +104,9 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class CacheFormats:
-    """The two storage choices of a deployment, and the bytes of one plain element (2 for bf16, 4 for fp32)."""
+    """The two storage choices of a deployment, and the bytes of one plain element (2 for bf16, 4
+    for fp32).
+    """
 
     kv: KvFormat
     index: IndexFormat
@@ -156,7 +162,9 @@ def state_window(layer: LayerSpec) -> int:
 
 
 def state_ring_rows(layer: LayerSpec, speculative: bool) -> int:
-    """Rows of one ring of raw state: the window that an entry needs, twice where drafted tokens may be rejected."""
+    """Rows of one ring of raw state: the window that an entry needs, twice where drafted tokens may
+    be rejected.
+    """
     return state_window(layer) * (2 if speculative else 1)
 
 
@@ -168,18 +176,27 @@ def summary_bytes(head_dim: int) -> int:
 def layer_caches(
     config: V4Config, layer: LayerSpec, formats: CacheFormats, mapping: StateMapping = StateMapping.PAGED
 ) -> tuple[CacheSpec, ...]:
-    """Every cache of `layer`: WINDOW; compressed layers add COMPRESSED and STATE; CSA layers add INDEX_KEY and INDEX_STATE.
+    """Every cache of `layer`: WINDOW; compressed layers add COMPRESSED and STATE; CSA layers add
+    INDEX_KEY and INDEX_STATE.
 
-    mapping: PAGED and RING keep raw rows. A ring has `state_ring_rows` rows in pages of one window of `compress_ratio`; beside
-    rings, window pages are as long as the others, and only packed KV pages are aligned. SUMMARY keeps one state row per
-    request and, because a prefix hit resumes at a page end, the previous CSA window's summary in each CSA and index page.
+    mapping: PAGED and RING keep raw rows. A ring has `state_ring_rows` rows in pages of one window
+    of `compress_ratio`; beside rings, window pages are as long as the others, and only packed KV
+    pages are aligned. SUMMARY keeps one state row per request and, because a prefix hit resumes at
+    a page end, the previous CSA window's summary in each CSA and index page.
     """
     ring = mapping is StateMapping.RING
     kv_alignment = 1 if ring and formats.kv is KvFormat.PLAIN else formats.alignment
     index_alignment = 1 if ring else formats.alignment
     row = kv_row(config, formats)
-    window_tokens = PAGE_TOKENS if ring else WINDOW_PAGE_TOKENS
-    caches = [CacheSpec(CacheRole.WINDOW, row, window_tokens, 1, config.sliding_window, kv_alignment)]
+    caches = [
+        CacheSpec(
+            role=CacheRole.WINDOW,
+            row=row,
+            page_tokens=PAGE_TOKENS if ring else WINDOW_PAGE_TOKENS,
+            sliding_window=config.sliding_window,
+            alignment=kv_alignment,
+        )
+    ]
     if layer.kind is LayerKind.SWA:
         return tuple(caches)
     compressors = [(CacheRole.COMPRESSED, row, kv_alignment, CacheRole.STATE, config.head_dim)]
@@ -187,17 +204,32 @@ def layer_caches(
         keys = index_row(config, formats)
         compressors.append((CacheRole.INDEX_KEY, keys, index_alignment, CacheRole.INDEX_STATE, config.index_head_dim))
     for role, entry_row, alignment, state_role, head_dim in compressors:
-        tail = summary_bytes(head_dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0
-        caches.append(CacheSpec(role, entry_row, PAGE_TOKENS, layer.compress_ratio, None, alignment, tail_bytes=tail))
+        caches.append(
+            CacheSpec(
+                role=role,
+                row=entry_row,
+                page_tokens=PAGE_TOKENS,
+                tokens_per_row=layer.compress_ratio,
+                alignment=alignment,
+                tail_bytes=summary_bytes(head_dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0,
+            )
+        )
         caches.append(_state_cache(layer, state_role, head_dim, formats, mapping))
     return tuple(caches)
 
 
 def _state_cache(layer: LayerSpec, role: CacheRole, head_dim: int, formats: CacheFormats, mapping: StateMapping) -> CacheSpec:
     if mapping is StateMapping.SUMMARY:
-        summaries = RowFormat(layer.overlap * summary_bytes(head_dim))
-        return CacheSpec(role, summaries, PAGE_TOKENS, PAGE_TOKENS, None, formats.alignment, per_request=True)
+        return CacheSpec(
+            role=role,
+            row=RowFormat(layer.overlap * summary_bytes(head_dim)),
+            page_tokens=PAGE_TOKENS,
+            tokens_per_row=PAGE_TOKENS,
+            alignment=formats.alignment,
+            per_request=True,
+        )
     row, window = state_row(layer, head_dim), state_window(layer)
     if mapping is StateMapping.RING:
-        return CacheSpec(role, row, layer.compress_ratio, 1, window, 1)
-    return CacheSpec(role, row, STATE_PAGE_TOKENS[layer.kind], 1, window, formats.alignment)
+        return CacheSpec(role=role, row=row, page_tokens=layer.compress_ratio, sliding_window=window)
+    tokens = STATE_PAGE_TOKENS[layer.kind]
+    return CacheSpec(role=role, row=row, page_tokens=tokens, sliding_window=window, alignment=formats.alignment)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that config.json implies: names, shapes, dtypes, tensor-parallel axes.
 
-Dtypes are spelled as in safetensors. What a folder really holds is `dsv4.model.checkpoint`'s. Source: spec section 2.
+Dtypes are spelled as in safetensors. What a folder really holds is `dsv4.model.checkpoint`'s.
+Source: spec section 2.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Component(str, Enum):
 class TensorSpec:
     """One tensor that config.json implies.
 
-    shape: as stored (FP4 weights hold two elements per I8). shard_axis: axis split over tensor-parallel ranks, None
-    when replicated. alternates: other dtypes a legal checkpoint may use; the loader decides by the tensor itself.
+    shape: as stored (FP4 weights hold two elements per I8). shard_axis: axis split over
+    tensor-parallel ranks, None when replicated. alternates: other dtypes a legal checkpoint may
+    use; the loader decides by the tensor itself.
     """
 
     name: str
@@ -64,15 +66,18 @@ class TensorSpec:
 
     @property
     def is_routed_expert(self) -> bool:
-        """Belongs to one routed expert, of the backbone or of the draft (expert parallelism moves it whole)."""
+        """Belongs to one routed expert, of the backbone or of the draft (expert parallelism moves
+        it whole).
+        """
         return ".ffn.experts." in self.name
 
 
 def tensor_specs(config: V4Config, fp8_scale_dtype: ScaleDtype = "F8_E8M0", include_draft: bool = True) -> dict[str, TensorSpec]:
     """Every tensor of `config`'s checkpoint by name, backbone first, then the draft.
 
-    fp8_scale_dtype: dtype of the block scales when experts are FP8 (Base checkpoints exist with either; the released
-    FP4 checkpoints have F8_E8M0 throughout). Source: spec sections 1.3 and 2.1.
+    fp8_scale_dtype: dtype of the block scales when experts are FP8 (Base checkpoints exist with
+    either; the released FP4 checkpoints have F8_E8M0 throughout). Source: spec sections 1.3 and
+    2.1.
     """
     specs = {spec.name: spec for spec in _backbone(config)}
     if include_draft:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to serve one checkpoint: everything that decides memory and flags, typed. Recipes and plans both become this."""
+"""One way to serve one checkpoint: everything that decides memory and flags, typed. Recipes and
+plans both become this.
+"""
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import PlanError
+from dsv4.errors import PlanError, nearest
 from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import DraftKind, V4Config
@@ -31,7 +32,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """method: none, mtp (April checkpoints) or dspark (0731, 0813); num_tokens: drafted per step."""
+    """method: none, mtp (April checkpoints) or dspark (0731, 0813); num_tokens: drafted per
+    step.
+    """
 
     method: DraftKind = "none"
     num_tokens: int = 0
@@ -58,7 +61,8 @@ class Deployment:
     max_num_batched_tokens: per step and replica; SGLang's chunked prefill size.
     max_num_seqs: per replica.
     memory_fraction: gpu_memory_utilization or mem_fraction_static.
-    state: how compressor state is kept; see `usual_state`. Raises PlanError for RING in vLLM or anything else in SGLang.
+    state: how compressor state is kept; see `usual_state`. Raises PlanError for RING in vLLM or
+    anything else in SGLang.
     swa_full_tokens_ratio: SGLang only; None lets it size windows from max_num_seqs.
     """
 
@@ -115,7 +119,9 @@ class Deployment:
 
 
 def usual_state(engine: Engine, plugin: bool) -> StateMapping:
-    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM plugin summaries, native vLLM pages."""
+    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM
+    plugin summaries, native vLLM pages.
+    """
     if engine == "sglang":
         return StateMapping.RING
     return StateMapping.SUMMARY if plugin else StateMapping.PAGED
@@ -144,13 +150,15 @@ def find_checkpoint(name: str) -> Checkpoint:
     wanted = name.strip().lower().removesuffix("/")
     if wanted in by_name:
         return by_name[wanted]
-    near = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.4)
+    near = nearest(wanted, by_name)
     ids = list(dict.fromkeys(by_name[n].id for n in near)) or [c.id for c in all_checkpoints()]
     raise PlanError(f"{name}: unknown checkpoint; nearest: {', '.join(ids)}")
 
 
 def parse_context(text: str) -> int:
-    """Tokens in `text`: plain, or with k or m as binary thousands (800k is 819,200; 1m is 1,048,576). Raises PlanError."""
+    """Tokens in `text`: plain, or with k or m as binary thousands (800k is 819,200; 1m is
+    1,048,576). Raises PlanError.
+    """
     raw = text.strip().lower().replace(",", "").replace("_", "")
     scale = {"k": 1024, "m": 1024 * 1024}.get(raw[-1:], 1)
     digits = raw[:-1] if scale > 1 else raw

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a deployment to command lines: argv per node, and shell, compose and Kubernetes around it.
 
-Only spellings that parse on every tested version are used. Several nodes start through the engines' own multi-node
-mode. `Var` marks what only the machine knows (its rank, the head's address).
+Only spellings that parse on every tested version are used. Several nodes start through the engines'
+own multi-node mode. `Var` marks what only the machine knows (its rank, the head's address).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from dsv4.machine.hardware import Gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.recipe.schema import Recipe
@@ -28,7 +27,9 @@ IMAGES = {"vllm": "vllm/vllm-openai:v{}", "sglang": "lmsysorg/sglang:v{}"}
 
 @dataclass(frozen=True)
 class Var:
-    """A value known when the node starts. shell: how a shell derives it from NODE_RANK and HEAD_ADDR, "" when given."""
+    """A value known when the node starts. shell: how a shell derives it from NODE_RANK and
+    HEAD_ADDR, "" when given.
+    """
 
     name: str
     shell: str = ""
@@ -41,7 +42,9 @@ HEAD_ADDR_PORT = Var("HEAD_ADDR_PORT", f'"$HEAD_ADDR:{MASTER_PORT}"')
 
 @dataclass(frozen=True)
 class Command:
-    """One process per node. role: head or worker (equal when the engine tells them apart by rank alone)."""
+    """One process per node. role: head or worker (equal when the engine tells them apart by rank
+    alone).
+    """
 
     role: str
     args: tuple[Arg, ...]
@@ -310,11 +313,6 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
-def install_hint(gpu: Gpu, engine: str) -> str:
-    """What must be installed before the command works."""
-    return f"pip install 'dsv4[{engine}]'" if gpu.needs_plugin else f"pip install {engine}"
-
-
 def split_roles(cmds: Sequence[Command]) -> dict[str, list[str]]:
-    """Plain argv by role, for --json."""
+    """Plain argv by role."""
     return {c.role: c.argv(node_rank=i) for i, c in enumerate(cmds)}

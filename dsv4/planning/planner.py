@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works on given GPUs, ranked, with the proof; what fails, by how much, and which knob buys most."""
+"""What works on given GPUs, ranked, with the proof; what fails, by how much, and which knob buys
+most.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _DRAFT_TOKENS = {"mtp": 1, "dspark": 5}
 
 @dataclass(frozen=True)
 class Knob:
-    """One change and the bytes it brings nearer to fitting. fits: whether the change alone is enough."""
+    """One change and the bytes it brings nearer to fitting. fits: whether the change alone is
+    enough.
+    """
 
     text: str
     frees_bytes: int
@@ -36,8 +40,8 @@ class Knob:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration: its proof, or why no proof is needed. step_limit: the largest max_num_batched_tokens that
-    still fits, 0 when none does."""
+    """One configuration: its proof, or why no proof is needed. step_limit: the largest
+    max_num_batched_tokens that still fits, 0 when none does."""
 
     deployment: Deployment
     proof: Proof
@@ -58,7 +62,8 @@ class Question:
     context: tokens.
     concurrency: requests of that length at once.
     engine: None for both.
-    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once (throughput).
+    prefer: what ranks first among what fits, wide tensor parallelism (latency) or requests at once
+    (throughput).
     state: how vLLM keeps compressor state, None as whoever serves there does.
     """
 
@@ -102,7 +107,9 @@ class Question:
 
 
 def plan(question: Question) -> list[Candidate]:
-    """Every configuration worth naming, best first: what fits, then what may, then what does not by what is missing."""
+    """Every configuration worth naming, best first: what fits, then what may, then what does not by
+    what is missing.
+    """
     recipes = [r for r in shipped_recipes(question.gpu.id) if r.can_work]
     found = [candidate(d, question.concurrency, recipes) for d in deployments(question)]
     return sorted(found, key=lambda c: _rank(c, question.prefer))
@@ -124,7 +131,9 @@ def candidate(d: Deployment, concurrency: int, recipes: Sequence[Recipe] = ()) -
 
 
 def step_limit(d: Deployment, concurrency: int) -> int:
-    """The largest max_num_batched_tokens, in steps of 256, with which `d` fits; 0 when none does."""
+    """The largest max_num_batched_tokens, in steps of 256, with which `d` fits; 0 when none
+    does.
+    """
     low, high = 0, MAX_STEP_TOKENS // STEP_GRAIN
     while low < high:
         middle = (low + high + 1) // 2
@@ -154,7 +163,9 @@ def _useful(origin: Proof, proof: Proof, concurrency: int) -> list[tuple[Knob, P
 
 
 def _together(proof: Proof, concurrency: int) -> list[Knob]:
-    """Changes that fit when taken one after the other, each time the one that buys most; at most four."""
+    """Changes that fit when taken one after the other, each time the one that buys most; at most
+    four.
+    """
     texts: list[str] = []
     now = proof
     for _ in range(4):
@@ -169,7 +180,9 @@ def _together(proof: Proof, concurrency: int) -> list[Knob]:
 
 
 def _more_gpus(proof: Proof, concurrency: int) -> list[Knob]:
-    """The smallest multiple of the GPUs that fits, as pipeline stages over more nodes or TP inside one."""
+    """The smallest multiple of the GPUs that fits, as pipeline stages over more nodes or TP inside
+    one.
+    """
     d = proof.deployment
     for factor in (2, 3, 4):
         inside = d.count * factor <= d.gpu.gpus_per_node
@@ -228,7 +241,9 @@ def deployments(q: Question) -> Iterator[Deployment]:
 
 
 def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: Speculation) -> Deployment:
-    """One configuration with defaults: fractions and kernels as published recipes for the card have them."""
+    """One configuration with defaults: fractions and kernels as published recipes for the card have
+    them.
+    """
     gpu = q.gpu
     per_replica = -(-q.concurrency // parallel.dp)
     seqs = min(max(16, per_replica), q.max_num_batched_tokens // (1 + speculation.num_tokens))
@@ -255,7 +270,9 @@ def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: 
 
 
 def shapes(q: Question) -> list[Parallelism]:
-    """Ways to use every GPU: TP inside a node; DP or PP across nodes; EP wherever attention is replicated."""
+    """Ways to use every GPU: TP inside a node; DP or PP across nodes; EP wherever attention is
+    replicated.
+    """
     per_node = q.count // q.nodes
     fabric = q.count if q.gpu.arch == "aarch64" else per_node  # a GB200/GB300 rack is one NVLink domain
     found: list[Parallelism] = []

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws context against concurrency, one line per configuration that works, with the spread of the overheads."""
+"""Draws context against concurrency, one line per configuration that works, with the spread of the
+overheads.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules across fields that no parser checks: shapes that kernels refuse, features a card or a checkpoint lacks.
+"""Rules across fields that no parser checks: shapes that kernels refuse, features a card or a
+checkpoint lacks.
 
-Each rule names its cause. `violations` lists every broken one; a deployment without any may still not fit (memory.py).
+Each rule names its cause. `violations` lists every broken one; a deployment without any may still
+not fit (memory.py).
 """
 
 from __future__ import annotations

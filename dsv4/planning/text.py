@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dsv4.machine.hardware import GIB
 from dsv4.model.kv_layout import StateMapping
 from dsv4.planning.deployment import Deployment, usual_state
 from dsv4.planning.launch import deployment_commands
 from dsv4.planning.memory.proof import Proof, Verdict
 from dsv4.planning.planner import Candidate, Question
 
-GIB = 1 << 30
 _HEADER = (
     "",
     "engine",

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m dsv4.probe`: reads a question (`dsv4.planning.recipe.question`) from stdin, writes the answer as one line of JSON."""
+"""`python -m dsv4.probe`: reads a question (`dsv4.planning.recipe.question`) from stdin, writes the
+answer as one line of JSON.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from dsv4.probe.engine import EngineProbe
 
 
 def main() -> None:
-    """Answer the question on stdin; engines print to stdout while importing, so that goes to stderr meanwhile."""
+    """Answer the question on stdin; engines print to stdout while importing, so that goes to stderr
+    meanwhile.
+    """
     question = read_question(sys.stdin.read())
     answer_to = os.dup(1)
     os.dup2(2, 1)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both engines are asked alike: does this command line parse, is each name known, are the variables read."""
+"""What both engines are asked alike: does this command line parse, is each name known, are the
+variables read.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ FOREIGN_ENV = ("NCCL_", "CUDA_", "GLOO_", "HF_", "OMP_", "PYTORCH_", "TORCH_", "
 
 
 def symbol(path: str) -> Any:
-    """`a.b:c.d`, or the first of several such paths separated by spaces that exists (engines move things)."""
+    """`a.b:c.d`, or the first of several such paths separated by spaces that exists (engines move
+    things).
+    """
     errors = []
     for one in path.split():
         module, _, name = one.partition(":")
@@ -60,7 +64,9 @@ def _refuse(self: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 class EngineProbe:
-    """One engine in this process: its version, its parser, the variables it knows, and its KV planner."""
+    """One engine in this process: its version, its parser, the variables it knows, and its KV
+    planner.
+    """
 
     version = ""
     parser: argparse.ArgumentParser

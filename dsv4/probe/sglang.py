@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's parser, names and pool configurator, asked by name so that no dsv4 module imports SGLang."""
+"""SGLang's parser, names and pool configurator, asked by name so that no dsv4 module imports
+SGLang.
+"""
 
 from __future__ import annotations
 

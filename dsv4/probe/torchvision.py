@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for torchvision where it is absent: SGLang imports it for image processors that a text model never touches."""
+"""Stands in for torchvision where it is absent: SGLang imports it for image processors that a text
+model never touches.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from dsv4.probe.engine import EngineProbe, literals, refuse_by_exception, symbol
 
 
 class VllmProbe(EngineProbe):
-    """vLLM. Without a GPU it cannot even build its parser unless told that this is a CPU (VLLM_TARGET_DEVICE)."""
+    """vLLM. Without a GPU it cannot even build its parser unless told that this is a CPU
+    (VLLM_TARGET_DEVICE).
+    """
 
     def __init__(self) -> None:
         self.version = str(symbol("importlib.metadata:version")("vllm"))
@@ -88,7 +90,9 @@ class VllmProbe(EngineProbe):
         return (builder(config), config)
 
     def _config(self, q: KvQuestion) -> Any:
-        """The part of VllmConfig that KV planning reads; its own properties compute the in-flight tokens."""
+        """The part of VllmConfig that KV planning reads; its own properties compute the in-flight
+        tokens.
+        """
         cls = symbol("vllm.config.vllm:VllmConfig")
         layout = symbol(
             "vllm.v1.kv_cache_interface:KVCacheLayout vllm.v1.attention.backend:KVCacheLayout vllm.v1.attention.backends.utils:KVCacheLayout"
@@ -144,7 +148,9 @@ class VllmProbe(EngineProbe):
         }
 
     def _native_specs(self, q: KvQuestion) -> dict[str, Any]:
-        """As the native V4 layers do (models/deepseek_v4: attention.py, compressor.py; sparse_swa.py)."""
+        """As the native V4 layers do (models/deepseek_v4: attention.py, compressor.py;
+        sparse_swa.py).
+        """
         import torch
 
         interface = symbol("vllm.v1.kv_cache_interface")

@@ -40,6 +40,7 @@ def test_check_prints_json(dsv4, tiny_flash):
     facts = json.loads(out)
     assert code == 0
     assert (facts["ok"], facts["tensors"], facts["experts"], facts["draft"]) == (True, 585, "fp4", "mtp")
+    assert facts["schema_version"] == 1
 
 
 def test_check_of_a_mismatch_exits_1_and_says_it_on_stderr(dsv4, tiny_flash):
@@ -52,14 +53,15 @@ def test_check_of_a_mismatch_exits_1_and_says_it_on_stderr(dsv4, tiny_flash):
 def test_check_of_a_mismatch_in_json_exits_1_with_the_same_error(dsv4, tiny_flash):
     code, out, _ = dsv4("check", tiny_flash, "--json", "--config", GOLDEN / "configs" / "DeepSeek-V4-Pro.json")
     facts = json.loads(out)
-    assert (code, facts["ok"]) == (1, False)
+    assert (code, facts["ok"], facts["schema_version"]) == (1, False, 1)
     assert "embed.weight has shape" in facts["error"]
 
 
 def test_tiny_writes_what_check_accepts(dsv4, tmp_path):
     code, out, _ = dsv4("tiny", tmp_path / "t", "--layers", 1, "--variant", "pro", "--experts", "fp8", "--json")
     assert code == 0
-    assert json.loads(out)["folder"] == str(tmp_path / "t")
+    facts = json.loads(out)
+    assert (facts["folder"], facts["schema_version"]) == (str(tmp_path / "t"), 1)
     assert dsv4("check", tmp_path / "t", "--require-draft")[0] == 0
 
 

@@ -183,9 +183,31 @@ def test_check_exits_1_when_a_rung_fails(tmp_path):
     assert "memory:FAIL" in done.stdout
 
 
-def test_launch_finds_the_twin_for_the_other_engine():
+def test_launch_finds_the_recipe_of_the_same_plan_for_the_other_engine():
     out = json.loads(_run("launch", "h200-x8-pro-vllm-context-800k", "--engine", "sglang", "--json").stdout)
     assert out["argv"]["head"][:2] == ["sglang", "serve"]
+
+
+JSON = [
+    ([*PLAN, "--json"], {"question", "configurations"}),
+    (["launch", "h200-x8-pro-vllm-context-800k", "--json"], {"id", "env", "argv"}),
+    (["recipes", "list", "--json"], {"recipes"}),
+    (["recipes", "show", "h200-x8-pro-vllm-context-800k", "--json"], {"recipe"}),
+    (["recipes", "check", "--no-engines", "h200-x8-pro-vllm-context-800k", "--json"], {"reports"}),
+    (["plan", "--gpu", "h100", "--model", "pro", "--count", "8", "--json"], {"question", "configurations"}),
+]
+
+
+@pytest.mark.parametrize(("args", "keys"), JSON, ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+def test_json_is_an_object_that_says_its_schema_version(args, keys):
+    answer = json.loads(_run(*args).stdout)
+    assert next(iter(answer.items())) == ("schema_version", 1)
+    assert set(answer) == {"schema_version", *keys}
+
+
+def test_a_shown_recipe_says_its_engine_versions():
+    recipe = json.loads(_run("recipes", "show", "h200-x8-pro-vllm-context-800k", "--json").stdout)["recipe"]
+    assert recipe["engine"]["versions"] == ">=0.32,<0.34"
 
 
 def test_the_built_wheel_carries_the_recipes(tmp_path):
@@ -198,5 +220,5 @@ def test_the_built_wheel_carries_the_recipes(tmp_path):
         z.extractall(installed)
     done = _run("recipes", "list", "--json", cwd=tmp_path, path=installed)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) > 80
+    assert len(json.loads(done.stdout)["recipes"]) > 80
     assert _run(*PLAN, cwd=tmp_path, path=installed).returncode == 0

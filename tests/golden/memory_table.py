@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from dsv4.model.config import LayerKind, V4Config
 from dsv4.model.kv_layout import (
     PAGE_TOKENS,
     CacheFormats,
+    CacheRole,
     IndexFormat,
     KvFormat,
     StateMapping,
     index_row,
     kv_row,
+    layer_caches,
     state_ring_rows,
     state_row,
 )
 from dsv4.planning.deployment import Deployment, find_checkpoint
 from dsv4.planning.memory.proof import prove
-from dsv4.planning.memory.vllm import BlockPacking, VllmPool, vllm_pool
+from dsv4.planning.memory.vllm import KvGroup, VllmPool, vllm_pool
 from dsv4.planning.memory.weights import stage_weights
 
 GIB = 1 << 30
@@ -31,10 +34,28 @@ PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
 BEGIN, END = "<!-- memory points: python tests/golden/memory_table.py rewrites this -->", "<!-- end of memory points -->"
 
 
-def _pool(point: dict[str, Any]) -> VllmPool:
-    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
-    config = find_checkpoint(point["model"]).config
-    return vllm_pool(config, formats, point.get("draft_layers", 0), packing=BlockPacking(point["packing"]))
+def pool(point: dict[str, Any]) -> VllmPool:
+    """The pool as the vLLM of the point's log laid it out."""
+    assert point["packing"] == "common_slots"
+    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat(point.get("index", "fp8")))
+    return common_slots_pool(find_checkpoint(point["model"]).config, formats, point.get("draft_layers", 0))
+
+
+def common_slots_pool(config: V4Config, formats: CacheFormats, num_draft_layers: int) -> VllmPool:
+    """vLLM 0.21 to 0.27: a block has as many (KV + index + HCA) slots as the longest group has layers."""
+    groups = vllm_pool(config, formats, num_draft_layers).groups
+    return VllmPool(groups, common_slots_bytes(config, formats, groups))
+
+
+def common_slots_bytes(config: V4Config, formats: CacheFormats, groups: Sequence[KvGroup]) -> int:
+    wanted = (CacheRole.COMPRESSED, CacheRole.INDEX_KEY)
+    pages = {
+        (spec.role, spec.tokens_per_row): spec.page_bytes
+        for layer in config.layers
+        for spec in layer_caches(config, layer, formats)
+        if spec.role in wanted
+    }
+    return max(g.max_layers_per_page_size for g in groups) * sum(pages.values())
 
 
 def concurrency(point: dict[str, Any]) -> tuple[float, float]:
@@ -48,8 +69,8 @@ def concurrency(point: dict[str, Any]) -> tuple[float, float]:
     )  # fmt: skip
     proof = prove(d)
     # That version laid blocks out otherwise, with slots for three draft layers.
-    pool = vllm_pool(checkpoint.config, formats, 3, packing=BlockPacking(point["packing"]))
-    low, high = (pool.max_concurrency(b, d.max_model_len, d.max_num_batched_tokens) for b in (proof.pool_low, proof.pool_high))
+    laid_out = common_slots_pool(checkpoint.config, formats, num_draft_layers=3)
+    low, high = (laid_out.max_concurrency(b, d.max_model_len, d.max_num_batched_tokens) for b in (proof.pool_low, proof.pool_high))
     return low, high
 
 
@@ -90,7 +111,7 @@ def rows() -> list[tuple[str, str, float, float, str]]:
     (rank,) = stage_weights(find_checkpoint("flash").config, tp=8, dp=1, ep=False, pp=1, with_draft=True)
     found.append(("V4-Flash, TP8", "GiB per rank", 20.06, (rank.total_bytes + rank.wo_a_bytes) / GIB, "public start-up log"))
     for p in points["need"]:
-        need = _pool(p).request_bytes(p["max_model_len"], p["in_flight_tokens"]) / GIB
+        need = pool(p).request_bytes(p["max_model_len"], p["in_flight_tokens"]) / GIB
         found.append((p["what"], "GiB KV needed", p["printed_gib"], need, p["source"]))
     (p,) = points["vllm_concurrency"]
     low, high = concurrency(p)

@@ -17,7 +17,7 @@ from dsv4.model.tensors import tensor_specs
 from dsv4.planning.deployment import all_checkpoints, find_checkpoint
 from dsv4.planning.memory import overheads as calibration
 from dsv4.planning.memory.sglang import SglangRequest, sglang_pool
-from dsv4.planning.memory.vllm import BlockPacking, VllmPool, in_flight_tokens, vllm_pool
+from dsv4.planning.memory.vllm import in_flight_tokens, vllm_pool
 from dsv4.planning.memory.weights import inventory, pipeline_layers, stage_weights
 
 _spec = importlib.util.spec_from_file_location("memory_table", Path(__file__).parents[1] / "golden" / "memory_table.py")
@@ -30,12 +30,6 @@ GIB = 1 << 30
 POINTS = yaml.safe_load((Path(__file__).parents[1] / "golden" / "memory_points.yaml").read_text())
 FP8 = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
 CHECKPOINTS = [c.id for c in all_checkpoints()]
-
-
-def _pool(point: dict) -> VllmPool:
-    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat(point.get("index", "fp8")))
-    config = find_checkpoint(point["model"]).config
-    return vllm_pool(config, formats, point.get("draft_layers", 0), packing=BlockPacking(point["packing"]))
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
@@ -85,7 +79,7 @@ def test_pipeline_stages_are_cut_as_vllm_cuts_them():
 
 @pytest.mark.parametrize("point", POINTS["need"], ids=lambda p: p["what"])
 def test_kv_needed_for_one_request_equals_the_printed_figure(point):
-    need = _pool(point).request_bytes(point["max_model_len"], point["in_flight_tokens"]) / GIB
+    need = memory_table.pool(point).request_bytes(point["max_model_len"], point["in_flight_tokens"]) / GIB
     assert need == pytest.approx(point["printed_gib"], rel=0.005)
 
 
@@ -93,7 +87,7 @@ def test_kv_needed_for_one_request_equals_the_printed_figure(point):
 def test_estimated_length_lies_between_those_of_the_unrounded_memory(point):
     def longest(gib: float) -> int:
         # These versions did not set the null block aside.
-        pool = _pool(point)
+        pool = memory_table.pool(point)
         return pool.max_model_len(int(gib * GIB) + pool.block_bytes, point["in_flight_tokens"], 1 << 20)
 
     assert longest(point["available_gib"] - 0.005) <= point["printed_tokens"] <= longest(point["available_gib"] + 0.005)
@@ -155,8 +149,12 @@ def test_longest_context_fits_and_one_more_token_does_not(name, index, length, f
     pool = vllm_pool(find_checkpoint(name).config, CacheFormats(KvFormat.FP8_DS_MLA, index))
     budget = gib * GIB
     longest = pool.max_model_len(budget, flight, length)
-    assert longest == 0 or pool.fits(budget, longest, flight)
-    assert longest == length or not pool.fits(budget, longest + 1, flight)
+
+    def fits(max_model_len: int) -> bool:  # one request beside the null block
+        return pool.request_bytes(max_model_len, flight) <= budget - pool.block_bytes
+
+    assert longest == 0 or fits(longest)
+    assert longest == length or not fits(longest + 1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dsv4.data import MAX_YAML_BYTES, data_folder, read_yaml
 from dsv4.errors import RecipeError
 from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, is_supported
+from dsv4.planning.recipe import check as recipe_check
 from dsv4.planning.recipe.check import InstalledEngine, check
 from dsv4.planning.recipe.proofs import rewrite
 from dsv4.planning.recipe.schema import Recipe, json_schema, parse_recipe, read_recipe, recipe_paths, shipped_recipes
@@ -275,6 +277,16 @@ def test_an_engine_that_cannot_be_imported_fails_its_rung(tmp_path):
     rung = report.rungs[-1]
     assert (rung.name, rung.outcome) == ("vllm-0.33.0", "fail")
     assert "cannot be imported to check with: RuntimeError: broken wheel" in rung.details[0]
+
+
+@pytest.mark.parametrize("printed", ["", "{}", '{"version": "0.33.0"}', '{"version": "0.33.0", "cases": {"a": {"error": []}}}'])
+def test_an_answer_that_cannot_be_read_fails_its_rung(monkeypatch, printed):
+    done = subprocess.CompletedProcess([], 0, stdout=printed, stderr="")
+    monkeypatch.setattr(recipe_check.subprocess, "run", lambda *args, **kwargs: done)
+    (report,) = check([EXAMPLE], [InstalledEngine("vllm", "0.33.0", None)])
+    rung = report.rungs[-1]
+    assert (rung.name, rung.outcome) == ("vllm-0.33.0", "fail")
+    assert "answered what cannot be read" in rung.details[0]
 
 
 def test_more_stages_than_layers_are_refused(raw):

@@ -358,6 +358,7 @@ def test_command_prints_json(machine, capsys):
     machine.entry_points = False
     code, captured = run(capsys, "--json")
     report = json.loads(captured.out)
+    assert report["schema_version"] == 1
     assert code == 1
     assert (report["ok"], report["engines"]["vllm"]["version"]) == (False, "0.32.0")
     assert report["problems"]

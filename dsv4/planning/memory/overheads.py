@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that no formula gives: contexts, communicators, activations, graphs. Each is a range with its public sources.
+"""Memory that no formula gives: contexts, communicators, activations, graphs. Each is a range with
+its public sources.
 
-A plan counts as fitting only with the high ends. Measured on real GPUs by others; dsv4's own records will narrow them.
+A plan counts as fitting only with the high ends. Measured on real GPUs by others; dsv4's own
+records will narrow them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def non_torch(world: int) -> Range:
 
 
 def context(world: int) -> Range:
-    """SGLang: what is gone before weights load (CUDA context, NCCL), so outside its memory fraction."""
+    """SGLang: what is gone before weights load (CUDA context, NCCL), so outside its memory
+    fraction.
+    """
     high = 0.9 if world == 1 else 1.8
     return Range(
         round(0.5 * GIB),
@@ -67,10 +71,12 @@ def graphs(max_num_seqs: int, decode_only: bool) -> Range:
 
 
 def all_to_all(config: V4Config, backend: str, max_num_batched_tokens: int, ranks: int) -> Range | None:
-    """Buffers of the expert exchange on one of `ranks` ranks; None where there are none of their own.
+    """Buffers of the expert exchange on one of `ranks` ranks; None where there are none of their
+    own.
 
-    backend: MoE or all-to-all backend. Mega MoE keeps `max_num_batched_tokens` inputs, top-k + 1 results of each, and a
-    ring whose length is chosen at run time: at most every token that all ranks can send.
+    backend: MoE or all-to-all backend. Mega MoE keeps `max_num_batched_tokens` inputs, top-k + 1
+    results of each, and a ring whose length is chosen at run time: at most every token that all
+    ranks can send.
     """
     if backend == "deepep":
         return Range(round(0.5 * GIB), round(2.0 * GIB), "SGLang sets 2 GiB aside for DeepEP (memory_hook.py)")
@@ -86,5 +92,7 @@ def all_to_all(config: V4Config, backend: str, max_num_batched_tokens: int, rank
 
 
 def load_overhead(wo_a_bytes: int) -> Range:
-    """Weights an engine may widen while loading: wo_a from FP8 to bf16, one more byte per element."""
+    """Weights an engine may widen while loading: wo_a from FP8 to bf16, one more byte per
+    element.
+    """
     return Range(0, wo_a_bytes, "TP2 Flash logs 75.62 GiB: the inventory's 74.96 plus wo_a in bf16")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a deployment fit, per rank, in its engine's own accounting? `prove` answers with every term and its source."""
+"""Does a deployment fit, per rank, in its engine's own accounting? `prove` answers with every term
+and its source.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,17 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Memory of the fullest rank. `*_low` assume the high end of every overhead, `*_high` the low end.
+    """Memory of the fullest rank. `*_low` assume the high end of every overhead, `*_high` the low
+    end.
 
-    budget_bytes: what the engine may use; request_bytes: what its admission reserves for one request of max_model_len,
-    of which reserve_bytes do not depend on the context; need_bytes: target concurrency on one replica. by_memory_*:
-    requests of max_model_len at once over all replicas, by KV alone. shortfall_bytes: missing with the high ends, 0 when it fits.
+    budget_bytes: what the engine may use.
+    request_bytes: what its admission reserves for one request of max_model_len.
+    reserve_bytes: the part of request_bytes that does not depend on the context.
+    need_bytes: what the target concurrency takes on one replica.
+    by_memory_*: requests of max_model_len at once over all replicas, by KV alone.
+    shortfall_bytes: missing with the high ends, 0 when it fits.
+    headroom_shortfall_bytes: the part of it that activations and graphs lack outside SGLang's
+    fraction.
     """
 
     deployment: Deployment
@@ -75,7 +83,9 @@ class Proof:
 
 
 def prove(deployment: Deployment, concurrency: int = 1) -> Proof:
-    """Prove `deployment` for `concurrency` requests of max_model_len over all replicas: the worst pipeline stage decides."""
+    """Prove `deployment` for `concurrency` requests of max_model_len over all replicas: the worst
+    pipeline stage decides.
+    """
     per_replica = -(-concurrency // deployment.dp)
     stages = range(deployment.pp)
     one = _prove_vllm if deployment.engine == "vllm" else _prove_sglang

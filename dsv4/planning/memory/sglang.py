@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's KV accounting without SGLang: bytes per full token, request-scoped bytes, tokens of the pool.
+"""SGLang's KV accounting without SGLang: bytes per full token, request-scoped bytes, tokens of the
+pool.
 
-Mirrors `DSV4PoolConfigurator` of SGLang 0.5.22 and 0.5.23 (`sglang/srt/model_executor/pool_configurator.py`); tests compare
-with it. Two sizings exist: an explicit `--swa-full-tokens-ratio` ties window slots to full tokens, otherwise (cap mode)
-the window pool is sized from `--max-running-requests`.
+Mirrors `DSV4PoolConfigurator` of SGLang 0.5.22 and 0.5.23
+(`sglang/srt/model_executor/pool_configurator.py`); tests compare with it. Two sizings exist: an
+explicit `--swa-full-tokens-ratio` ties window slots to full tokens, otherwise (cap mode) the window
+pool is sized from `--max-running-requests`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ PREFIX_TAILS_PER_REQUEST = 4  # cached prefixes that cap mode keeps resumable, p
 
 @dataclass(frozen=True, kw_only=True)
 class SglangRequest:
-    """What sizes the pool. max_running_requests and chunked_prefill_tokens are per attention-DP rank and per step.
+    """What sizes the pool. max_running_requests and chunked_prefill_tokens are per attention-DP
+    rank and per step.
 
     swa_full_tokens_ratio: None means cap mode. draft_tokens: 0 without speculation.
     """
@@ -106,7 +109,9 @@ def sglang_pool(config: V4Config, formats: CacheFormats, request: SglangRequest,
 
 
 def live_window_tokens(config: V4Config, request: SglangRequest) -> int:
-    """Window slots that one decoding request may hold: the window, its eviction slack and the tokens being written."""
+    """Window slots that one decoding request may hold: the window, its eviction slack and the
+    tokens being written.
+    """
     draft = max(request.draft_tokens, 1)
     trailing = config.sliding_window + EVICTION_INTERVAL * draft + PAGE_TOKENS
     if request.draft_tokens == 0:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV accounting without vLLM: groups, blocks of one shared pool, and what a request must be able to hold.
+"""vLLM's KV accounting without vLLM: groups, blocks of one shared pool, and what a request must be
+able to hold.
 
-Mirrors `_get_packed_kv_cache_groups`, `SlidingWindowSpec.max_admission_blocks_per_request` and `VllmConfig.max_in_flight_tokens`
-of vLLM 0.32 and 0.33 (`vllm/v1/core/kv_cache_utils.py`, in 0.33 `kv_cache_planning.py`); tests compare with those functions.
+Mirrors `_get_packed_kv_cache_groups`, `SlidingWindowSpec.max_admission_blocks_per_request` and
+`VllmConfig.max_in_flight_tokens` of vLLM 0.32 and 0.33 (`vllm/v1/core/kv_cache_utils.py`, in 0.33
+`kv_cache_planning.py`); tests compare with those functions.
 """
 
 from __future__ import annotations
@@ -11,22 +13,16 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
-from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, StateMapping, layer_caches
-
-
-class BlockPacking(str, Enum):
-    """How wide a block of the pool is."""
-
-    WIDEST_GROUP = "widest_group"  # 0.28 and later: the widest group's pages side by side
-    COMMON_SLOTS = "common_slots"  # 0.21 to 0.27: as many (KV + index + HCA) slots as the longest group has layers
+from dsv4.model.kv_layout import CacheFormats, CacheSpec, StateMapping, layer_caches
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """One cache as vLLM registers it. layer: index of the decoder layer, drafts follow the backbone."""
+    """One cache as vLLM registers it. layer: index of the decoder layer, drafts follow the
+    backbone.
+    """
 
     layer: int
     spec: CacheSpec
@@ -49,13 +45,13 @@ class KvGroup:
     def max_layers_per_page_size(self) -> int:
         return max(Counter(cache.spec.page_bytes for cache in self.caches).values())
 
-    def request_blocks(self, max_model_len: int, in_flight_tokens: int, retained_tokens: int = 0) -> int:
+    def request_blocks(self, max_model_len: int, in_flight_tokens: int) -> int:
         """Blocks that admission reserves for one request of `max_model_len` tokens."""
         if self.per_request:
             return 1
         if self.sliding_window is None:
             return -(-max_model_len // self.page_tokens)
-        tokens = min(self.sliding_window - 1 + retained_tokens + in_flight_tokens, max_model_len)
+        tokens = min(self.sliding_window - 1 + in_flight_tokens, max_model_len)
         return -(-tokens // self.page_tokens) + 1  # the window may start inside a block
 
 
@@ -66,16 +62,18 @@ class VllmPool:
     groups: tuple[KvGroup, ...]
     block_bytes: int
 
-    def request_blocks(self, max_model_len: int, in_flight_tokens: int, retained_tokens: int = 0) -> int:
+    def request_blocks(self, max_model_len: int, in_flight_tokens: int) -> int:
         """Blocks one request of `max_model_len` tokens needs."""
-        return sum(g.request_blocks(max_model_len, in_flight_tokens, retained_tokens) for g in self.groups)
+        return sum(g.request_blocks(max_model_len, in_flight_tokens) for g in self.groups)
 
-    def request_bytes(self, max_model_len: int, in_flight_tokens: int, retained_tokens: int = 0) -> int:
+    def request_bytes(self, max_model_len: int, in_flight_tokens: int) -> int:
         """Bytes one request needs: vLLM's "KV cache is needed"."""
-        return self.block_bytes * self.request_blocks(max_model_len, in_flight_tokens, retained_tokens)
+        return self.block_bytes * self.request_blocks(max_model_len, in_flight_tokens)
 
     def state_bytes(self, in_flight_tokens: int, max_model_len: int) -> int:
-        """The part of `request_bytes` that windows and compressor states take: the in-flight reserve."""
+        """The part of `request_bytes` that windows and compressor states take: the in-flight
+        reserve.
+        """
         windowed = [g for g in self.groups if g.sliding_window is not None]
         return self.block_bytes * sum(g.request_blocks(max_model_len, in_flight_tokens) for g in windowed)
 
@@ -86,12 +84,10 @@ class VllmPool:
         """Requests of `max_model_len` tokens at once: vLLM's "Maximum concurrency"."""
         return self.num_blocks(pool_bytes) / self.request_blocks(max_model_len, in_flight_tokens)
 
-    def fits(self, pool_bytes: int, max_model_len: int, in_flight_tokens: int) -> bool:
-        """Whether vLLM starts: one request must fit beside the null block."""
-        return self.request_bytes(max_model_len, in_flight_tokens) <= pool_bytes - self.block_bytes
-
     def max_model_len(self, pool_bytes: int, in_flight_tokens: int, limit: int, concurrency: int = 1) -> int:
-        """Longest context of which `concurrency` requests fit beside the null block; 0 when none does."""
+        """Longest context of which `concurrency` requests fit beside the null block; 0 when none
+        does.
+        """
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -103,7 +99,8 @@ class VllmPool:
 def in_flight_tokens(max_num_batched_tokens: int, async_scheduling: bool, pp: int) -> int:
     """Tokens scheduled and not yet settled: every concurrent batch may be full.
 
-    Async scheduling keeps one batch more than the pipeline has stages (GPU model runner V2, the default since 0.30).
+    Async scheduling keeps one batch more than the pipeline has stages (GPU model runner V2, the
+    default since 0.30).
     """
     return max_num_batched_tokens * (pp + 1 if async_scheduling else pp)
 
@@ -114,19 +111,17 @@ def vllm_pool(
     formats: CacheFormats,
     num_draft_layers: int = 0,
     stage: range | None = None,
-    packing: BlockPacking = BlockPacking.WIDEST_GROUP,
     mapping: StateMapping = StateMapping.PAGED,
 ) -> VllmPool:
-    """The pool of one rank. Groups are formed over the whole model, then cut to the layers of pipeline stage `stage`.
+    """The pool of one rank. Groups are formed over the whole model, then cut to the layers of
+    pipeline stage `stage`.
 
     mapping: PAGED where native V4 serves, SUMMARY where dsv4's plugin does (docs/kv-mapping.md).
     """
     groups = _groups(tuple(_cache_layers(config, formats, num_draft_layers, mapping)))
-    if packing is BlockPacking.COMMON_SLOTS:
-        return VllmPool(groups, _common_slots_bytes(config, formats, groups))
     if stage is not None:
         groups = tuple(replace(g, caches=tuple(c for c in g.caches if c.layer in stage)) for g in groups)
-    return VllmPool(groups, max(g.page_bytes for g in groups))
+    return VllmPool(groups, max(g.page_bytes for g in groups))  # as wide as the widest group's pages side by side
 
 
 def stage_with_draft(stage: range, config: V4Config, num_draft_layers: int) -> range:
@@ -162,7 +157,9 @@ def _groups(caches: Sequence[CacheLayer]) -> tuple[KvGroup, ...]:
 
 
 def _capped_to_widest(whole: Sequence[KvGroup]) -> tuple[KvGroup, ...]:
-    """Without a pattern to keep whole, window and per-request groups are split until they fit the widest other group's block."""
+    """Without a pattern to keep whole, window and per-request groups are split until they fit the
+    widest other group's block.
+    """
 
     def splits(group: KvGroup) -> bool:
         return group.per_request or group.sliding_window is not None
@@ -176,7 +173,9 @@ def _capped_to_widest(whole: Sequence[KvGroup]) -> tuple[KvGroup, ...]:
 
 
 def _split(group: KvGroup, parts: int) -> list[KvGroup]:
-    """Deal the repeats of the group's pattern (one cache per page size) round robin to `parts` groups."""
+    """Deal the repeats of the group's pattern (one cache per page size) round robin to `parts`
+    groups.
+    """
     if parts == 1:
         return [group]
     by_size: dict[int, list[CacheLayer]] = {}
@@ -188,17 +187,8 @@ def _split(group: KvGroup, parts: int) -> list[KvGroup]:
 
 
 def _least_padding(values: Sequence[int], lower_bound: int) -> int:
-    """The chunk size that pads `values` least; ties prefer the larger. Mirrors `_approximate_gcd`."""
+    """The chunk size that pads `values` least; ties prefer the larger. Mirrors
+    `_approximate_gcd`.
+    """
     candidates = range(lower_bound, max(*values, lower_bound) + 1)
     return min(candidates, key=lambda d: (sum(-v % d for v in values), -d))
-
-
-def _common_slots_bytes(config: V4Config, formats: CacheFormats, groups: Sequence[KvGroup]) -> int:
-    wanted = (CacheRole.COMPRESSED, CacheRole.INDEX_KEY)
-    pages = {
-        (spec.role, spec.tokens_per_row): spec.page_bytes
-        for layer in config.layers
-        for spec in layer_caches(config, layer, formats)
-        if spec.role in wanted
-    }
-    return max(g.max_layers_per_page_size for g in groups) * sum(pages.values())

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight bytes per rank, summed from the tensor inventory of `dsv4.model.tensors`.
 
-Both engines shard alike: linears with a shard axis over the attention tensor-parallel ranks, routed experts over all
-ranks of a pipeline stage (whole experts under expert parallelism, slices of each otherwise), the rest is replicated.
+Both engines shard alike: linears with a shard axis over the attention tensor-parallel ranks, routed
+experts over all ranks of a pipeline stage (whole experts under expert parallelism, slices of each
+otherwise), the rest is replicated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dsv4.model.tensors import Component, TensorSpec, tensor_specs
 
 @dataclass(frozen=True)
 class Bytes:
-    """Unsharded bytes by how they are placed. wo_a: the part of `sharded` that an engine may widen to bf16."""
+    """Unsharded bytes by how they are placed. wo_a: the part of `sharded` that an engine may widen
+    to bf16.
+    """
 
     experts: int = 0
     sharded: int = 0
@@ -48,7 +51,9 @@ class Inventory:
 
 @dataclass(frozen=True)
 class RankWeights:
-    """Bytes on one rank. draft_bytes is part of none of the others; wo_a_bytes is part of sharded_bytes."""
+    """Bytes on one rank. draft_bytes is part of none of the others; wo_a_bytes is part of
+    sharded_bytes.
+    """
 
     experts_bytes: int
     sharded_bytes: int
@@ -82,7 +87,9 @@ def inventory(config: V4Config) -> Inventory:
 
 
 def pipeline_layers(num_layers: int, pp: int) -> tuple[range, ...]:
-    """Layers of each stage: even, the remainder to the stages before the last. Source: vLLM's get_pp_indices."""
+    """Layers of each stage: even, the remainder to the stages before the last. Source: vLLM's
+    get_pp_indices.
+    """
     sizes = [num_layers // pp] * pp
     for i in range(2, num_layers % pp + 2):
         sizes[-i] += 1
@@ -93,8 +100,8 @@ def pipeline_layers(num_layers: int, pp: int) -> tuple[range, ...]:
 def stage_weights(config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool) -> tuple[RankWeights, ...]:
     """Weights of one rank of each pipeline stage.
 
-    tp: attention tensor-parallel ranks; dp: attention replicas beside each other in a stage; ep: whole experts per
-    rank. The draft sits on the last stage.
+    tp: attention tensor-parallel ranks; dp: attention replicas beside each other in a stage; ep:
+    whole experts per rank. The draft sits on the last stage.
     """
     inv = inventory(config)
     stages = []

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check ladder: schema, rules across fields, memory by formula, and the real engines where they are at hand.
+"""The check ladder: schema, rules across fields, memory by formula, and the real engines where they
+are at hand.
 
-The engine rung runs one process per engine version for all recipes: argv through the engine's own parser, names
-against its registries, KV through its own planner. Where a version is absent the rung says so; it never passes silently.
+The engine rung runs one process per engine version for all recipes: argv through the engine's own
+parser, names against its registries, KV through its own planner. Where a version is absent the rung
+says so; it never passes silently.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pydantic import ValidationError
 from dsv4.data import data_folder
 from dsv4.errors import RecipeError
 from dsv4.machine.compat import TESTED_VERSIONS, Engine
+from dsv4.machine.hardware import GIB
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.launch import commands
 from dsv4.planning.memory.proof import Proof, Verdict, prove, sglang_stage_pool, vllm_stage_pool
@@ -69,7 +72,9 @@ class Report:
 
 @dataclass(frozen=True)
 class InstalledEngine:
-    """An engine version at hand. path: folder to put on PYTHONPATH, None for this interpreter's own."""
+    """An engine version at hand. path: folder to put on PYTHONPATH, None for this interpreter's
+    own.
+    """
 
     name: Engine
     version: str
@@ -77,7 +82,8 @@ class InstalledEngine:
 
 
 def find_engines(paths: Iterable[Path] = ()) -> list[InstalledEngine]:
-    """Engines of this interpreter, of `paths` (unpacked wheels), and of the checkout's `.env/<engine>-<version>`.
+    """Engines of this interpreter, of `paths` (unpacked wheels), and of the checkout's
+    `.env/<engine>-<version>`.
 
     Raises RecipeError for a folder that holds none.
     """
@@ -152,7 +158,7 @@ def _record(recipe: Recipe) -> list[str]:
 def _does_not_fit(proof: Proof) -> list[str]:
     if proof.verdict is not Verdict.NO:
         return []
-    return [f"does not fit: {proof.shortfall_bytes / (1 << 30):.2f} GiB short on the fullest rank"]
+    return [f"does not fit: {proof.shortfall_bytes / GIB:.2f} GiB short on the fullest rank"]
 
 
 def _proof_differs(recipe: Recipe, proof: Proof) -> list[str]:
@@ -190,7 +196,9 @@ def _engine_rungs(name: Engine, version: str, engine: InstalledEngine | None, ca
 
 
 def ask_engine(engine: InstalledEngine, cases: Sequence[Case]) -> dict[str, Answer]:
-    """Answers by case id from one process with `engine` importable. Raises RecipeError when it cannot be asked."""
+    """Answers by case id from one process with `engine` importable. Raises RecipeError when it
+    cannot be asked.
+    """
     package = str(Path(__file__).resolve().parents[3])
     search = [str(engine.path)] if engine.path else []
     env = {
@@ -221,7 +229,9 @@ def ask_engine(engine: InstalledEngine, cases: Sequence[Case]) -> dict[str, Answ
 
 
 def case_of(recipe: Recipe, id: str) -> Case:  # noqa: A002 - the field's name
-    """What to ask the engine about `recipe`: every role's argv, its variables and its KV geometry."""
+    """What to ask the engine about `recipe`: every role's argv, its variables and its KV
+    geometry.
+    """
     d = recipe.deployment()
     argvs = (tuple(command.argv(node_rank=rank, head_addr="10.0.0.1")[2:]) for rank, command in enumerate(commands(recipe)))
     return Case(id=id, argvs=tuple(argvs), env=tuple(sorted(recipe.env)), kv=kv_question(d, prove(d, recipe.lengths.concurrency)))
@@ -257,7 +267,9 @@ def kv_question(d: Deployment, proof: Proof) -> KvQuestion:
 
 
 def compare(recipe: Recipe, answer: Answer) -> list[str]:
-    """Problems in the engine's answer: its own complaints, and KV that differs from the formula by more than 1 %."""
+    """Problems in the engine's answer: its own complaints, and KV that differs from the formula by
+    more than 1 %.
+    """
     problems = list(answer.errors)
     if answer.kv_error:
         return [*problems, f"the engine's KV planner failed: {answer.kv_error}"]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dsv4 recipes check` asks an installed engine and what `dsv4.probe` answers: the types, and their one way through JSON.
+"""What `dsv4 recipes check` asks an installed engine and what `dsv4.probe` answers: the types, and
+their one way through JSON.
 
 Reading refuses unknown and missing keys and values of another type (pydantic's ValidationError).
 """
@@ -50,7 +51,9 @@ class KvQuestion:
 
 @dataclass(frozen=True, kw_only=True, config=_EXACT)
 class Case:
-    """One deployment. argvs: arguments of every role's command; env: names of the variables it sets; kv: None to leave KV out."""
+    """One deployment. argvs: arguments of every role's command; env: names of the variables it
+    sets; kv: None to leave KV out.
+    """
 
     id: str
     argvs: tuple[tuple[str, ...], ...] = ()
@@ -68,7 +71,9 @@ class EngineQuestion:
 
 @dataclass(frozen=True, kw_only=True, config=_EXACT)
 class BlockStage:
-    """A pipeline stage of an engine that shares blocks between caches: bytes of a block, and of one request."""
+    """A pipeline stage of an engine that shares blocks between caches: bytes of a block, and of one
+    request.
+    """
 
     block_bytes: int
     request_bytes: int
@@ -76,7 +81,9 @@ class BlockStage:
 
 @dataclass(frozen=True, kw_only=True, config=_EXACT)
 class BlockPools:
-    """What an engine plans that shares blocks between caches (vLLM). concurrency: requests of max_model_len at once."""
+    """What an engine plans that shares blocks between caches (vLLM). concurrency: requests of
+    max_model_len at once.
+    """
 
     in_flight_tokens: int
     stages: tuple[BlockStage, ...]
@@ -86,7 +93,9 @@ class BlockPools:
 
 @dataclass(frozen=True, kw_only=True, config=_EXACT)
 class TokenStage:
-    """A pipeline stage of an engine that sizes pools in tokens. fixed_bytes: what requests take whatever their length."""
+    """A pipeline stage of an engine that sizes pools in tokens. fixed_bytes: what requests take
+    whatever their length.
+    """
 
     bytes_per_full_token: float
     fixed_bytes: float
@@ -102,7 +111,9 @@ class TokenPools:
 
 @dataclass(frozen=True, kw_only=True, config=_EXACT)
 class Answer:
-    """errors: what the engine has against the arguments; kv_error: why its planner gave no `kv`, None when it did or was not asked."""
+    """errors: what the engine has against the arguments; kv_error: why its planner gave no `kv`,
+    None when it did or was not asked.
+    """
 
     errors: tuple[str, ...]
     kv: BlockPools | TokenPools | None = None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schema of a recipe: one checkpoint on one topology with one plan, flat, every number with its evidence.
+"""Schema of a recipe: one checkpoint on one topology with one plan, flat, every number with its
+evidence.
 
 `recipes/recipe.schema.json` is generated from `Recipe`; tests keep the two equal.
 """
@@ -7,7 +8,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,14 +27,12 @@ from pydantic import (
 )
 
 from dsv4.data import data_folder, read_yaml
-from dsv4.errors import HardwareError, PlanError, RecipeError
+from dsv4.errors import HardwareError, PlanError, RecipeError, nearest
 from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, Engine
-from dsv4.machine.hardware import find_gpu
+from dsv4.machine.hardware import GIB, find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.planning.deployment import MAX_CONTEXT, Deployment, Speculation, find_checkpoint, usual_state
 from dsv4.planning.memory.proof import Proof
-
-GIB = 1 << 30
 
 # Flags that the typed fields render. A recipe that repeats one in extra_args would contradict itself one day.
 TYPED_FLAGS = frozenset(
@@ -273,7 +271,9 @@ class Recipe(_Section):
         return self.status != "cannot_work"
 
     def deployment(self) -> Deployment:
-        """What the planner and the launcher need. Raises PlanError or HardwareError for unknown names and too many stages."""
+        """What the planner and the launcher need. Raises PlanError or HardwareError for unknown
+        names and too many stages.
+        """
         checkpoint = find_checkpoint(self.checkpoint.id)
         if self.parallel.pp > checkpoint.config.num_hidden_layers:
             raise PlanError(f"parallel.pp is {self.parallel.pp}, {checkpoint.id} has {checkpoint.config.num_hidden_layers} layers")
@@ -341,7 +341,7 @@ def _nearest_field(loc: tuple[int | str, ...]) -> str:
         model = field.annotation if field is not None and hasattr(field.annotation, "model_fields") else None
         if model is None:
             return ""
-    near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
+    near = nearest(str(loc[-1]), model.model_fields, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(model.model_fields)}"
 
 
@@ -352,7 +352,9 @@ def recipe_paths() -> list[Path]:
 
 @functools.cache
 def shipped_recipes(gpu: str | None = None) -> tuple[Recipe, ...]:
-    """Every shipped recipe, or those for the card with id `gpu` (recipes lie in a folder per card)."""
+    """Every shipped recipe, or those for the card with id `gpu` (recipes lie in a folder per
+    card).
+    """
     return tuple(read_recipe(p) for p in recipe_paths() if gpu is None or p.parent.name == gpu)
 
 
@@ -364,7 +366,7 @@ def find_recipe(name: str) -> tuple[Recipe, Path]:
         path = Path(name)
     if path is None:
         near = [i for i in by_id if i.startswith(name)][:3] if name else []
-        near = near or difflib.get_close_matches(name, by_id, n=3, cutoff=0.3)
+        near = near or nearest(name, by_id, cutoff=0.3)
         raise RecipeError(
             f"{name}: no such recipe; nearest: {', '.join(near)}" if near else f"{name}: no such recipe; see dsv4 recipes list"
         )
