@@ -14,8 +14,11 @@ from torch import Tensor
 from dsv4.model.kv_layout import IndexFormat, KvFormat, round_up
 from dsv4.ops.attention import reference as attention_reference
 from dsv4.ops.attention import triton as attention
+from dsv4.ops.compressor.paged import PagedState
 from dsv4.ops.compressor.paged import reference as compressor_twin
 from dsv4.ops.compressor.paged import triton as compressor
+from dsv4.ops.compressor.projected import EntryStep, Projected
+from dsv4.ops.compressor.summary import SummaryState
 from dsv4.ops.compressor.summary import reference as summary_twin
 from dsv4.ops.compressor.summary import triton as summary
 from dsv4.ops.indexer import reference as indexer_reference
@@ -289,14 +292,22 @@ _POOLED: dict[int, list[tuple[int, RowsFormat, int]]] = {
 }
 
 
-def _projected(t: int, ratio: int, dim: int, device: torch.device) -> tuple[Tensor, ...]:
-    """kv, gate, ape and norm weight."""
+def _projected(t: int, ratio: int, dim: int, device: torch.device) -> Projected:
     width = (2 if ratio == 4 else 1) * dim
-    return *(torch.randn(n, width, device=device) for n in (t, t, ratio)), torch.rand(dim, device=device)
+    kv, gate, ape = (torch.randn(n, width, device=device) for n in (t, t, ratio))
+    return Projected(kv, gate, ape, torch.rand(dim, device=device))
 
 
-def _entry_table(positions: Tensor, ratio: int) -> Tensor:
-    return cos_sin(positions // ratio * ratio, 1.6e5 ** (-torch.arange(0, 64, 2, device=positions.device) / 64))
+def _entry_step(positions: Tensor, request_of_token: Tensor, ratio: int) -> EntryStep:
+    freq = 1.6e5 ** (-torch.arange(0, 64, 2, device=positions.device) / 64)
+    return EntryStep(
+        positions=positions,
+        request_of_token=request_of_token,
+        ratio=ratio,
+        overlap=2 if ratio == 4 else 1,
+        eps=1e-6,
+        entry_cos_sin=cos_sin(positions // ratio * ratio, freq),
+    )
 
 
 def _copy(pages: Pages) -> Pages:
@@ -315,18 +326,18 @@ def _compressor(m: Model, t: int, ratio: int, device: torch.device) -> Case:
     positions = torch.arange(t, device=device)
     request, table = torch.zeros(t, dtype=torch.int32, device=device), torch.arange(t // state_rows, dtype=torch.int32, device=device)[None]
     entry_slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1).int()
-    args = (positions, request, overlap, 1e-6, _entry_table(positions, ratio))
+    step = _entry_step(positions, request, ratio)
     ours = []
     for dim, row_format, _ in _POOLED[ratio]:
         rows = torch.zeros(t // state_rows, state_rows, 2 * overlap * dim, device=device)
-        where = (Pages(rows, state_rows, KvFormat.PLAIN), positions.int(), table, entry_slots)
+        state = Pages(rows, state_rows, KvFormat.PLAIN)
         cache = make_pages(row_format, t // 256 + 1, 256 // ratio, device)
-        ours.append(compressor.Pooling(*_projected(t, ratio, dim, device), *where, cache))
-    twins = [replace(to, state=_copy(to.state), cache=_copy(to.cache)) for to in ours]
+        ours.append(PagedState(_projected(t, ratio, dim, device), state, positions.int(), table, entry_slots, cache))
+    twins = [replace(to, pages=_copy(to.pages), entries=_copy(to.entries)) for to in ours]
 
-    def run(op: Callable[..., None], poolings: list[compressor.Pooling]) -> list[Tensor]:
-        op(poolings, *args)
-        return [x for to in poolings for x in (to.state.data, to.cache.data)]
+    def run(op: Callable[..., None], states: list[PagedState]) -> list[Tensor]:
+        op(states, step)
+        return [x for to in states for x in (to.pages.data, to.entries.data)]
 
     moved = _pooled_bytes(t, ratio, 4)
     return Case(lambda: run(compressor.update, ours), lambda: run(compressor_twin.update, twins), moved, compare="bytes")
@@ -350,18 +361,27 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
     pages = context // 256 + 1
     table = torch.arange(num_reqs * pages, dtype=torch.int32, device=device).view(num_reqs, pages)
     overlap, entry_slots = (2 if ratio == 4 else 1), entry_slot_mapping(table, tokens, 256 // ratio, ratio)
-    args = (batch, tokens.request_of_token, tokens.positions, 256, ratio, overlap, 1e-6, _entry_table(tokens.positions, ratio))
+    step = _entry_step(tokens.positions, tokens.request_of_token, ratio)
     ours = []
     for dim, row_format, _ in _POOLED[ratio]:
-        tail = torch.zeros(num_reqs * pages, 3, dim, device=device) if overlap == 2 else None
-        kept = (torch.zeros(num_reqs, overlap, 3, dim, device=device), torch.arange(num_reqs, dtype=torch.int32, device=device), tail)
-        cache = make_pages(row_format, num_reqs * pages, 256 // ratio, device)
-        ours.append(summary.Pooling(*_projected(t, ratio, dim, device), *kept, table, entry_slots, cache))
-    twins = [replace(to, state=to.state.clone(), tail=None if to.tail is None else to.tail.clone(), cache=_copy(to.cache)) for to in ours]
+        state = SummaryState(
+            _projected(t, ratio, dim, device),
+            summaries=torch.zeros(num_reqs, overlap, 3, dim, device=device),
+            state_page=torch.arange(num_reqs, dtype=torch.int32, device=device),
+            tail=torch.zeros(num_reqs * pages, 3, dim, device=device) if overlap == 2 else None,
+            block_table=table,
+            entry_slot_mapping=entry_slots,
+            entries=make_pages(row_format, num_reqs * pages, 256 // ratio, device),
+        )
+        ours.append(state)
+    twins = [
+        replace(to, summaries=to.summaries.clone(), tail=None if to.tail is None else to.tail.clone(), entries=_copy(to.entries))
+        for to in ours
+    ]
 
-    def run(op: Callable[..., None], poolings: list[summary.Pooling]) -> list[Tensor]:
-        op(poolings, *args)
-        return [x for to in poolings for x in (to.state, to.tail, to.cache.data) if x is not None]
+    def run(op: Callable[..., None], states: list[SummaryState]) -> list[Tensor]:
+        op(states, step, batch)
+        return [x for to in states for x in (to.summaries, to.tail, to.entries.data) if x is not None]
 
     moved = _pooled_bytes(t, ratio, 2) + sum(num_reqs * overlap * dim * 12 for dim, *_ in _POOLED[ratio])
     return Case(lambda: run(summary.compress, ours), lambda: run(summary_twin.compress, twins), moved, compare="bytes")

@@ -13,7 +13,8 @@ behind the window. Every cache hangs on one of the two or on the request's slot,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
@@ -34,9 +35,14 @@ from dsv4.model.kv_layout import (
     sglang_layer_caches,
     sglang_state_ring_rows,
 )
+from dsv4.ops.compressor.projected import EntryStep, Projected
+from dsv4.ops.compressor.ring import RingState, compress_step
 from dsv4.ops.pages import Pages, RowsFormat, view_pages
 from dsv4_sglang import released_config
 from dsv4_sglang.options import deployed_formats
+
+if TYPE_CHECKING:
+    from dsv4_sglang.metadata import StepPlan
 
 _STATE_ROLES = (CacheRole.STATE, CacheRole.INDEX_STATE)
 
@@ -133,6 +139,29 @@ class V4Pool(BaseSWAKVPool):
 
     get_contiguous_buf_infos = get_state_buf_infos
     get_cpu_copy = load_cpu_copy = get_state_buf_infos
+
+
+class LayerState:
+    """The rings of a compressed layer's open windows, and the caches of the entries that they become."""
+
+    def __init__(self, layer: LayerSpec) -> None:
+        self.index, self.ratio = layer.index, layer.compress_ratio
+        self.roles = [(CacheRole.STATE, CacheRole.COMPRESSED)]
+        if layer.kind is LayerKind.CSA:
+            self.roles.append((CacheRole.INDEX_STATE, CacheRole.INDEX_KEY))
+
+    def pool(self, projected: Sequence[Projected], entry_step: EntryStep, pool: V4Pool, step: StepPlan) -> None:
+        """Pool and store the entries of all caches of the layer, and carry its open windows on.
+
+        projected: one for each compressor of the layer, attention's own first
+        """
+        caches, plan, slot_mapping = pool.layers[self.index], step.rings[self.ratio], step.entries[self.ratio].slot_mapping
+        states = []
+        for (windows, entries), given in zip(self.roles, projected, strict=True):
+            rings = caches[windows]
+            scratch = pool.scratch(rings, plan.num_pages) if plan.num_pages else None
+            states.append(RingState(given, rings, scratch, entry_slot_mapping=slot_mapping, entries=caches[entries]))
+        compress_step(states, plan, entry_step)
 
 
 class V4PoolConfigurator(MemoryPoolConfigurator):

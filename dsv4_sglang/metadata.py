@@ -128,8 +128,8 @@ class V4AttentionBackend(AttentionBackend):
             )
 
         def ring(m: int, r: RingPlan) -> RingPlan:
-            slots = copy(f"ring_store{m}", r.store_slots)
-            return RingPlan(copy(f"ring_positions{m}", r.positions), copy(f"ring_table{m}", r.table), slots)
+            slots = copy(f"ring_store{m}", r.slot_mapping)
+            return RingPlan(copy(f"ring_positions{m}", r.positions), copy(f"ring_table{m}", r.block_table), slots)
 
         return StepPlan(
             step.window.copied(copy),

@@ -24,14 +24,14 @@ from dsv4.errors import Dsv4Error
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.compressor.ring import RingPlan, RingPooling, compress_step
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.mhc.layer import HyperConnection, decoder_step
-from dsv4.ops.pages import Pages, Selection
+from dsv4.ops.pages import Selection
 from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_sglang import released_config
-from dsv4_sglang.caches import V4Pool
+from dsv4_sglang.caches import LayerState, V4Pool
 from dsv4_sglang.loading import load_weights
 from dsv4_sglang.metadata import StepPlan, V4AttentionBackend
 from dsv4_sglang.quant import V4QuantConfig
@@ -100,7 +100,7 @@ class V4Moe(nn.Module):
 
 
 class V4Compressor(nn.Module):
-    """Pools tokens into entries of one cache: attention's own, or the index keys."""
+    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index keys."""
 
     def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
         super().__init__()
@@ -111,11 +111,10 @@ class V4Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def pooling(self, x: Tensor, slot_mapping: Tensor, ring: RingPlan, pool: V4Pool, rings: Pages, entries: Pages) -> RingPooling:
-        """The step's projections of x [T, hidden], and where they go."""
+    def project(self, x: Tensor) -> Projected:
+        """x: [T, hidden]."""
         kv, gate = linear_fp32(x, self.fused_wkv_wgate.weight).chunk(2, -1)
-        scratch = pool.scratch(rings, ring.num_pages) if ring.num_pages else None
-        return RingPooling(kv, gate, self.ape, self.norm.weight, rings, scratch, slot_mapping, entries)
+        return Projected(kv, gate, self.ape, self.norm.weight)
 
 
 class V4Indexer(nn.Module):
@@ -177,8 +176,9 @@ class V4Attention(nn.Module):
         self.wo_b = RowParallelLinear(
             config.o_groups * config.o_lora_rank, config.hidden_size, bias=False, quant_config=quant, prefix=add_prefix("wo_b", prefix)
         )
-        self.compressor = self.indexer = None
+        self.compressor = self.indexer = self.state = None
         if layer.kind is not LayerKind.SWA:
+            self.state = LayerState(layer)
             self.compressor = V4Compressor(config, layer, config.head_dim, add_prefix("compressor", prefix))
         if layer.kind is LayerKind.CSA:
             self.indexer = V4Indexer(config, layer, quant, add_prefix("indexer", prefix))
@@ -207,19 +207,26 @@ class V4Attention(nn.Module):
 
     def _entries(self, x: Tensor, qr: Tensor, step: StepPlan, pool: V4Pool, rope: RopeTables) -> Selection | None:
         """Store the entries that the step completes, and select those that each token attends."""
-        if self.compressor is None:
+        if self.compressor is None or self.state is None:
             return None
-        ratio, caches = self.layer.compress_ratio, pool.layers[self.layer.index]
-        plan, ring, pages = step.entries[ratio], step.rings[ratio], caches[CacheRole.COMPRESSED]
-        poolings = [self.compressor.pooling(x, plan.slot_mapping, ring, pool, caches[CacheRole.STATE], pages)]
+        plan = step.entries[self.layer.compress_ratio]
+        projected = [self.compressor.project(x)]
         if self.indexer is not None:
-            states, keys = caches[CacheRole.INDEX_STATE], caches[CacheRole.INDEX_KEY]
-            poolings.append(self.indexer.compressor.pooling(x, plan.slot_mapping, ring, pool, states, keys))
-        request, eps = step.tokens.request_of_token, self.config.rms_norm_eps
-        compress_step(poolings, ring, request, self.layer.overlap, eps, rope.entry[ratio])
+            projected.append(self.indexer.compressor.project(x))
+        self.state.pool(projected, self._entry_step(step.tokens, rope), pool, step)
         if self.indexer is None:
-            return plan.everything(pages, step.tokens)
+            return plan.everything(pool.layers[self.layer.index][CacheRole.COMPRESSED], step.tokens)
         return self.indexer(x, qr, step.tokens, plan, pool, rope.compressed)
+
+    def _entry_step(self, tokens: TokenPlan, rope: RopeTables) -> EntryStep:
+        return EntryStep(
+            positions=tokens.positions,
+            request_of_token=tokens.request_of_token,
+            ratio=self.layer.compress_ratio,
+            overlap=self.layer.overlap,
+            eps=self.config.rms_norm_eps,
+            entry_cos_sin=rope.entry[self.layer.compress_ratio],
+        )
 
 
 class V4DecoderLayer(nn.Module):

@@ -8,6 +8,9 @@ CSA layers the index keys and theirs. vLLM groups, allocates, hashes and evicts 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +21,19 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
 from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
+from dsv4.ops.compressor import paged, summary
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.pages import Pages, RowsFormat, view_pages
-from dsv4_vllm.metadata import EntryBackend, StateBackend, SummaryBackend, V4Backend, WindowBackend
+from dsv4.ops.plan import EntryPlan
+from dsv4_vllm.metadata import (
+    EntryBackend,
+    StateBackend,
+    StateMetadata,
+    SummaryBackend,
+    SummaryMetadata,
+    V4Backend,
+    WindowBackend,
+)
 
 _BACKENDS: dict[CacheRole, type[V4Backend]] = {
     CacheRole.WINDOW: WindowBackend,
@@ -69,6 +83,72 @@ class V4Cache(nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return kv_cache_spec(self.spec, self.formats, self.dtype)
+
+
+@dataclass(frozen=True)
+class LayerState(ABC):
+    """Where a layer's open windows live, one pair of caches for each of its compressors, attention's own first."""
+
+    caches: tuple[tuple[V4Cache, V4Cache], ...]  # of the open windows, and of the entries that they become
+
+    @abstractmethod
+    def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
+        """Pool and store the entries of all caches of the layer, and carry its open windows on.
+
+        projected: one for each pair of caches
+        metadata: vLLM's, by the name of the cache
+        """
+
+
+class PagedLayerState(LayerState):
+    """Open windows as rows, one per token, in pages of vLLM's."""
+
+    def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
+        paged.update([self._state(*pair, given, metadata) for pair, given in zip(self.caches, projected, strict=True)], step)
+
+    def _state(self, windows: V4Cache, entries: V4Cache, projected: Projected, metadata: Mapping[str, Any]) -> paged.PagedState:
+        rows: StateMetadata = metadata[windows.prefix]
+        entry: EntryPlan = metadata[entries.prefix]
+        return paged.PagedState(
+            projected,
+            windows.pages,
+            rows.slot_mapping,
+            rows.block_table,
+            entry_slot_mapping=entry.slot_mapping,
+            entries=entries.pages,
+        )
+
+
+class SummaryLayerState(LayerState):
+    """Open windows as summaries: one page per request, and a tail behind each page of a CSA layer's entries."""
+
+    def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
+        states = [self._state(*pair, given, metadata) for pair, given in zip(self.caches, projected, strict=True)]
+        requests: SummaryMetadata = metadata[self.caches[0][0].prefix]
+        summary.compress(states, step, requests.batch)
+
+    def _state(self, windows: V4Cache, entries: V4Cache, projected: Projected, metadata: Mapping[str, Any]) -> summary.SummaryState:
+        requests: SummaryMetadata = metadata[windows.prefix]
+        entry: EntryPlan = metadata[entries.prefix]
+        dim = projected.norm_weight.shape[0]
+        return summary.SummaryState(
+            projected,
+            summaries=windows.pages.data[:, 0].unflatten(-1, (-1, 3, dim)),
+            state_page=requests.pages,
+            tail=None if entries.tail is None else entries.tail.unflatten(-1, (3, dim)),
+            block_table=entry.block_table,
+            entry_slot_mapping=entry.slot_mapping,
+            entries=entries.pages,
+        )
+
+
+def layer_state(caches: Mapping[CacheRole, V4Cache]) -> LayerState:
+    """The state of a compressed layer with these caches."""
+    pairs = [(caches[CacheRole.STATE], caches[CacheRole.COMPRESSED])]
+    if CacheRole.INDEX_STATE in caches:
+        pairs.append((caches[CacheRole.INDEX_STATE], caches[CacheRole.INDEX_KEY]))
+    kind = SummaryLayerState if pairs[0][0].spec.per_request else PagedLayerState
+    return kind(tuple(pairs))
 
 
 def kv_cache_spec(cache: CacheSpec, formats: CacheFormats, model_dtype: torch.dtype) -> KVCacheSpec:

@@ -33,16 +33,14 @@ from vllm.sequence import IntermediateTensors
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.compressor import paged as compressor
-from dsv4.ops.compressor import summary
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, WindowPlan, rope_tables
 from dsv4.ops.rope import inv_freq
-from dsv4_vllm.caches import V4Cache
+from dsv4_vllm.caches import V4Cache, layer_state
 from dsv4_vllm.loading import load_weights
-from dsv4_vllm.metadata import SummaryMetadata
 from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.support import check_deployment
@@ -109,57 +107,31 @@ class V4Moe(nn.Module):
 
 
 class V4Compressor(nn.Module):
-    """Pools tokens into entries of one cache: attention's own, or the index keys."""
+    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index keys."""
 
-    def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str, state: V4Cache, entries: V4Cache) -> None:
+    def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
         super().__init__()
-        self.layer, self.dim, self.eps = layer, dim, config.rms_norm_eps
         width = layer.overlap * dim
         self.fused_wkv_wgate = MergedColumnParallelLinear(
             config.hidden_size, [width, width], bias=False, quant_config=None, disable_tp=True, prefix=f"{prefix}.fused_wkv_wgate"
         )
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
-        self.state_cache, self.entries = state, entries
 
     def project(self, x: Tensor) -> Tensor:
         """kv and gate side by side: [T, 2 * overlap * dim] fp32."""
         return linear_fp32(x, self.fused_wkv_wgate.weight)
 
-    def paged(self, kv_gate: Tensor, metadata: dict[str, Any]) -> compressor.Pooling:
-        """The step's projections kv_gate [T, 2 * overlap * dim] fp32, with open windows kept as rows."""
-        state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
+    def projected(self, kv_gate: Tensor) -> Projected:
+        """kv_gate: [T, 2 * overlap * dim] fp32, from `project`."""
         kv, gate = kv_gate.chunk(2, -1)
-        kept = (self.state_cache.pages, state.slot_mapping, state.block_table)
-        return compressor.Pooling(kv, gate, self.ape, self.norm.weight, *kept, entry.slot_mapping, self.entries.pages)
-
-    def summarised(self, kv_gate: Tensor, metadata: dict[str, Any]) -> summary.Pooling:
-        """The same with open windows kept as summaries."""
-        state, entry = metadata[self.state_cache.prefix], metadata[self.entries.prefix]
-        kv, gate = kv_gate.chunk(2, -1)
-        kept = self.state_cache.pages.data[:, 0].unflatten(-1, (self.layer.overlap, 3, self.dim))
-        tail = None if self.entries.tail is None else self.entries.tail.unflatten(-1, (3, self.dim))
-        where = (kept, state.pages, tail, entry.block_table, entry.slot_mapping, self.entries.pages)
-        return summary.Pooling(kv, gate, self.ape, self.norm.weight, *where)
-
-
-def pool(projected: list[tuple[V4Compressor, Tensor]], tokens: TokenPlan, metadata: dict[str, Any], rope: RopeTables) -> None:
-    """Pool and store the entries of all caches of a layer, and carry its open windows on."""
-    first = projected[0][0]
-    state, ratio, overlap = metadata[first.state_cache.prefix], first.layer.compress_ratio, first.layer.overlap
-    finish = (overlap, first.eps, rope.entry[ratio])
-    if isinstance(state, SummaryMetadata):
-        poolings = [c.summarised(kv_gate, metadata) for c, kv_gate in projected]
-        where = (tokens.request_of_token, tokens.positions, first.entries.spec.page_tokens)
-        summary.compress(poolings, state.batch, *where, ratio, *finish)
-    else:
-        compressor.update([c.paged(kv_gate, metadata) for c, kv_gate in projected], tokens.positions, tokens.request_of_token, *finish)
+        return Projected(kv, gate, self.ape, self.norm.weight)
 
 
 class V4Indexer(nn.Module):
     """Chooses the entries a CSA query attends. Replicated on every tensor-parallel rank."""
 
-    def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str, keys: V4Cache, state: V4Cache) -> None:
+    def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str, keys: V4Cache) -> None:
         super().__init__()
         self.topk, self.num_heads, self.dim = config.index_topk, config.index_n_heads, config.index_head_dim
         self.wq_b = ReplicatedLinear(
@@ -168,7 +140,7 @@ class V4Indexer(nn.Module):
         self.weights_proj = ReplicatedLinear(
             config.hidden_size, self.num_heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj"
         )
-        self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor", state, keys)
+        self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor")
         self.keys = keys
         self.max_entries = vllm_config.model_config.max_model_len // layer.compress_ratio
 
@@ -249,14 +221,13 @@ class V4Attention(nn.Module):
         )
         caches = self._caches(vllm_config, prefix)
         self.window = caches[CacheRole.WINDOW]
-        self.compressor = self.indexer = self.entries = None
+        self.compressor = self.indexer = self.entries = self.state = None
         if layer.kind is not LayerKind.SWA:
             self.entries = caches[CacheRole.COMPRESSED]
-            self.compressor = V4Compressor(config, layer, config.head_dim, f"{prefix}.compressor", caches[CacheRole.STATE], self.entries)
+            self.compressor = V4Compressor(config, layer, config.head_dim, f"{prefix}.compressor")
+            self.state = layer_state(caches)
         if layer.kind is LayerKind.CSA:
-            self.indexer = V4Indexer(
-                config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY], caches[CacheRole.INDEX_STATE]
-            )
+            self.indexer = V4Indexer(config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY])
 
     def _caches(self, vllm_config: VllmConfig, prefix: str) -> dict[CacheRole, V4Cache]:
         formats, dtype = cache_formats(vllm_config), vllm_config.model_config.dtype
@@ -334,17 +305,27 @@ class V4Attention(nn.Module):
 
     def _entries(self, inputs: LayerInputs, tokens: TokenPlan, metadata: dict[str, Any]) -> Selection | None:
         """Store the entries that the step completes, and select those that each token attends."""
-        if self.compressor is None or inputs.kv_gate is None or self.entries is None:
+        if self.compressor is None or inputs.kv_gate is None or self.entries is None or self.state is None:
             return None
-        projected = [(self.compressor, inputs.kv_gate)]
+        projected = [self.compressor.projected(inputs.kv_gate)]
         if self.indexer is not None and inputs.index is not None:
-            projected.append((self.indexer.compressor, inputs.index.kv_gate))
-        pool(projected, tokens, metadata, inputs.rope)
+            projected.append(self.indexer.compressor.projected(inputs.index.kv_gate))
+        self.state.pool(projected, self._entry_step(tokens, inputs.rope), metadata)
         plan: EntryPlan = metadata[self.entries.prefix]
         if self.indexer is None or inputs.index is None:
             return plan.everything(self.entries.pages, tokens)
         keys: EntryPlan = metadata[self.indexer.keys.prefix]
         return self.indexer(inputs.index, tokens, keys, plan.table(self.entries.pages), inputs.rope.compressed)
+
+    def _entry_step(self, tokens: TokenPlan, rope: RopeTables) -> EntryStep:
+        return EntryStep(
+            positions=tokens.positions,
+            request_of_token=tokens.request_of_token,
+            ratio=self.layer.compress_ratio,
+            overlap=self.layer.overlap,
+            eps=self.config.rms_norm_eps,
+            entry_cos_sin=rope.entry[self.layer.compress_ratio],
+        )
 
     def _take_memory(self, q: Tensor) -> None:
         """Allocate a step's workspace during vLLM's memory profile; the KV pool gets what is left."""

@@ -130,15 +130,15 @@ class Each:
 
 
 RULES: Mapping[str, tuple[Slots | Within | Each, ...]] = {
-    "compressor.save_state": (Slots("slots", "state"),),
-    "compressor.compress_store": (Slots("entry_slots", "cache"),),
-    "compressor.update": (Each("poolings", (Slots("state_slots", "state"), Slots("entry_slots", "cache"))),),
+    "compressor.save_state": (Slots("slot_mapping", "pages"),),
+    "compressor.compress_store": (Each("states", (Slots("slot_mapping", "pages"), Slots("entry_slot_mapping", "entries"))),),
+    "compressor.update": (Each("states", (Slots("slot_mapping", "pages"), Slots("entry_slot_mapping", "entries"))),),
     "summary.compress": (
         Each(
-            "poolings",
+            "states",
             (
-                Within("state_page", "state page", lambda a: a["state"].shape[0] - 1, of_requests=True),
-                Slots("entry_slots", "cache"),
+                Within("state_page", "state page", lambda a: a["summaries"].shape[0] - 1, of_requests=True),
+                Slots("entry_slot_mapping", "entries"),
             ),
         ),
     ),
@@ -203,7 +203,7 @@ def _report(op: str, what: str, rows: Tensor, bad: Tensor, allowed: str, given: 
     if not at:
         return
     # Operators called on a slice pass their own request_of_token.
-    owners = given.get("request_of_token")
+    owners = given["step"].request_of_token if "step" in given else given.get("request_of_token")
     if owners is None and _place is not None:
         owners = _place.request_of_token
     found = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv4.model.config import FP8_BLOCK, LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops.attention.reference import output_a
-from dsv4.ops.compressor.paged.reference import pool
+from dsv4.ops.compressor.entry import pool
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.indexer.reference import prepare_query, query_values
 from dsv4.ops.mhc import Site

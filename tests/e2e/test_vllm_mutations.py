@@ -22,7 +22,7 @@ MUTATIONS = {
         "x[..., :dim], x[..., dim:]",
         "x[..., dim:], x[..., :dim]",
     ),
-    "what came before the step lost": ("dsv4.ops.compressor.summary.reference", "    return _merge(here, earlier)\n", "    return here\n"),
+    "what came before the step lost": ("dsv4.ops.compressor.summary.reference", "    return _merge(rows, earlier)\n", "    return rows\n"),
     "overlap window lost, paged state": (
         "dsv4.ops.compressor.paged.reference",
         "missing = rows_at < 0",

@@ -17,6 +17,7 @@ from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops import attention, check, indexer, moe, registry
 from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor import summary
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.pages import BatchView, Pages, PageTable, Selection, SlotMapping
 from tests.support.kernel_cases import fill_pages, make_pages
 
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 Ints = tuple[Any, ...]
 LAYER = "model.layers.7.attn"
 # Arguments that index memory; a new operator that takes one needs a rule.
-INDEXING = ("slots", "lens", "input_ids", "state_page")
+INDEXING = ("slots", "slot_mapping", "lens", "input_ids", "state_page")
 
 
 def ints(*values: Any) -> torch.Tensor:
@@ -74,31 +75,50 @@ def state_and_cache() -> tuple[Pages, Pages]:
     return state, make_pages(KvFormat.FP8_DS_MLA, 1, 64, 512)
 
 
-def save_state(slots: Ints = (0, -1, 15)) -> None:
+def projected() -> Projected:
     kv = torch.randn(3, 1024)
-    compressor.save_state(kv, kv, torch.randn(4, 1024), torch.tensor([1, 2, 3]), state_and_cache()[0], ints(*slots))
+    return Projected(kv, kv, torch.randn(4, 1024), torch.ones(512))
+
+
+def entry_step(requests: Ints, positions: Ints) -> EntryStep:
+    return EntryStep(
+        positions=torch.tensor(positions),
+        request_of_token=ints(*requests),
+        ratio=4,
+        overlap=2,
+        eps=1e-6,
+        entry_cos_sin=torch.zeros(3, 64),
+    )
+
+
+def save_state(slots: Ints = (0, -1, 15)) -> None:
+    compressor.save_state(projected(), torch.tensor([1, 2, 3]), state_and_cache()[0], ints(*slots))
 
 
 def compress_store(slots: Ints = (-1, -1, 63)) -> None:
     state, cache = state_and_cache()
-    args = (ints(1, 1, 0), torch.tensor([2, 3, 3]), ints(*slots), 4, 2, torch.ones(512), 1e-6, torch.zeros(3, 64), cache)
-    compressor.compress_store(state, ints([0, 1], [2, 3]), *args)
+    paged = compressor.PagedState(projected(), state, ints(0, 1, 15), ints([0, 1], [2, 3]), ints(*slots), cache)
+    compressor.compress_store([paged], entry_step((1, 1, 0), (2, 3, 3)))
 
 
 def update(state_slots: Ints = (0, 1, 15), slots: Ints = (-1, -1, 63)) -> None:
     state, cache = state_and_cache()
-    kv = torch.randn(3, 1024)
-    rows = (state, ints(*state_slots), ints([0, 1], [2, 3]))
-    to = compressor.Pooling(kv, kv, torch.randn(4, 1024), torch.ones(512), *rows, ints(*slots), cache)
-    compressor.update([to], torch.tensor([2, 3, 3]), ints(1, 1, 0), 2, 1e-6, torch.zeros(3, 64))
+    paged = compressor.PagedState(projected(), state, ints(*state_slots), ints([0, 1], [2, 3]), ints(*slots), cache)
+    compressor.update([paged], entry_step((1, 1, 0), (2, 3, 3)))
 
 
 def summarise(state_page: Ints = (1, 0), slots: Ints = (-1, -1, 63)) -> None:
-    kv, cache = torch.randn(3, 1024), make_pages(KvFormat.PLAIN, 2, 64, 512, torch.float32)
     batch = BatchView(ints(0, 2, 3), ints(2, 4), 3, 2, 4, 2)
-    kept = (torch.zeros(2, 2, 3, 512), ints(*state_page), torch.zeros(2, 3, 512), ints([0], [1]))
-    to = summary.Pooling(kv, kv, torch.randn(4, 1024), torch.ones(512), *kept, ints(*slots), cache)
-    summary.compress([to], batch, ints(0, 0, 1), torch.tensor([0, 1, 3]), 256, 4, 2, 1e-6, torch.zeros(3, 64))
+    state = summary.SummaryState(
+        projected(),
+        summaries=torch.zeros(2, 2, 3, 512),
+        state_page=ints(*state_page),
+        tail=torch.zeros(2, 3, 512),
+        block_table=ints([0], [1]),
+        entry_slot_mapping=ints(*slots),
+        entries=make_pages(KvFormat.PLAIN, 2, 64, 512, torch.float32),
+    )
+    summary.compress([state], entry_step((0, 0, 1), (0, 1, 3)), batch)
 
 
 def select(lens: Ints = (64, 0, 3)) -> None:
@@ -162,7 +182,7 @@ def test_many_bad_slots_are_counted() -> None:
     pages, slots = make_pages(KvFormat.PLAIN, 1, 4, 16, torch.float32), torch.arange(4, 24, dtype=torch.int32)
     kv = torch.randn(20, 8)
     with pytest.raises(OpInputError, match="token 7, place 0: 11 and 12 more"):
-        compressor.save_state(kv, kv, torch.randn(4, 8), torch.arange(20), pages, slots)
+        compressor.save_state(Projected(kv, kv, torch.randn(4, 8), torch.ones(8)), torch.arange(20), pages, slots)
 
 
 @pytest.mark.usefixtures("checked")
@@ -195,14 +215,14 @@ def implementations() -> list[tuple[str, Callable[..., Any]]]:
     ]
 
 
-FAMILIES = {"compressor": "dsv4.ops.compressor.paged", "summary": "dsv4.ops.compressor.summary"}
+STATES = {"compressor": compressor.PagedState, "summary": summary.SummaryState}
 
 
 def arguments(op: str, function: Callable[..., Any]) -> set[str]:
-    """Names of the arguments, and of the fields of what a sequence of poolings holds."""
+    """Names of the arguments, and of the fields of what a sequence of states holds."""
     names = set(inspect.signature(function).parameters)
-    if "poolings" in names:
-        names |= {f.name for f in fields(importlib.import_module(FAMILIES[op.partition(".")[0]]).Pooling)}
+    if "states" in names:
+        names |= {f.name for f in fields(STATES[op.partition(".")[0]])}
     return names
 
 

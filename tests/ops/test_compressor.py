@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops.compressor import paged as compressor
-from dsv4.ops.compressor.paged import Pooling, reference
+from dsv4.ops.compressor.paged import PagedState, reference
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.pages import Pages, RowsFormat, load_rows, row_widths
 from dsv4.ops.quant.reference import hadamard
@@ -39,9 +40,16 @@ def test_state_rows_are_the_twins_bit_for_bit(num_tokens: int, ratio: int, overl
     kv, gate = torch.randn(num_tokens, 2 * overlap * dim).chunk(2, -1)  # views with a stride, as the fused projection gives
     ape = torch.randn(ratio, overlap * dim)
     expected = clone_pages(pages)
-    compressor.save_state(kv, gate, ape, positions, pages, slots)
-    reference.save_state(kv, gate, ape, positions, expected, slots)
+    projected = Projected(kv, gate, ape, torch.ones(dim))
+    compressor.save_state(projected, positions, pages, slots)
+    reference.save_state(projected, positions, expected, slots)
     assert_bytes_equal(pages, expected)
+
+
+def saved(pages: Pages, table: Tensor, weight: Tensor, entry_slots: Tensor, entries: Pages) -> PagedState:
+    """State whose rows are in their pages already: neither kv, gate nor where they would go may be read."""
+    nothing = torch.zeros(0, 0)
+    return PagedState(Projected(nothing, nothing, nothing, weight), pages, nothing, table, entry_slots, entries)
 
 
 CASES = [
@@ -92,9 +100,11 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
     expected = clone_pages(cache)
     weight = torch.rand(dim) + 0.5
     entry_table = cos_sin(positions_t // ratio * ratio, FREQ)
-    args = (state, table, request_of_token, positions_t, entry_slots, ratio, overlap, weight, EPS, entry_table)
-    compressor.compress_store(*args, cache)
-    reference.compress_store(*args, expected)
+    step = EntryStep(
+        positions=positions_t, request_of_token=request_of_token, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=entry_table
+    )
+    compressor.compress_store([saved(state, table, weight, entry_slots, cache)], step)
+    reference.compress_store([saved(state, table, weight, entry_slots, expected)], step)
 
     kept = entry_slots >= 0
     where = entry_slots[kept]
@@ -140,11 +150,13 @@ def test_slots_and_pages_out_of_range_touch_nothing() -> None:
     cache = make_pages(IndexFormat.FP8, 2, 64, 128)
     before = memory(cache).clone(), memory(state).clone()
     ones = torch.zeros(2, dtype=torch.int32)
-    kv = torch.randn(2, 256)
-    compressor.save_state(kv, kv, torch.randn(4, 256), torch.tensor([3, 7]), state, torch.tensor([10_000, -1], dtype=torch.int32))
+    kv, positions = torch.randn(2, 256), torch.tensor([3, 7])
+    projected = Projected(kv, kv, torch.randn(4, 256), torch.ones(128))
+    compressor.save_state(projected, positions, state, torch.tensor([10_000, -1], dtype=torch.int32))
     slots = torch.tensor([128, -1], dtype=torch.int32)
     table = torch.full((1, 2), 1 << 20, dtype=torch.int32)
-    compressor.compress_store(state, table, ones, torch.tensor([3, 7]), slots, 4, 2, torch.ones(128), EPS, torch.zeros(2, 64), cache)
+    step = EntryStep(positions=positions, request_of_token=ones, ratio=4, overlap=2, eps=EPS, entry_cos_sin=torch.zeros(2, 64))
+    compressor.compress_store([saved(state, table, torch.ones(128), slots, cache)], step)
     assert torch.equal(memory(cache), before[0])
     assert torch.equal(memory(state), before[1])
 
@@ -170,25 +182,25 @@ def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, 
     entry_slots = torch.where((positions + 1) % ratio == 0, request * rows + positions // ratio % rows, -1).int()
     entry_slots[-1] = -1
     entry_table = cos_sin(positions // ratio * ratio, FREQ)
-    poolings = []
+    step = EntryStep(positions=positions, request_of_token=request, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=entry_table)
+    states = []
     for dim, row_format in caches:
-        state, table = state_pages(total, state_rows, overlap, dim)
+        pages, table = state_pages(total, state_rows, overlap, dim)
         for r in range(2):
             slots = table[r, at[:already] // state_rows] * state_rows + (at[:already] % state_rows).int()
-            reference.store_rows(state, slots, torch.randn(already, 2 * overlap * dim), 0)
-        state_slots = (table[request.long(), positions // state_rows] * state_rows + positions % state_rows).int()
-        state_slots[-1] = -1
+            reference.store_rows(pages, slots, torch.randn(already, 2 * overlap * dim), 0)
+        slot_mapping = (table[request.long(), positions // state_rows] * state_rows + positions % state_rows).int()
+        slot_mapping[-1] = -1
         kv, gate = torch.randn(2 * new + 1, 2 * overlap * dim).chunk(2, -1)
-        parameters, cache = (torch.randn(ratio, overlap * dim), torch.rand(dim) + 0.5), make_pages(row_format, 2, rows, dim)
-        poolings.append(Pooling(kv, gate, *parameters, state, state_slots, table, entry_slots, cache))
-    apart = [replace(to, state=clone_pages(to.state), cache=clone_pages(to.cache)) for to in poolings]
-    compressor.update(poolings, positions, request, overlap, EPS, entry_table)
-    for one, two in zip(poolings, apart, strict=True):
-        compressor.save_state(two.kv, two.gate, two.ape, positions, two.state, two.state_slots)
-        where = (two.state, two.state_block_table, request, positions, two.entry_slots, ratio, overlap, two.norm_weight)
-        compressor.compress_store(*where, EPS, entry_table, two.cache)
-        assert_bytes_equal(one.state, two.state)
-        assert_bytes_equal(one.cache, two.cache)
+        projected = Projected(kv, gate, torch.randn(ratio, overlap * dim), torch.rand(dim) + 0.5)
+        states.append(PagedState(projected, pages, slot_mapping, table, entry_slots, make_pages(row_format, 2, rows, dim)))
+    apart = [replace(state, pages=clone_pages(state.pages), entries=clone_pages(state.entries)) for state in states]
+    compressor.update(states, step)
+    for one, two in zip(states, apart, strict=True):
+        compressor.save_state(two.projected, positions, two.pages, two.slot_mapping)
+        compressor.compress_store([two], step)
+        assert_bytes_equal(one.pages, two.pages)
+        assert_bytes_equal(one.entries, two.entries)
 
 
 def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> None:
@@ -200,11 +212,12 @@ def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> Non
     request = torch.tensor([0] * 6 + [1] * 2, dtype=torch.int32)
     state_slots = (table[request.long(), positions // 4] * 4 + positions % 4).int()
     entry_slots = torch.tensor([-1] * 7 + [2], dtype=torch.int32)
-    kv, gate, ape, weight = torch.randn(8, 256), torch.randn(8, 256), torch.randn(4, 256), torch.ones(128)
-    expected_state, cache, expected = clone_pages(state), make_pages(IndexFormat.FP8, 1, 64, 128), make_pages(IndexFormat.FP8, 1, 64, 128)
-    to = Pooling(kv, gate, ape, weight, state, state_slots, table, entry_slots, cache)
-    compressor.update([to], positions, request, 2, EPS, torch.zeros(8, 64))
-    compressor.save_state(kv, gate, ape, positions, expected_state, state_slots)
-    where = (expected_state, table, request, positions, entry_slots, 4, 2, weight)
-    compressor.compress_store(*where, EPS, torch.zeros(8, 64), expected)
-    assert_bytes_equal(cache, expected)
+    projected = Projected(torch.randn(8, 256), torch.randn(8, 256), torch.randn(4, 256), torch.ones(128))
+    cache = make_pages(IndexFormat.FP8, 1, 64, 128)
+    together = PagedState(projected, state, state_slots, table, entry_slots, cache)
+    apart = replace(together, pages=clone_pages(state), entries=make_pages(IndexFormat.FP8, 1, 64, 128))
+    step = EntryStep(positions=positions, request_of_token=request, ratio=4, overlap=2, eps=EPS, entry_cos_sin=torch.zeros(8, 64))
+    compressor.update([together], step)
+    compressor.save_state(projected, positions, apart.pages, state_slots)
+    compressor.compress_store([apart], step)
+    assert_bytes_equal(cache, apart.entries)

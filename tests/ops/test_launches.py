@@ -14,6 +14,7 @@ from dsv4.model.kv_layout import IndexFormat, KvFormat, StateMapping
 from dsv4.ops import attention, indexer, mhc
 from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor import summary
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.indexer.topk_triton import topk
 from dsv4.ops.pages import BatchView, PageTable, Selection, SlotMapping
 from tests.support.kernel_cases import fill_pages, make_pages
@@ -48,23 +49,31 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
     """One token of each of two requests: the first completes an entry, and ends a page."""
     overlap = 2 if ratio == 4 else 1
     positions, request = torch.tensor([255, 126]), torch.arange(T, dtype=torch.int32)
-    entry_slots, finish = torch.tensor([3, -1], dtype=torch.int32), (overlap, EPS, torch.zeros(T, 64))
-    table = torch.arange(80, dtype=torch.int32).view(2, 40)
+    entry_slots, table = torch.tensor([3, -1], dtype=torch.int32), torch.arange(80, dtype=torch.int32).view(2, 40)
+    step = EntryStep(positions=positions, request_of_token=request, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=torch.zeros(T, 64))
     paged, summarised = [], []
     for dim, row_format in caches:
         kv, ape, cache = torch.randn(T, overlap * dim), torch.randn(ratio, overlap * dim), make_pages(row_format, 2, 64, dim)
-        state = make_pages(KvFormat.PLAIN, 80, 8, 2 * overlap * dim, torch.float32)
-        fill_pages(state, torch.arange(640), torch.randn(640, 2 * overlap * dim), 0)
-        rows = (state, torch.tensor([255, 446], dtype=torch.int32), table, entry_slots, cache)
-        paged.append(compressor.Pooling(kv, kv, ape, torch.ones(dim), *rows))
-        tail = torch.zeros(2, 3, dim) if overlap == 2 else None
-        kept = (torch.rand(2, overlap, 3, dim), request, tail, request[:, None], entry_slots, cache)
-        summarised.append(summary.Pooling(kv, kv, ape, torch.ones(dim), *kept))
+        projected = Projected(kv, kv, ape, torch.ones(dim))
+        pages = make_pages(KvFormat.PLAIN, 80, 8, 2 * overlap * dim, torch.float32)
+        fill_pages(pages, torch.arange(640), torch.randn(640, 2 * overlap * dim), 0)
+        slots = torch.tensor([255, 446], dtype=torch.int32)
+        paged.append(compressor.PagedState(projected, pages, slots, table, entry_slots, cache))
+        summarised.append(
+            summary.SummaryState(
+                projected,
+                summaries=torch.rand(2, overlap, 3, dim),
+                state_page=request,
+                tail=torch.zeros(2, 3, dim) if overlap == 2 else None,
+                block_table=request[:, None],
+                entry_slot_mapping=entry_slots,
+                entries=cache,
+            )
+        )
     if mapping is StateMapping.PAGED:
-        compressor.update(paged, positions, request, *finish)
+        compressor.update(paged, step)
     else:
-        batch = BatchView(torch.arange(T + 1, dtype=torch.int32), (positions + 1).int(), T, T, 256, 1)
-        summary.compress(summarised, batch, request, positions, 256, ratio, *finish)
+        summary.compress(summarised, step, BatchView(torch.arange(T + 1, dtype=torch.int32), (positions + 1).int(), T, T, 256, 1))
 
 
 def decode_layer(kind: str, mapping: StateMapping, max_tokens: int) -> None:

@@ -20,6 +20,7 @@ import triton
 from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import attention
 from dsv4.ops.compressor import paged as compressor
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.pages import Pages, Selection, SlotMapping, load_rows, store_rows
 from dsv4.ops.rope import cos_sin
 from tests.support.kernel_cases import clone_pages, make_pages, memory
@@ -124,7 +125,9 @@ def test_native_compressor_and_ours_share_state_and_entries(
     positions = torch.arange(num_tokens)
     slots = (table[0, positions // state_rows] * state_rows + positions % state_rows).int()
     kv, gate, ape = torch.randn(num_tokens, width), torch.randn(num_tokens, width), torch.randn(ratio, width)
-    compressor.save_state(kv, gate, ape, positions, state, slots)
+    weight = torch.rand(512) + 0.5
+    projected = Projected(kv, gate, ape, weight)
+    compressor.save_state(projected, positions, state, slots)
     native.savepartialstateskernel_kernel[(num_tokens,)](
         kv, kv.stride(0), gate, gate.stride(0), ape, ape.stride(0), positions, native_state.data, native_state.data.stride(0),
         native_state.data.stride(1), slots, state_rows,
@@ -134,11 +137,16 @@ def test_native_compressor_and_ours_share_state_and_entries(
 
     entry_slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1).int()
     mine, theirs = (make_pages(KvFormat.FP8_DS_MLA, 2, rows, 512) for _ in range(2))
-    weight, freq_table = torch.rand(512) + 0.5, cos_sin(positions, FREQ)
-    request = torch.zeros(num_tokens, dtype=torch.int32)
-    compressor.compress_store(
-        state, table, request, positions, entry_slots, ratio, overlap, weight, 1e-6, freq_table[positions // ratio * ratio], mine
+    request, freq_table = torch.zeros(num_tokens, dtype=torch.int32), cos_sin(positions, FREQ)
+    step = EntryStep(
+        positions=positions,
+        request_of_token=request,
+        ratio=ratio,
+        overlap=overlap,
+        eps=1e-6,
+        entry_cos_sin=freq_table[positions // ratio * ratio],
     )
+    compressor.compress_store([compressor.PagedState(projected, state, slots, table, entry_slots, mine)], step)
     native.module__fused_kv_compress_norm_rope_insert_sparse_attn[(num_tokens,)](
         state.data, state.data.stride(0), state.data.stride(1), request, positions, slots, table, table.stride(0), state_rows,
         weight, 1e-6, freq_table, freq_table.stride(0), theirs.data, entry_slots, rows,

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import plan
+from dsv4.ops.compressor.paged import PagedState
 from dsv4.ops.compressor.paged.reference import compress_store, save_state
-from dsv4.ops.compressor.ring import RingPooling, Rings, compress_step, plan_many, plan_single
+from dsv4.ops.compressor.projected import EntryStep, Projected
+from dsv4.ops.compressor.ring import Rings, RingState, compress_step, plan_many, plan_single
 from dsv4.ops.pages import BatchView, Pages
 
 PAGE, DIM, ROPE = 256, 8, 4
@@ -21,16 +23,23 @@ def plain(pages: int, rows: int, width: int) -> Pages:
     return Pages(torch.full((pages, rows, width), float("nan")), rows, KvFormat.PLAIN)
 
 
-def entries_of_whole_sequence(kv: Tensor, gate: Tensor, ape: Tensor, norm: Tensor, ratio: int, overlap: int) -> Tensor:
+def entry_step(positions: Tensor, request_of_token: Tensor, ratio: int, overlap: int) -> EntryStep:
+    """A step whose entries are not rotated."""
+    cos_sin = torch.cat([torch.ones(len(positions), ROPE // 2), torch.zeros(len(positions), ROPE // 2)], 1)
+    return EntryStep(positions=positions, request_of_token=request_of_token, ratio=ratio, overlap=overlap, eps=1e-6, entry_cos_sin=cos_sin)
+
+
+def entries_of_whole_sequence(projected: Projected, ratio: int, overlap: int) -> Tensor:
     """Entries pooled from paged state in one step: [T // ratio, DIM]."""
-    positions = torch.arange(kv.shape[0])
-    state, cache = plain(1, kv.shape[0], 2 * kv.shape[1]), plain(1, kv.shape[0], DIM)
-    save_state(kv, gate, ape, positions, state, positions)
+    num_tokens, width = projected.kv.shape
+    positions = torch.arange(num_tokens)
+    pages, cache = plain(1, num_tokens, 2 * width), plain(1, num_tokens, DIM)
+    save_state(projected, positions, pages, positions)
     slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1)
     zero = torch.zeros_like(positions)
-    cos_sin = torch.cat([torch.ones(kv.shape[0], ROPE // 2), torch.zeros(kv.shape[0], ROPE // 2)], 1)
-    compress_store(state, zero[:1, None], zero, positions, slots, ratio, overlap, norm, 1e-6, cos_sin, cache)
-    return cache.data[0, : kv.shape[0] // ratio]
+    state = PagedState(projected, pages, positions, zero[:1, None], slots, cache)
+    compress_store([state], entry_step(positions, zero, ratio, overlap))
+    return cache.data[0, : num_tokens // ratio]
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
@@ -59,18 +68,17 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         # CSA rings hang on pages, HCA rings on requests; the places of the two do not meet here.
         owners = table[chosen] if ratio == 4 else torch.tensor(chosen, dtype=torch.int32)[:, None]
         where = Rings(owners, PAGE if ratio == 4 else 10_000, ratio, windows)
-        step = plan_single(where, tokens) if single else plan_many(where, tokens, batch)
+        ring_plan = plan_single(where, tokens) if single else plan_many(where, tokens, batch)
         slots = plan.entry_slot_mapping(table[chosen], tokens, PAGE // ratio, ratio)
         rows = torch.cat([torch.arange(done[r], done[r] + n) for r, n in zip(chosen, sizes, strict=True)])
         owner = torch.tensor(chosen)[tokens.request_of_token.long()]
-        cos_sin = torch.cat([torch.ones(len(rows), ROPE // 2), torch.zeros(len(rows), ROPE // 2)], 1)
-        scratch = plain(step.num_pages, ratio, 2 * width) if step.num_pages else None
-        to = RingPooling(kv[owner, rows], gate[owner, rows], ape, norm, rings, scratch, slots, cache)
-        compress_step([to], step, tokens.request_of_token, overlap, 1e-6, cos_sin)
+        scratch = plain(ring_plan.num_pages, ratio, 2 * width) if ring_plan.num_pages else None
+        state = RingState(Projected(kv[owner, rows], gate[owner, rows], ape, norm), rings, scratch, slots, cache)
+        compress_step([state], ring_plan, entry_step(rows, tokens.request_of_token, ratio, overlap))
         for r, n in zip(chosen, sizes, strict=True):
             done[r] += n
     per_page = PAGE // ratio
     for r in range(3):
-        want = entries_of_whole_sequence(kv[r, : total[r]], gate[r, : total[r]], ape, norm, ratio, overlap)
+        want = entries_of_whole_sequence(Projected(kv[r, : total[r]], gate[r, : total[r]], ape, norm), ratio, overlap)
         at = torch.arange(len(want))
         torch.testing.assert_close(cache.data[table[r][at // per_page].long(), at % per_page], want, rtol=1e-6, atol=1e-6)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops.compressor import summary
-from dsv4.ops.compressor.paged.reference import pool
-from dsv4.ops.compressor.summary import Pooling, reference
+from dsv4.ops.compressor.entry import pool
+from dsv4.ops.compressor.projected import EntryStep, Projected
+from dsv4.ops.compressor.summary import SummaryState, reference
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.pages import BatchView, Pages, RowsFormat, load_rows, row_widths
 from dsv4.ops.plan import TokenPlan, entry_slot_mapping, plan_tokens
@@ -35,6 +36,17 @@ def _whole(kv: Tensor, score: Tensor, ratio: int, overlap: int) -> Tensor:
         kv = torch.cat([before(kv[..., :dim], 0.0), kv[..., dim:]], 1)
         score = torch.cat([before(score[..., :dim], float("-inf")), score[..., dim:]], 1)
     return pool(kv, score)
+
+
+def entry_step(tokens: TokenPlan, ratio: int, overlap: int, entry_cos_sin: Tensor) -> EntryStep:
+    return EntryStep(
+        positions=tokens.positions,
+        request_of_token=tokens.request_of_token,
+        ratio=ratio,
+        overlap=overlap,
+        eps=EPS,
+        entry_cos_sin=entry_cos_sin,
+    )
 
 
 class Engine:
@@ -72,9 +84,16 @@ class Engine:
         slots = entry_slot_mapping(self.table, tokens, self.rows, self.ratio)
         table = torch.zeros(len(kv), ROPE)
         table[:, : ROPE // 2] = 1.0  # cos 1, sin 0: RoPE is not under test
-        kept = (self.state, self.state_page, self.tail, self.table)
-        to = Pooling(kv, gate, self.ape, self.weight, *kept, slots, self.cache)
-        reference.compress([to], batch, tokens.request_of_token, tokens.positions, PAGE, self.ratio, self.overlap, EPS, table)
+        state = SummaryState(
+            Projected(kv, gate, self.ape, self.weight),
+            summaries=self.state,
+            state_page=self.state_page,
+            tail=self.tail,
+            block_table=self.table,
+            entry_slot_mapping=slots,
+            entries=self.cache,
+        )
+        reference.compress([state], entry_step(tokens, self.ratio, self.overlap, table), batch)
 
     def forget_state(self, request: int) -> None:
         """What a prefix hit finds: pages with their tails, and somebody else's state block."""
@@ -157,10 +176,10 @@ class Served:
         self.overlap, self.rows = (2 if self.ratio == 4 else 1), PAGE // self.ratio
         self.done = [0] * REQUESTS
         self.caches = [self._cache(dim, row_format) for dim, row_format in caches]
-        self.gates = [torch.randn(REQUESTS, CONTEXT, self.overlap * c.norm_weight.shape[0]) * 3 for c in self.caches]
+        self.gates = [torch.randn(REQUESTS, CONTEXT, self.overlap * c.projected.norm_weight.shape[0]) * 3 for c in self.caches]
         self.kvs = [torch.randn_like(gate) for gate in self.gates]
 
-    def _cache(self, dim: int, row_format: RowsFormat) -> Pooling:
+    def _cache(self, dim: int, row_format: RowsFormat) -> SummaryState:
         pages = REQUESTS * CONTEXT // PAGE
         nothing, width = torch.zeros(0, self.overlap * dim), self.overlap * dim
         state = torch.full((2 * REQUESTS, self.overlap * 3 * dim + 64), NAN)[:, : self.overlap * 3 * dim]
@@ -169,15 +188,22 @@ class Served:
         table = torch.randperm(pages).int().view(REQUESTS, -1)
         cache = make_pages(row_format, pages, self.rows, dim)
         norm = torch.rand(dim) + 0.5
-        kept = (state.unflatten(-1, (self.overlap, 3, dim)), state_page, tail, table)
-        return Pooling(nothing, nothing, torch.randn(self.ratio, width), norm, *kept, nothing, cache)
+        return SummaryState(
+            Projected(nothing, nothing, torch.randn(self.ratio, width), norm),
+            summaries=state.unflatten(-1, (self.overlap, 3, dim)),
+            state_page=state_page,
+            tail=tail,
+            block_table=table,
+            entry_slot_mapping=nothing,
+            entries=cache,
+        )
 
     def hit(self, request: int, of: int, pages: int) -> None:
         """Let `request` go on behind the first pages of another, with somebody else's state."""
         self.done[request] = pages * PAGE
         for i, c in enumerate(self.caches):
             c.block_table[request, :pages] = c.block_table[of, :pages]
-            c.state[c.state_page[request].long()] = NAN
+            c.summaries[c.state_page[request].long()] = NAN
             for x in (self.kvs[i], self.gates[i]):
                 x[request, : pages * PAGE] = x[of, : pages * PAGE]
 
@@ -190,54 +216,60 @@ class Served:
         tokens = plan_tokens(batch)
         table = cos_sin(tokens.positions // self.ratio * self.ratio, FREQ)
         given = [self._step(i, tokens) for i in range(len(self.caches))]
+        step = entry_step(tokens, self.ratio, self.overlap, table)
         if not compare:
-            reference.compress(given, batch, tokens.request_of_token, tokens.positions, PAGE, self.ratio, self.overlap, EPS, table)
+            reference.compress(given, step, batch)
             return
-        expected = [replace(to, state=to.state.clone(), tail=_clone(to.tail), cache=clone_pages(to.cache)) for to in given]
-        args = (batch, tokens.request_of_token, tokens.positions, PAGE, self.ratio, self.overlap, EPS, table)
-        summary.compress(given, *args)
-        reference.compress(expected, *args)
+        expected = [
+            replace(state, summaries=state.summaries.clone(), tail=_clone(state.tail), entries=clone_pages(state.entries))
+            for state in given
+        ]
+        summary.compress(given, step, batch)
+        reference.compress(expected, step, batch)
         for i, (got, want) in enumerate(zip(given, expected, strict=True)):
-            assert_summaries_close(got.state, want.state)
+            assert_summaries_close(got.summaries, want.summaries)
             if got.tail is not None and want.tail is not None:
                 assert_summaries_close(got.tail, want.tail)
             self._check_entries(i, got, want, tokens)
 
-    def _step(self, i: int, tokens: TokenPlan) -> Pooling:
+    def _step(self, i: int, tokens: TokenPlan) -> SummaryState:
         c, request = self.caches[i], tokens.request_of_token.long()
         # Views with a stride, as the fused projection gives; NaN where padding reads.
         both = torch.cat([self.kvs[i][request, tokens.positions], self.gates[i][request, tokens.positions]], -1)
         both[~tokens.valid] = NAN
         kv, gate = both.chunk(2, -1)
-        return replace(c, kv=kv, gate=gate, entry_slots=entry_slot_mapping(c.block_table, tokens, self.rows, self.ratio))
+        slots = entry_slot_mapping(c.block_table, tokens, self.rows, self.ratio)
+        return replace(c, projected=replace(c.projected, kv=kv, gate=gate), entry_slot_mapping=slots)
 
-    def _check_entries(self, i: int, got: Pooling, want: Pooling, tokens: TokenPlan) -> None:
+    def _check_entries(self, i: int, got: SummaryState, want: SummaryState, tokens: TokenPlan) -> None:
         """What this step stored is the encoding of whole windows pooled at once; all other bytes are as the twin left them."""
-        stored = (got.entry_slots >= 0).nonzero().squeeze(-1)
-        where = got.entry_slots[stored].long()
-        pages = [got.cache, want.cache]
+        stored = (got.entry_slot_mapping >= 0).nonzero().squeeze(-1)
+        where = got.entry_slot_mapping[stored].long()
+        pages = [got.entries, want.entries]
         if len(stored):
             self._check_stored(i, got, want, where, tokens.request_of_token[stored].long(), tokens.positions[stored])
             for p in pages:
-                _erase(p, where, got.norm_weight.shape[0])
+                _erase(p, where, got.projected.norm_weight.shape[0])
         assert torch.equal(memory(pages[0]), memory(pages[1])), "other bytes were touched"
 
-    def _check_stored(self, i: int, got: Pooling, want: Pooling, where: Tensor, request: Tensor, positions: Tensor) -> None:
-        dim, exact = got.norm_weight.shape[0], []
+    def _check_stored(self, i: int, got: SummaryState, want: SummaryState, where: Tensor, request: Tensor, positions: Tensor) -> None:
+        dim, exact = got.projected.norm_weight.shape[0], []
         for r, at in zip(request.tolist(), (positions // self.ratio).tolist(), strict=True):
             begin, end = max(at - self.overlap + 1, 0) * self.ratio, (at + 1) * self.ratio
-            score = self.gates[i][r, begin:end] + got.ape[torch.arange(begin, end) % self.ratio]
+            score = self.gates[i][r, begin:end] + got.projected.ape[torch.arange(begin, end) % self.ratio]
             exact.append(_whole(self.kvs[i][r, begin:end], score, self.ratio, self.overlap)[-1])
-        entry = apply_rope(rms_norm(torch.stack(exact), got.norm_weight, EPS), cos_sin(positions // self.ratio * self.ratio, FREQ))
+        entry = apply_rope(
+            rms_norm(torch.stack(exact), got.projected.norm_weight, EPS), cos_sin(positions // self.ratio * self.ratio, FREQ)
+        )
         # fp32 sums in another order may tip a bf16 rounding. Behind the Hadamard sum that is one of 128 addends, or two.
         source, slack = entry, entry.abs() * 2.0**-8 + 1e-6
-        if got.cache.format in (IndexFormat.FP8, IndexFormat.MXFP4):
+        if got.entries.format in (IndexFormat.FP8, IndexFormat.MXFP4):
             source = hadamard(entry.bfloat16())
             slack = 2 * 2.0**-7 * 128**-0.5 * entry.abs().amax(-1, keepdim=True)
-        stored = load_rows(got.cache, where, dim, 64).float()
-        near = torch.stack([_rounded(source + shift, got.cache.format) for shift in (-slack, 0 * slack, slack)])
+        stored = load_rows(got.entries, where, dim, 64).float()
+        near = torch.stack([_rounded(source + shift, got.entries.format) for shift in (-slack, 0 * slack, slack)])
         assert ((near.amin(0) <= stored) & (stored <= near.amax(0))).all()
-        assert (stored == load_rows(want.cache, where, dim, 64).float()).float().mean() > 0.99
+        assert (stored == load_rows(want.entries, where, dim, 64).float()).float().mean() > 0.99
 
 
 def _rounded(rows: Tensor, row_format: RowsFormat) -> Tensor:
@@ -280,7 +312,7 @@ def assert_summaries_close(actual: Tensor, expected: Tensor) -> None:
 def test_scores_and_values_are_within_what_the_tolerance_assumes() -> None:
     served = Served("hca-fp8")
     assert served.kvs[0].abs().max() < 8
-    spread = served.gates[0].amax() - served.gates[0].amin() + 2 * served.caches[0].ape.abs().max()
+    spread = served.gates[0].amax() - served.gates[0].amin() + 2 * served.caches[0].projected.ape.abs().max()
     assert spread < 40
 
 
@@ -327,26 +359,26 @@ def test_kernel_reads_the_tail_of_a_page_filled_in_the_same_step(filler: int, re
 def test_kernel_masks_pages_and_slots_out_of_range() -> None:
     served = Served("csa-fp8")
     served.step((3, 3, 0))
-    before = [(c.state.clone(), _clone(c.tail), memory(c.cache).clone()) for c in served.caches]
+    before = [(c.summaries.clone(), _clone(c.tail), memory(c.entries).clone()) for c in served.caches]
     starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
     batch = BatchView(starts, torch.tensor([PAGE, 2 * PAGE, 3]), 2, REQUESTS, 2 * PAGE, 1)
     tokens = plan_tokens(batch)
-    poolings = [
+    states = [
         replace(
             served._step(i, tokens),
             state_page=torch.tensor([-1, 1 << 20, 0], dtype=torch.int32),
             block_table=torch.tensor([[-1], [1], [2]], dtype=torch.int32),  # of request 1, the second page is missing
-            entry_slots=torch.tensor([1 << 20, -7], dtype=torch.int32),
+            entry_slot_mapping=torch.tensor([1 << 20, -7], dtype=torch.int32),
         )
         for i in range(2)
     ]
-    args = (batch, tokens.request_of_token, tokens.positions, PAGE, 4, 2, EPS, cos_sin(tokens.positions, FREQ))
-    summary.compress(poolings, *args)
-    summary.compress(poolings, replace(batch, max_query_len=2), *args[1:])
+    step = entry_step(tokens, 4, 2, cos_sin(tokens.positions, FREQ))
+    summary.compress(states, step, batch)
+    summary.compress(states, step, replace(batch, max_query_len=2))
     for c, (state, tail, cache) in zip(served.caches, before, strict=True):
-        assert torch.equal(c.state.isnan(), state.isnan())
-        assert torch.equal(c.state.nan_to_num(), state.nan_to_num())
+        assert torch.equal(c.summaries.isnan(), state.isnan())
+        assert torch.equal(c.summaries.nan_to_num(), state.nan_to_num())
         assert tail is not None
         assert c.tail is not None
         assert torch.equal(c.tail.isnan(), tail.isnan())
-        assert torch.equal(memory(c.cache), cache)
+        assert torch.equal(memory(c.entries), cache)

@@ -110,7 +110,7 @@ def record_quantised(names: dict[int, str]) -> dict[str, list[Any]]:
     """
     from dsv4.ops import registry
     from dsv4.ops.attention import reference as attention
-    from dsv4.ops.compressor.paged import reference as compressor
+    from dsv4.ops.compressor import entry
     from dsv4.ops.indexer import reference as indexer
     from dsv4.ops.quant.reference import decode_row, encode_row
 
@@ -134,7 +134,7 @@ def record_quantised(names: dict[int, str]) -> dict[str, list[Any]]:
 
         setattr(module, name, wrapped)
 
-    attention.store_rows = compressor.store_rows = recorded_store
+    attention.store_rows = entry.store_rows = recorded_store
     record_result(indexer, "prepare_query", "query", lambda query: (query.values.clone(), query.weights.clone()))
     # Asked for cache slots, topk asks itself for entries: that inner call of three arguments is what the reference replays.
     record_result(indexer, "topk", "topk", lambda topk_indices: topk_indices.clone(), most_args=3)

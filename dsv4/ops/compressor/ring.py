@@ -10,12 +10,13 @@ them, go through scratch memory, and only the windows that stay open are written
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dsv4.ops.compressor.paged import Pooling, save_state, update
+from dsv4.ops.compressor.paged import PagedState, save_state, update
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.pages import BatchView, Pages
 from dsv4.ops.plan import TokenPlan
 
@@ -24,7 +25,10 @@ from dsv4.ops.plan import TokenPlan
 class Rings:
     """Where the state row of a position lives.
 
-    owner_table: [R, n] int32; the ring of request r's position p belongs to owner_table[r, p // owner_tokens].
+    owner_table: [R, n] int32; the ring of request r's position p belongs to owner_table[r, p // owner_tokens]
+    owner_tokens: tokens of one owner
+    ratio: rows of a ring page
+    windows: pages of a ring
     """
 
     owner_table: Tensor
@@ -50,16 +54,21 @@ class Rings:
 class RingPlan:
     """One step's use of the rings of one kind.
 
-    positions: [T] int64, each relative to the first row that its request needs, so that tables stay short.
-    table: [R, n] int32, pages of the memory that entries are pooled from; store_slots: [T] int32, where the step's rows go in it.
-    The rest is None when that memory is the rings themselves: keep_slots [T] int32, ring slots of rows that outlive the step, -1
-    for the others; carry_from, carry_to [R * n]: ring and scratch slots of rows from before the step; num_pages of scratch.
+    positions: [T] int64, each relative to the first row that its request needs, so that tables stay short
+    block_table: [R, n] int32, pages of the memory that entries are pooled from
+    slot_mapping: [T] int32, where the step's rows go in it
+
+    The rest is None when that memory is the rings themselves:
+
+    keep_slot_mapping: [T] int32, ring slots of rows that outlive the step, -1 for the others
+    carry_from, carry_to: [R * n] int64, ring and scratch slots of rows from before the step
+    num_pages: of scratch
     """
 
     positions: Tensor
-    table: Tensor
-    store_slots: Tensor
-    keep_slots: Tensor | None = None
+    block_table: Tensor
+    slot_mapping: Tensor
+    keep_slot_mapping: Tensor | None = None
     carry_from: Tensor | None = None
     carry_to: Tensor | None = None
     num_pages: int = 0
@@ -100,7 +109,15 @@ def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView) -> RingPlan:
     owner = torch.where(exists, at, base[:, None])
     source = torch.where(exists, rings.slots(index[:, None].expand_as(owner), owner), 0)
     target = torch.where(exists, start[:, None] * ratio + rows, capacity * ratio)  # the others go to a page nobody reads
-    return RingPlan(positions, table, store.int(), kept.int(), source.flatten().long(), target.flatten().long(), capacity + 1)
+    return RingPlan(
+        positions,
+        table,
+        store.int(),
+        keep_slot_mapping=kept.int(),
+        carry_from=source.flatten().long(),
+        carry_to=target.flatten().long(),
+        num_pages=capacity + 1,
+    )
 
 
 def _outlives(rings: Rings, positions: Tensor, seq_lens: Tensor) -> Tensor:
@@ -112,41 +129,42 @@ def _outlives(rings: Rings, positions: Tensor, seq_lens: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RingPooling:
-    """One cache that a layer's tokens are pooled into. kv, gate: [T, overlap * D] fp32; ape: [m, overlap * D] fp32.
+class RingState:
+    """One cache that a layer's tokens are pooled into, with its open windows kept as raw rows in rings.
 
-    rings: its open windows; scratch: at least plan.num_pages pages of the rings' shape, None when the plan needs none;
-    entry_slots: [T], the slot of the entry that token t completes, -1 for the others; norm_weight: [D]; cache: for entries.
+    rings: fp32 rows [P, ratio, 2 * overlap * D]
+    scratch: at least plan.num_pages pages of that shape; None when the plan needs none
+    entry_slot_mapping: [T] int32, the slot of the entry that token t completes, -1 for none
+    entries: the cache of those
     """
 
-    kv: Tensor
-    gate: Tensor
-    ape: Tensor
-    norm_weight: Tensor
+    projected: Projected
     rings: Pages
     scratch: Pages | None
-    entry_slots: Tensor
-    cache: Pages
+    entry_slot_mapping: Tensor
+    entries: Pages
 
 
-def compress_step(
-    poolings: Sequence[RingPooling], plan: RingPlan, request_of_token: Tensor, overlap: int, eps: float, entry_cos_sin: Tensor
-) -> None:
-    """Save the step's rows, pool the entries that it completes, and keep what later steps need, for all caches of a layer.
-
-    The other arguments are those of `update`.
-    """
-    update([_paged(to, plan) for to in poolings], plan.positions, request_of_token, overlap, eps, entry_cos_sin)
-    if plan.keep_slots is not None:
-        for to in poolings:
-            save_state(to.kv, to.gate, to.ape, plan.positions, to.rings, plan.keep_slots)
+def compress_step(states: Sequence[RingState], plan: RingPlan, step: EntryStep) -> None:
+    """Save the step's rows, pool the entries that it completes, and keep what later steps need, for all caches of a layer."""
+    update([_paged(state, plan) for state in states], replace(step, positions=plan.positions))
+    if plan.keep_slot_mapping is not None:
+        for state in states:
+            save_state(state.projected, plan.positions, state.rings, plan.keep_slot_mapping)
 
 
-def _paged(to: RingPooling, plan: RingPlan) -> Pooling:
+def _paged(state: RingState, plan: RingPlan) -> PagedState:
     """The pages that entries are pooled from: the rings, or scratch that the rows they need have been copied to."""
-    memory = to.rings
-    if plan.keep_slots is not None:
-        assert to.scratch is not None
-        memory = to.scratch
-        memory.data.flatten(0, 1)[plan.carry_to] = to.rings.data.flatten(0, 1)[plan.carry_from]
-    return Pooling(to.kv, to.gate, to.ape, to.norm_weight, memory, plan.store_slots, plan.table, to.entry_slots, to.cache)
+    pages = state.rings
+    if plan.keep_slot_mapping is not None:
+        assert state.scratch is not None
+        pages = state.scratch
+        pages.data.flatten(0, 1)[plan.carry_to] = state.rings.data.flatten(0, 1)[plan.carry_from]
+    return PagedState(
+        state.projected,
+        pages,
+        plan.slot_mapping,
+        plan.block_table,
+        entry_slot_mapping=state.entry_slot_mapping,
+        entries=state.entries,
+    )

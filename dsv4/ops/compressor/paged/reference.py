@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch twin of the compressor. Source: spec section 3.4.
-
-A token contributes kv and score (gate + ape), each `overlap * D` wide. With overlap 2 (CSA) the first D columns (A)
-belong to the *next* window's entry, the last D (B) to the token's own.
-"""
+"""The compressor on raw rows in pages, in plain PyTorch. Source: spec section 3.4."""
 
 from __future__ import annotations
 
@@ -12,55 +8,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv4.model.kv_layout import IndexFormat
-from dsv4.ops.compressor.paged.state import Pooling
-from dsv4.ops.norm import rms_norm
+from dsv4.ops.compressor.entry import pool, store_entries
+from dsv4.ops.compressor.paged.state import PagedState
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.pages import Pages, store_rows
-from dsv4.ops.quant.reference import hadamard
-from dsv4.ops.rope import apply_rope
 
 
-def save_state(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, state: Pages, slots: Tensor) -> None:
-    """Write each token's row [kv | gate + ape[position % m]] into its state slot; slot -1 writes nothing.
+def save_state(projected: Projected, positions: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
+    """Write each token's row [kv | gate + ape[position % ratio]] into its slot; slot -1 writes nothing.
 
-    kv, gate: [T, overlap * D] fp32; ape: [m, overlap * D] fp32; positions: [T]; state: fp32 rows [P, rows, 2 * overlap * D].
+    positions: [T] int64
+    pages: fp32 rows [P, rows, 2 * overlap * D]
+    slot_mapping: [T] int32
     """
-    score = gate + ape[positions % ape.shape[0]]
-    store_rows(state, slots, torch.cat([kv, score], -1), rope_dim=0)
+    score = projected.gate + projected.ape[positions % projected.ape.shape[0]]
+    store_rows(pages, slot_mapping, torch.cat([projected.kv, score], -1), rope_dim=0)
 
 
-def pool(kv: Tensor, score: Tensor) -> Tensor:
-    """Per-channel softmax pooling: kv, score [N, rows, D] fp32 (score -inf for missing rows); fp32 [N, D]."""
-    return (score.softmax(1) * kv).sum(1)
+def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
+    """Pool the windows that end at this step's tokens, all saved already, into entries, and store them in each cache.
 
-
-def compress_store(
-    state: Pages,
-    state_block_table: Tensor,
-    request_of_token: Tensor,
-    positions: Tensor,
-    entry_slots: Tensor,
-    ratio: int,
-    overlap: int,
-    norm_weight: Tensor,
-    eps: float,
-    entry_cos_sin: Tensor,
-    cache: Pages,
-) -> None:
-    """Pool the windows that end at this step's tokens into entries, and store them.
-
-    state: fp32 rows [P, rows, 2 * overlap * D]; state_block_table: [R, n] int32; request_of_token, positions: [T];
-    entry_slots: [T], the slot of the entry that token t completes, -1 for the others; entry_cos_sin: [T, rope_dim], at
-    position j * m of that entry; norm_weight: [D]. Index keys of packed formats are rotated by the Hadamard matrix.
+    kv and gate are not read.
     """
-    tokens = (entry_slots >= 0).nonzero().squeeze(-1)
+    for state in states:
+        _compress_store(state, step)
+
+
+def _compress_store(state: PagedState, step: EntryStep) -> None:
+    tokens = (state.entry_slot_mapping >= 0).nonzero().squeeze(-1)
     if tokens.numel() == 0:
         return
-    back = torch.arange(overlap * ratio - 1, -1, -1, device=positions.device)
-    rows_at = positions[tokens, None] - back  # [N, overlap * m], oldest first
-    table = state_block_table[request_of_token[tokens]]  # [N, n]
-    page = table.gather(1, (rows_at.clamp(min=0) // state.rows).long())
-    rows = state.data[page.long(), rows_at.clamp(min=0) % state.rows]  # [N, overlap * m, 2 * overlap * D]
+    ratio, overlap, page_rows = step.ratio, step.overlap, state.pages.rows
+    back = torch.arange(overlap * ratio - 1, -1, -1, device=step.device)
+    rows_at = step.positions[tokens, None] - back  # [N, overlap * m], oldest first
+    table = state.block_table[step.request_of_token[tokens]]  # [N, n]
+    page = table.gather(1, (rows_at.clamp(min=0) // page_rows).long())
+    rows = state.pages.data[page.long(), rows_at.clamp(min=0) % page_rows]  # [N, overlap * m, 2 * overlap * D]
     missing = rows_at < 0
     if overlap == 2:
         rows = torch.where(
@@ -72,28 +55,16 @@ def compress_store(
     # Rows before the first token do not exist: whatever memory holds there, NaN included, must not enter.
     kv = kv.masked_fill(missing[..., None], 0.0)
     pooled = pool(kv, score.masked_fill(missing[..., None], float("-inf")))
-    finish_entry(pooled, norm_weight, eps, entry_cos_sin[tokens], cache, entry_slots[tokens])
+    slots = state.entry_slot_mapping[tokens]
+    store_entries(pooled, state.projected.norm_weight, step.eps, step.entry_cos_sin[tokens], state.entries, slots)
 
 
-def update(
-    poolings: Sequence[Pooling], positions: Tensor, request_of_token: Tensor, overlap: int, eps: float, entry_cos_sin: Tensor
-) -> None:
+def update(states: Sequence[PagedState], step: EntryStep) -> None:
     """`save_state`, then `compress_store`, of the same tokens, for each of the caches, one or two.
-
-    positions, request_of_token: [T]; entry_cos_sin: [T, rope_dim], at the first position of token t's entry.
 
     A kernel may do both at once, so no token may be given a state slot that an entry completed in the same step still
     reads as another token's: pages never are, a ring must have room for the step beside the windows.
     """
-    for to in poolings:
-        save_state(to.kv, to.gate, to.ape, positions, to.state, to.state_slots)
-        where = (to.state_block_table, request_of_token, positions, to.entry_slots, to.ape.shape[0], overlap)
-        compress_store(to.state, *where, to.norm_weight, eps, entry_cos_sin, to.cache)
-
-
-def finish_entry(pooled: Tensor, norm_weight: Tensor, eps: float, cos_sin: Tensor, cache: Pages, slots: Tensor) -> None:
-    """Normalise, rotate, quantise and store pooled entries: pooled [N, D] fp32."""
-    entry = apply_rope(rms_norm(pooled, norm_weight, eps), cos_sin)
-    if cache.format in (IndexFormat.FP8, IndexFormat.MXFP4):
-        entry = hadamard(entry.bfloat16())
-    store_rows(cache, slots, entry, cos_sin.shape[-1])
+    for state in states:
+        save_state(state.projected, step.positions, state.pages, state.slot_mapping)
+    compress_store(states, step)

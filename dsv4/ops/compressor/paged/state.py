@@ -7,23 +7,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dsv4.ops.compressor.projected import Projected
 from dsv4.ops.pages import Pages
 
 
 @dataclass(frozen=True)
-class Pooling:
-    """kv, gate: [T, overlap * D] fp32; ape: [m, overlap * D] fp32; norm_weight: [D].
+class PagedState:
+    """Rows [kv | gate + ape], one per token, in pages; -1 stands for none in both slot mappings.
 
-    state: fp32 rows [P, rows, 2 * overlap * D]; state_slots: [T], where token t's row goes; state_block_table: [R, n] of its
-    pages; entry_slots: [T], the slot of the entry that token t completes; -1 for none in both. cache: where entries go.
+    pages: fp32 rows [P, rows, 2 * overlap * D]
+    slot_mapping: [T] int32, where token t's row goes
+    block_table: [R, n] int32, the pages of each request
+    entry_slot_mapping: [T] int32, the slot of the entry that token t completes
+    entries: the cache of those
     """
 
-    kv: Tensor
-    gate: Tensor
-    ape: Tensor
-    norm_weight: Tensor
-    state: Pages
-    state_slots: Tensor
-    state_block_table: Tensor
-    entry_slots: Tensor
-    cache: Pages
+    projected: Projected
+    pages: Pages
+    slot_mapping: Tensor
+    block_table: Tensor
+    entry_slot_mapping: Tensor
+    entries: Pages

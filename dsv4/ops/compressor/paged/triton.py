@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.compressor.paged.state import Pooling
+from dsv4.ops.compressor.paged.state import PagedState
+from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import format_code, hadamard_row, rotate_pairs, store_row
@@ -37,14 +38,15 @@ def save_state_kernel(
         tl.store(at + WIDTH + c, tl.load(gate + t * gate_stride + c, mask=inside) + bias, mask=inside)
 
 
-def save_state(kv: Tensor, gate: Tensor, ape: Tensor, positions: Tensor, state: Pages, slots: Tensor) -> None:
+def save_state(projected: Projected, positions: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
     """See `reference.save_state`."""
+    kv, gate, ape = projected.kv, projected.gate, projected.ape
     num_tokens, width = kv.shape
     if num_tokens == 0:
         return
     save_state_kernel[(num_tokens,)](
-        kv, kv.stride(0), gate, gate.stride(0), ape, positions, state.data, state.data.stride(0), state.data.shape[0] * state.rows, slots,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), RATIO=ape.shape[0], ROWS=state.rows, num_warps=4,
+        kv, kv.stride(0), gate, gate.stride(0), ape, positions, pages.data, pages.data.stride(0), pages.data.shape[0] * pages.rows, slot_mapping,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), RATIO=ape.shape[0], ROWS=pages.rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -159,64 +161,46 @@ def compress_store_kernel(
         )  # fmt: skip
 
 
-def at_most_two(op: str, poolings: Sequence[P]) -> tuple[P, P]:
+def at_most_two(op: str, states: Sequence[P]) -> tuple[P, P]:
     """The caches of a launch, which has arguments for two: a single one fills both places."""
-    if len(poolings) > 2:
-        raise ValueError(f"{op}: {len(poolings)} caches; a launch pools into at most 2")
-    return poolings[0], poolings[-1]
+    if len(states) > 2:
+        raise ValueError(f"{op}: {len(states)} caches; a launch pools into at most 2")
+    return states[0], states[-1]
 
 
-def _arguments(to: Pooling) -> tuple[Any, ...]:
+def _arguments(state: PagedState) -> tuple[Any, ...]:
+    given = state.projected
     return (
-        to.kv, to.kv.stride(0), to.gate, to.gate.stride(0), to.ape, to.norm_weight,
-        to.state.data, to.state.data.stride(0), to.state.data.shape[0], to.state_slots,
-        to.state_block_table, to.state_block_table.stride(0), to.state_block_table.shape[1],
-        to.entry_slots, to.cache.data, to.cache.data.stride(0), to.cache.data.shape[0] * to.cache.rows,
+        given.kv, given.kv.stride(0), given.gate, given.gate.stride(0), given.ape, given.norm_weight,
+        state.pages.data, state.pages.data.stride(0), state.pages.data.shape[0], state.slot_mapping,
+        state.block_table, state.block_table.stride(0), state.block_table.shape[1],
+        state.entry_slot_mapping, state.entries.data, state.entries.data.stride(0), state.entries.data.shape[0] * state.entries.rows,
     )  # fmt: skip
 
 
-def _constants(to: Pooling) -> tuple[int, ...]:
-    return to.norm_weight.shape[0], to.state.rows, to.cache.rows, format_code(to.cache.format)
+def _constants(state: PagedState) -> tuple[int, ...]:
+    return state.projected.norm_weight.shape[0], state.pages.rows, state.entries.rows, format_code(state.entries.format)
 
 
-def _launch(
-    poolings: Sequence[Pooling], positions: Tensor, request_of_token: Tensor, ratio: int, overlap: int, eps: float, entry_cos_sin: Tensor,
-    save: bool,
-) -> None:  # fmt: skip
-    if positions.numel() == 0:
+def _launch(states: Sequence[PagedState], step: EntryStep, save: bool) -> None:
+    if step.positions.numel() == 0:
         return
-    one, two = at_most_two("compressor.update", poolings)
-    compress_store_kernel[(positions.shape[0], len(poolings))](
-        *_arguments(one), *_arguments(two), request_of_token, positions, entry_cos_sin, eps,
-        *_constants(one), *(_constants(two) if len(poolings) > 1 else (0, 0, 0, 0)),
-        ratio, overlap, entry_cos_sin.shape[1], min(ROWS_AT_ONCE, overlap * ratio), save, num_warps=4,
+    one, two = at_most_two("compressor.update", states)
+    compress_store_kernel[(step.positions.shape[0], len(states))](
+        *_arguments(one), *_arguments(two), step.request_of_token, step.positions, step.entry_cos_sin, step.eps,
+        *_constants(one), *(_constants(two) if len(states) > 1 else (0, 0, 0, 0)),
+        step.ratio, step.overlap, step.entry_cos_sin.shape[1], min(ROWS_AT_ONCE, step.overlap * step.ratio), save, num_warps=4,
     )  # fmt: skip
 
 
-def compress_store(
-    state: Pages,
-    state_block_table: Tensor,
-    request_of_token: Tensor,
-    positions: Tensor,
-    entry_slots: Tensor,
-    ratio: int,
-    overlap: int,
-    norm_weight: Tensor,
-    eps: float,
-    entry_cos_sin: Tensor,
-    cache: Pages,
-) -> None:
-    """See `reference.compress_store`."""
-    no_rows = (state.data, state.data, state.data)  # without SAVE, kv, gate and ape are not read
-    to = Pooling(*no_rows, norm_weight, state, entry_slots, state_block_table, entry_slots, cache)
-    _launch([to], positions, request_of_token, ratio, overlap, eps, entry_cos_sin, save=False)
+def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
+    """See `reference.compress_store`. Raises ValueError for more caches than the two that a CSA layer has."""
+    _launch(states, step, save=False)
 
 
-def update(
-    poolings: Sequence[Pooling], positions: Tensor, request_of_token: Tensor, overlap: int, eps: float, entry_cos_sin: Tensor
-) -> None:
+def update(states: Sequence[PagedState], step: EntryStep) -> None:
     """See `reference.update`. Raises ValueError for more caches than the two that a CSA layer has."""
-    _launch(poolings, positions, request_of_token, poolings[0].ape.shape[0], overlap, eps, entry_cos_sin, save=True)
+    _launch(states, step, save=True)
 
 
 _ONE = {

@@ -7,9 +7,9 @@ hit needs at a page end. A summary cannot be taken back, so nothing that rejects
 """
 
 from dsv4.ops.compressor.summary import reference
-from dsv4.ops.compressor.summary.state import Pooling
+from dsv4.ops.compressor.summary.state import SummaryState
 from dsv4.ops.registry import operator
 
 compress = operator("summary.compress", reference.compress, triton="dsv4.ops.compressor.summary.triton:compress")
 
-__all__ = ["Pooling", "compress"]
+__all__ = ["SummaryState", "compress"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch twin of the compressor on summaries. Source: spec section 3.4; docs/kv-mapping.md derives the cases.
+"""The compressor on summaries, in plain PyTorch. Source: spec section 3.4; docs/kv-mapping.md derives the cases.
 
 A summary of some rows is, per channel, (max of the scores, sum of exp(score - max), sum of exp(score - max) * kv).
 Columns A of a token belong to the next window's entry, columns B to its own (HCA has B alone). At a step's end `e`, with
@@ -18,17 +18,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4.ops.compressor.paged.reference import finish_entry
-from dsv4.ops.compressor.summary.state import Pooling
+from dsv4.ops.compressor.entry import store_entries
+from dsv4.ops.compressor.projected import EntryStep
+from dsv4.ops.compressor.summary.state import SummaryState
 from dsv4.ops.pages import BatchView
 
 EMPTY = float("-inf")
 
 
 @dataclass(frozen=True)
-class _Step:
-    """This step's rows, and what is kept of those before it. kv, score: [T, overlap * D]; start: [R], each request's first
-    position of the step; token: [R], its first token; kept: [R, overlap, 3, D]."""
+class _Rows:
+    """This step's rows, and what is kept of those before it.
+
+    kv, score: [T, overlap * D] fp32
+    start: [R], each request's first position of the step
+    token: [R], its first token
+    kept: [R, overlap, 3, D] fp32
+    page_tokens: of a page of entries
+    """
 
     kv: Tensor
     score: Tensor
@@ -40,98 +47,95 @@ class _Step:
     overlap: int
 
 
-def compress(
-    poolings: Sequence[Pooling],
-    batch: BatchView,
-    request_of_token: Tensor,
-    positions: Tensor,
-    page_tokens: int,
-    ratio: int,
-    overlap: int,
-    eps: float,
-    entry_cos_sin: Tensor,
-) -> None:
-    """Pool what ends in this step, and keep summaries of what stays open.
+def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) -> None:
+    """Pool what ends in this step into entries of each cache, one or two, and keep summaries of what stays open.
 
-    poolings: the caches, one or two; request_of_token, positions: [T]; a page of any of the caches covers page_tokens;
-    entry_cos_sin: [T, rope_dim], at the first position of token t's entry. State and tails that no request wrote are never
-    read. A page may be filled by one request and continued from by another in the same step.
+    State and tails that no request wrote are never read. A page may be filled by one request and continued from by another
+    in the same step.
     """
-    for pooling in poolings:
-        _compress(pooling, batch, request_of_token, positions, page_tokens, ratio, overlap, eps, entry_cos_sin)
+    for state in states:
+        _compress(state, step, batch)
 
 
-def _compress(
-    to: Pooling,
-    batch: BatchView,
-    request_of_token: Tensor,
-    positions: Tensor,
-    page_tokens: int,
-    ratio: int,
-    overlap: int,
-    eps: float,
-    entry_cos_sin: Tensor,
-) -> None:
+def _compress(state: SummaryState, step: EntryStep, batch: BatchView) -> None:
     lens = batch.query_start_loc.diff()[: batch.num_reqs]
     start = (batch.seq_lens[: batch.num_reqs] - lens).long()
-    first_token, kept = batch.query_start_loc[: batch.num_reqs].long(), to.state[to.state_page.long()]
-    step = _Step(to.kv, to.gate + to.ape[positions % ratio], start, first_token, kept, page_tokens, ratio, overlap)
-    valid = torch.arange(to.kv.shape[0], device=to.kv.device) < batch.query_start_loc[batch.num_reqs]
+    here = _rows_of(state, step, start, batch.query_start_loc[: batch.num_reqs].long())
 
-    if to.tail is not None:  # before anything reads one: a request may hit a page that another fills in this very step
-        tokens = (valid & ((positions + 1) % page_tokens == 0)).nonzero().squeeze(-1)
-        if tokens.numel():
-            request, last = request_of_token[tokens].long(), positions[tokens]
-            closed = _so_far(step, request, last + 1, last, torch.zeros_like(tokens, dtype=torch.bool))
-            to.tail[to.block_table[request, last // page_tokens].long()] = closed
+    if state.tail is not None:  # before anything reads one: a request may hit a page that another fills in this very step
+        valid = torch.arange(here.kv.shape[0], device=step.device) < batch.query_start_loc[batch.num_reqs]
+        _write_tails(state.tail, state.block_table, step, here, valid)
+    _write_summaries(state, here, start + lens, (lens > 0).nonzero().squeeze(-1))
+    _write_entries(state, step, here)
 
-    active = (lens > 0).nonzero().squeeze(-1)
-    end = (start + lens)[active]
-    window = end // ratio * ratio
-    carried = [_so_far(step, active, window, end - 1, _starts_page(step, window))]
-    if overlap == 2:  # `following`: what the entry of the window after the open one has so far
-        carried.append(_so_far(step, active, window + ratio, end - 1, torch.zeros_like(active, dtype=torch.bool)))
-    to.state[to.state_page[active].long()] = torch.stack(carried, 1)
 
-    tokens = (to.entry_slots >= 0).nonzero().squeeze(-1)
+def _rows_of(state: SummaryState, step: EntryStep, start: Tensor, token: Tensor) -> _Rows:
+    kv, score = state.projected.kv, state.projected.gate + state.projected.ape[step.positions % step.ratio]
+    kept, page_tokens = state.summaries[state.state_page.long()], state.entries.rows * step.ratio
+    return _Rows(kv, score, start, token, kept, page_tokens=page_tokens, ratio=step.ratio, overlap=step.overlap)
+
+
+def _write_tails(tail: Tensor, block_table: Tensor, step: EntryStep, here: _Rows, valid: Tensor) -> None:
+    """Columns A of the last window of each page that ends in this step. valid: [T] bool, false for padding."""
+    tokens = (valid & ((step.positions + 1) % here.page_tokens == 0)).nonzero().squeeze(-1)
     if tokens.numel():
-        request, last = request_of_token[tokens].long(), positions[tokens]
-        window = last - ratio + 1
-        from_tail = _starts_page(step, window)
-        entries = _so_far(step, request, window, last, from_tail)
-        if to.tail is not None:
-            page = to.block_table[request, (window // page_tokens - 1).clamp(min=0)].long()
-            entries = _merge(entries, _only(to.tail[page], from_tail & (window > 0)))
-        finish_entry(entries[:, 2] / entries[:, 1], to.norm_weight, eps, entry_cos_sin[tokens], to.cache, to.entry_slots[tokens])
+        request, last = step.request_of_token[tokens].long(), step.positions[tokens]
+        closed = _so_far(here, request, last + 1, last, torch.zeros_like(tokens, dtype=torch.bool))
+        tail[block_table[request, last // here.page_tokens].long()] = closed
 
 
-def _starts_page(step: _Step, window: Tensor) -> Tensor:
+def _write_summaries(state: SummaryState, here: _Rows, ends: Tensor, active: Tensor) -> None:
+    """What stays open. ends: [R], the position behind each request's last; active: requests that have tokens."""
+    end = ends[active]
+    window = end // here.ratio * here.ratio
+    carried = [_so_far(here, active, window, end - 1, _starts_page(here, window))]
+    if here.overlap == 2:  # `following`: what the entry of the window after the open one has so far
+        carried.append(_so_far(here, active, window + here.ratio, end - 1, torch.zeros_like(active, dtype=torch.bool)))
+    state.summaries[state.state_page[active].long()] = torch.stack(carried, 1)
+
+
+def _write_entries(state: SummaryState, step: EntryStep, here: _Rows) -> None:
+    tokens = (state.entry_slot_mapping >= 0).nonzero().squeeze(-1)
+    if tokens.numel() == 0:
+        return
+    request, last = step.request_of_token[tokens].long(), step.positions[tokens]
+    window = last - step.ratio + 1
+    from_tail = _starts_page(here, window)
+    summary = _so_far(here, request, window, last, from_tail)
+    if state.tail is not None:
+        page = state.block_table[request, (window // here.page_tokens - 1).clamp(min=0)].long()
+        summary = _merge(summary, _only(state.tail[page], from_tail & (window > 0)))
+    pooled, slots = summary[:, 2] / summary[:, 1], state.entry_slot_mapping[tokens]
+    store_entries(pooled, state.projected.norm_weight, step.eps, step.entry_cos_sin[tokens], state.entries, slots)
+
+
+def _starts_page(here: _Rows, window: Tensor) -> Tensor:
     """Whether a page's tail holds columns A of the window before `window`: [N] bool."""
-    return (window % step.page_tokens == 0) & (step.overlap == 2)
+    return (window % here.page_tokens == 0) & (here.overlap == 2)
 
 
-def _so_far(step: _Step, request: Tensor, window: Tensor, last: Tensor, only_b: Tensor) -> Tensor:
+def _so_far(here: _Rows, request: Tensor, window: Tensor, last: Tensor, only_b: Tensor) -> Tensor:
     """Summary [N, 3, D] of A of the window before `window`, unless only_b, and B of its own rows, up to `last`; all are [N]."""
-    m, start = step.ratio, step.start[request]
-    offset = torch.arange((1 - step.overlap) * m, m, device=window.device)
-    here = _rows(step, request, window[:, None] + offset, offset < 0, last, only_b)
-    kept = step.kept[request]  # [N, overlap, 3, D]
+    m, start = here.ratio, here.start[request]
+    offset = torch.arange((1 - here.overlap) * m, m, device=window.device)
+    rows = _summarise_rows(here, request, window[:, None] + offset, use_a=offset < 0, last=last, only_b=only_b)
+    kept = here.kept[request]  # [N, overlap, 3, D]
     # The step starts inside or at this window: what came before is in `entry`, or there is nothing of this request's. It
     # starts inside the window before: the rows of that one are in `following`. It starts earlier: every row is here.
-    resumes = start % (step.page_tokens if step.overlap == 2 else m) > 0
+    resumes = start % (here.page_tokens if here.overlap == 2 else m) > 0
     earlier = _only(kept[:, 0], (start >= window) & resumes)
-    if step.overlap == 2:
+    if here.overlap == 2:
         earlier = _merge(earlier, _only(kept[:, 1], (start < window) & (start > window - m) & ~only_b))
-    return _merge(here, earlier)
+    return _merge(rows, earlier)
 
 
-def _rows(step: _Step, request: Tensor, at: Tensor, use_a: Tensor, last: Tensor, only_b: Tensor) -> Tensor:
+def _summarise_rows(here: _Rows, request: Tensor, at: Tensor, use_a: Tensor, last: Tensor, only_b: Tensor) -> Tensor:
     """Summary [N, 3, D] of the step's rows at positions `at` [N, K], up to `last`; use_a: [K], columns A instead of B."""
-    start = step.start[request][:, None]
+    start = here.start[request][:, None]
     present = (at >= start) & (at <= last[:, None]) & ~(use_a & only_b[:, None])
-    token = torch.where(present, step.token[request][:, None] + at - start, 0)
-    kv, score = step.kv[token], step.score[token]  # [N, K, overlap * D]
-    if step.overlap == 2:
+    token = torch.where(present, here.token[request][:, None] + at - start, 0)
+    kv, score = here.kv[token], here.score[token]  # [N, K, overlap * D]
+    if here.overlap == 2:
         dim = kv.shape[-1] // 2
         kv, score = (torch.where(use_a[:, None], x[..., :dim], x[..., dim:]) for x in (kv, score))
     score = score.masked_fill(~present[..., None], EMPTY)

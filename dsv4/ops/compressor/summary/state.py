@@ -7,25 +7,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dsv4.ops.compressor.projected import Projected
 from dsv4.ops.pages import Pages
 
 
 @dataclass(frozen=True)
-class Pooling:
-    """kv, gate: [T, overlap * D] fp32; ape: [m, overlap * D] fp32; norm_weight: [D].
+class SummaryState:
+    """One page of summaries per request, and with overlap 2 one summary more behind each page of entries.
 
-    state: [P, overlap, 3, D] fp32, one page per request; state_page: [R]; tail: [P', 3, D] fp32, one per page of `cache`
-    (overlap 2 only); block_table: [R, n] of those pages; entry_slots: [T], the slot of the entry that token t completes, -1
-    for the others; cache: where entries go.
+    summaries: [P, overlap, 3, D] fp32
+    state_page: [R] int32, each request's page of `summaries`
+    tail: [P', 3, D] fp32, one per page of `entries`; None with overlap 1
+    block_table: [R, n] int32, the pages of `entries` of each request
+    entry_slot_mapping: [T] int32, the slot of the entry that token t completes, -1 for none
+    entries: the cache of those
     """
 
-    kv: Tensor
-    gate: Tensor
-    ape: Tensor
-    norm_weight: Tensor
-    state: Tensor
+    projected: Projected
+    summaries: Tensor
     state_page: Tensor
     tail: Tensor | None
     block_table: Tensor
-    entry_slots: Tensor
-    cache: Pages
+    entry_slot_mapping: Tensor
+    entries: Pages

@@ -14,10 +14,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dsv4.ops.compressor.paged.triton import ROWS_AT_ONCE, at_most_two, finish_entry
-from dsv4.ops.compressor.summary.state import Pooling
+from dsv4.ops.compressor.projected import EntryStep
+from dsv4.ops.compressor.summary.state import SummaryState
 from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import BatchView
 from dsv4.ops.quant.triton import format_code
@@ -180,40 +180,32 @@ def summary_kernel(
             )  # fmt: skip
 
 
-def _arguments(to: Pooling) -> tuple[Any, ...]:
-    tail = to.state if to.tail is None else to.tail
+def _arguments(state: SummaryState) -> tuple[Any, ...]:
+    given = state.projected
+    tail = state.summaries if state.tail is None else state.tail
     return (
-        to.kv, to.kv.stride(0), to.gate, to.gate.stride(0), to.ape, to.norm_weight, to.state, to.state.stride(0), to.state.shape[0],
-        to.state_page, to.state_page.stride(0), tail, tail.stride(0), tail.shape[0], to.block_table, to.block_table.stride(0),
-        to.block_table.shape[1], to.entry_slots, to.cache.data, to.cache.data.stride(0), to.cache.data.shape[0] * to.cache.rows,
+        given.kv, given.kv.stride(0), given.gate, given.gate.stride(0), given.ape, given.norm_weight,
+        state.summaries, state.summaries.stride(0), state.summaries.shape[0], state.state_page, state.state_page.stride(0),
+        tail, tail.stride(0), tail.shape[0], state.block_table, state.block_table.stride(0), state.block_table.shape[1],
+        state.entry_slot_mapping, state.entries.data, state.entries.data.stride(0), state.entries.data.shape[0] * state.entries.rows,
     )  # fmt: skip
 
 
-def _constants(to: Pooling) -> tuple[int, int, int]:
-    return to.norm_weight.shape[0], to.cache.rows, format_code(to.cache.format)
+def _constants(state: SummaryState) -> tuple[int, int, int]:
+    return state.projected.norm_weight.shape[0], state.entries.rows, format_code(state.entries.format)
 
 
-def compress(
-    poolings: Sequence[Pooling],
-    batch: BatchView,
-    request_of_token: Tensor,
-    positions: Tensor,
-    page_tokens: int,
-    ratio: int,
-    overlap: int,
-    eps: float,
-    entry_cos_sin: Tensor,
-) -> None:
+def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) -> None:
     """See `reference.compress`. Raises ValueError for more caches than the two that a CSA layer has."""
-    if positions.numel() == 0:
+    if step.positions.numel() == 0:
         return
-    one, two = at_most_two("summary.compress", poolings)
+    one, two = at_most_two("summary.compress", states)
 
     def launch(tails: bool, pool: bool) -> None:
-        summary_kernel[(positions.shape[0], len(poolings))](
-            *_arguments(one), *_arguments(two), batch.query_start_loc, batch.seq_lens, request_of_token, entry_cos_sin, eps,
-            *_constants(one), *(_constants(two) if len(poolings) > 1 else (0, 0, 0)), page_tokens, ratio, overlap, entry_cos_sin.shape[1],
-            min(ROWS_AT_ONCE, overlap * ratio), tails, pool, num_warps=4,
+        summary_kernel[(step.positions.shape[0], len(states))](
+            *_arguments(one), *_arguments(two), batch.query_start_loc, batch.seq_lens, step.request_of_token, step.entry_cos_sin, step.eps,
+            *_constants(one), *(_constants(two) if len(states) > 1 else (0, 0, 0)), one.entries.rows * step.ratio, step.ratio, step.overlap,
+            step.entry_cos_sin.shape[1], min(ROWS_AT_ONCE, step.overlap * step.ratio), tails, pool, num_warps=4,
         )  # fmt: skip
 
     has_tails = one.tail is not None
