@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of all mappings share: the groups of arguments of a cache, and what makes a pooled row an entry.
+
+Fields in capitals are constants of the kernel; they stay constants in a group that is an argument, not in one that has been
+assigned to a variable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.ops.compressor.projected import Projected
+from dsv4.ops.pages import Pages
+from dsv4.ops.quant.triton import format_code, hadamard_row, rotate_pairs, store_row
+
+Group = TypeVar("Group")
+ROWS_AT_ONCE = 8  # all rows of a CSA entry; an HCA entry takes 16 rounds
+
+
+class ProjectedGroup(NamedTuple):
+    """A `Projected`."""
+
+    kv: Any
+    kv_stride: Any
+    gate: Any
+    gate_stride: Any
+    ape: Any
+    norm_weight: Any
+    D: Any
+
+
+class EntryGroup(NamedTuple):
+    """The cache of entries, and the slot in it of the entry that each token completes."""
+
+    slot_mapping: Any
+    pages: Any
+    page_stride: Any
+    num_slots: Any
+    ROWS: Any
+    FORMAT: Any
+
+
+def projected_group(given: Projected) -> ProjectedGroup:
+    return ProjectedGroup(
+        kv=given.kv,
+        kv_stride=given.kv.stride(0),
+        gate=given.gate,
+        gate_stride=given.gate.stride(0),
+        ape=given.ape,
+        norm_weight=given.norm_weight,
+        D=tl.constexpr(given.norm_weight.shape[0]),
+    )
+
+
+def entry_group(slot_mapping: Tensor, entries: Pages) -> EntryGroup:
+    return EntryGroup(
+        slot_mapping=slot_mapping,
+        pages=entries.data,
+        page_stride=entries.data.stride(0),
+        num_slots=entries.data.shape[0] * entries.rows,
+        ROWS=tl.constexpr(entries.rows),
+        FORMAT=tl.constexpr(format_code(entries.format)),
+    )
+
+
+def at_most_two(op: str, groups: Sequence[Group]) -> tuple[Group, Group | None]:
+    """The groups of a launch, which has arguments for two caches; a layer with one has no second."""
+    if len(groups) > 2:
+        raise ValueError(f"{op}: {len(groups)} caches; a launch pools into at most 2")
+    return groups[0], groups[1] if len(groups) > 1 else None
+
+
+@triton.jit
+def store_entry(pooled, norm_weight, eps, cos_sin, entries, slot, D: tl.constexpr, ROPE: tl.constexpr):
+    """Normalise, rotate, quantise and store one pooled entry, [D] fp32. cos_sin: pointer to its table row."""
+    d = tl.arange(0, D)
+    y = pooled * tl.rsqrt(tl.sum(pooled * pooled, 0) / D + eps) * tl.load(norm_weight + d).to(tl.float32)
+    row = rotate_pairs(tl.reshape(y, [1, D]), cos_sin, D - ROPE, ROPE, D)  # [1, D]
+    if entries.FORMAT >= 2:  # packed index keys
+        x = tl.reshape(row, [D]).to(tl.bfloat16).to(tl.float32)
+        row = tl.reshape(hadamard_row(x, D), [1, D])
+    page = entries.pages + (slot // entries.ROWS).to(tl.int64) * entries.page_stride
+    store_row(page, slot % entries.ROWS, row, D, ROPE, entries.ROWS, entries.FORMAT)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Types of the configurations that serve
+
+
+def projected_types(dim: int) -> ProjectedGroup:
+    return ProjectedGroup("*fp32", "i32", "*fp32", "i32", "*fp32", "*bf16", dim)
+
+
+def entry_types(ratio: int, row_format: int) -> EntryGroup:
+    """For pages of 256 tokens."""
+    return EntryGroup("*i32", "*u8" if row_format else "*bf16", "i32", "i32", 256 // ratio, row_format)
