@@ -7,6 +7,7 @@ assigned to a variable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +20,7 @@ from dsv4.ops.pages import Pages
 from dsv4.ops.quant.triton import format_code, hadamard_row, rotate_pairs, store_row
 
 Group = TypeVar("Group")
+constant = functools.cache(tl.constexpr)  # of an integer; building one takes longer than looking it up
 ROWS_AT_ONCE = 8  # all rows of a CSA entry; an HCA entry takes 16 rounds
 
 
@@ -53,7 +55,7 @@ def projected_group(given: Projected) -> ProjectedGroup:
         gate_stride=given.gate.stride(0),
         ape=given.ape,
         norm_weight=given.norm_weight,
-        D=tl.constexpr(given.norm_weight.shape[0]),
+        D=constant(given.norm_weight.shape[0]),
     )
 
 
@@ -63,8 +65,8 @@ def entry_group(slot_mapping: Tensor, entries: Pages) -> EntryGroup:
         pages=entries.data,
         page_stride=entries.data.stride(0),
         num_slots=entries.data.shape[0] * entries.rows,
-        ROWS=tl.constexpr(entries.rows),
-        FORMAT=tl.constexpr(format_code(entries.format)),
+        ROWS=constant(entries.rows),
+        FORMAT=constant(format_code(entries.format)),
     )
 
 

@@ -16,6 +16,7 @@ from dsv4.ops.compressor.entry_triton import (
     EntryGroup,
     ProjectedGroup,
     at_most_two,
+    constant,
     entry_group,
     entry_types,
     projected_group,
@@ -74,7 +75,7 @@ def _row_group(pages: Pages, slot_mapping: Tensor) -> RowGroup:
         pages=pages.data,
         page_stride=pages.data.stride(0),
         num_pages=pages.data.shape[0],
-        ROWS=tl.constexpr(pages.rows),
+        ROWS=constant(pages.rows),
     )
 
 
