@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAtten
 from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
 from dsv4.ops.compressor import paged, summary
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.pages import Pages, RowsFormat, view_pages
+from dsv4.ops.pages import Pages, RowsFormat, SlotMapping, view_pages
 from dsv4.ops.plan import EntryPlan
 from dsv4_vllm.metadata import (
     EntryBackend,
@@ -104,18 +104,23 @@ class PagedLayerState(LayerState):
     """Open windows as rows, one per token, in pages of vLLM's."""
 
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
-        paged.update([self._state(*pair, given, metadata) for pair, given in zip(self.caches, projected, strict=True)], step)
+        given = zip(self.caches, projected, strict=True)
+        paged.update([self._state(windows, entries, each, metadata) for (windows, entries), each in given], step)
 
-    def _state(self, windows: V4Cache, entries: V4Cache, projected: Projected, metadata: Mapping[str, Any]) -> paged.PagedState:
+    def _state(
+        self,
+        windows: V4Cache,
+        entries: V4Cache,
+        projected: Projected,
+        metadata: Mapping[str, Any],
+    ) -> paged.PagedState:
         rows: StateMetadata = metadata[windows.prefix]
         entry: EntryPlan = metadata[entries.prefix]
         return paged.PagedState(
             projected,
-            windows.pages,
-            rows.slot_mapping,
-            rows.block_table,
-            entry_slot_mapping=entry.slot_mapping,
-            entries=entries.pages,
+            rows=SlotMapping(windows.pages, rows.slot_mapping),
+            block_table=rows.block_table,
+            entries=SlotMapping(entries.pages, entry.slot_mapping),
         )
 
 
@@ -123,11 +128,18 @@ class SummaryLayerState(LayerState):
     """Open windows as summaries: one page per request, and a tail behind each page of a CSA layer's entries."""
 
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
-        states = [self._state(*pair, given, metadata) for pair, given in zip(self.caches, projected, strict=True)]
+        given = zip(self.caches, projected, strict=True)
+        states = [self._state(windows, entries, each, metadata) for (windows, entries), each in given]
         requests: SummaryMetadata = metadata[self.caches[0][0].prefix]
         summary.compress(states, step, requests.batch)
 
-    def _state(self, windows: V4Cache, entries: V4Cache, projected: Projected, metadata: Mapping[str, Any]) -> summary.SummaryState:
+    def _state(
+        self,
+        windows: V4Cache,
+        entries: V4Cache,
+        projected: Projected,
+        metadata: Mapping[str, Any],
+    ) -> summary.SummaryState:
         requests: SummaryMetadata = metadata[windows.prefix]
         entry: EntryPlan = metadata[entries.prefix]
         dim = projected.norm_weight.shape[0]
@@ -137,8 +149,7 @@ class SummaryLayerState(LayerState):
             state_page=requests.pages,
             tail=None if entries.tail is None else entries.tail.unflatten(-1, (3, dim)),
             block_table=entry.block_table,
-            entry_slot_mapping=entry.slot_mapping,
-            entries=entries.pages,
+            entries=SlotMapping(entries.pages, entry.slot_mapping),
         )
 
 

@@ -14,7 +14,7 @@ from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor.paged import PagedState, reference
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.norm import rms_norm
-from dsv4.ops.pages import Pages, RowsFormat, load_rows, row_widths
+from dsv4.ops.pages import Pages, RowsFormat, SlotMapping, load_rows, row_widths
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
@@ -41,15 +41,20 @@ def test_state_rows_are_the_twins_bit_for_bit(num_tokens: int, ratio: int, overl
     ape = torch.randn(ratio, overlap * dim)
     expected = clone_pages(pages)
     projected = Projected(kv, gate, ape, torch.ones(dim))
-    compressor.save_state(projected, positions, pages, slots)
-    reference.save_state(projected, positions, expected, slots)
+    compressor.save_state(projected, positions, SlotMapping(pages, slots))
+    reference.save_state(projected, positions, SlotMapping(expected, slots))
     assert_bytes_equal(pages, expected)
+
+
+def cloned(mapping: SlotMapping) -> SlotMapping:
+    return SlotMapping(clone_pages(mapping.pages), mapping.slots)
 
 
 def saved(pages: Pages, table: Tensor, weight: Tensor, entry_slots: Tensor, entries: Pages) -> PagedState:
     """State whose rows are in their pages already: neither kv, gate nor where they would go may be read."""
     nothing = torch.zeros(0, 0)
-    return PagedState(Projected(nothing, nothing, nothing, weight), pages, nothing, table, entry_slots, entries)
+    projected, rows = Projected(nothing, nothing, nothing, weight), SlotMapping(pages, nothing)
+    return PagedState(projected, rows, table, SlotMapping(entries, entry_slots))
 
 
 CASES = [
@@ -101,7 +106,12 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
     weight = torch.rand(dim) + 0.5
     entry_table = cos_sin(positions_t // ratio * ratio, FREQ)
     step = EntryStep(
-        positions=positions_t, request_of_token=request_of_token, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=entry_table
+        positions=positions_t,
+        request_of_token=request_of_token,
+        ratio=ratio,
+        overlap=overlap,
+        eps=EPS,
+        entry_cos_sin=entry_table,
     )
     compressor.compress_store([saved(state, table, weight, entry_slots, cache)], step)
     reference.compress_store([saved(state, table, weight, entry_slots, expected)], step)
@@ -152,10 +162,17 @@ def test_slots_and_pages_out_of_range_touch_nothing() -> None:
     ones = torch.zeros(2, dtype=torch.int32)
     kv, positions = torch.randn(2, 256), torch.tensor([3, 7])
     projected = Projected(kv, kv, torch.randn(4, 256), torch.ones(128))
-    compressor.save_state(projected, positions, state, torch.tensor([10_000, -1], dtype=torch.int32))
+    compressor.save_state(projected, positions, SlotMapping(state, torch.tensor([10_000, -1], dtype=torch.int32)))
     slots = torch.tensor([128, -1], dtype=torch.int32)
     table = torch.full((1, 2), 1 << 20, dtype=torch.int32)
-    step = EntryStep(positions=positions, request_of_token=ones, ratio=4, overlap=2, eps=EPS, entry_cos_sin=torch.zeros(2, 64))
+    step = EntryStep(
+        positions=positions,
+        request_of_token=ones,
+        ratio=4,
+        overlap=2,
+        eps=EPS,
+        entry_cos_sin=torch.zeros(2, 64),
+    )
     compressor.compress_store([saved(state, table, torch.ones(128), slots, cache)], step)
     assert torch.equal(memory(cache), before[0])
     assert torch.equal(memory(state), before[1])
@@ -182,7 +199,14 @@ def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, 
     entry_slots = torch.where((positions + 1) % ratio == 0, request * rows + positions // ratio % rows, -1).int()
     entry_slots[-1] = -1
     entry_table = cos_sin(positions // ratio * ratio, FREQ)
-    step = EntryStep(positions=positions, request_of_token=request, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=entry_table)
+    step = EntryStep(
+        positions=positions,
+        request_of_token=request,
+        ratio=ratio,
+        overlap=overlap,
+        eps=EPS,
+        entry_cos_sin=entry_table,
+    )
     states = []
     for dim, row_format in caches:
         pages, table = state_pages(total, state_rows, overlap, dim)
@@ -193,14 +217,15 @@ def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, 
         slot_mapping[-1] = -1
         kv, gate = torch.randn(2 * new + 1, 2 * overlap * dim).chunk(2, -1)
         projected = Projected(kv, gate, torch.randn(ratio, overlap * dim), torch.rand(dim) + 0.5)
-        states.append(PagedState(projected, pages, slot_mapping, table, entry_slots, make_pages(row_format, 2, rows, dim)))
-    apart = [replace(state, pages=clone_pages(state.pages), entries=clone_pages(state.entries)) for state in states]
+        entries = SlotMapping(make_pages(row_format, 2, rows, dim), entry_slots)
+        states.append(PagedState(projected, SlotMapping(pages, slot_mapping), table, entries))
+    apart = [replace(state, rows=cloned(state.rows), entries=cloned(state.entries)) for state in states]
     compressor.update(states, step)
     for one, two in zip(states, apart, strict=True):
-        compressor.save_state(two.projected, positions, two.pages, two.slot_mapping)
+        compressor.save_state(two.projected, positions, two.rows)
         compressor.compress_store([two], step)
-        assert_bytes_equal(one.pages, two.pages)
-        assert_bytes_equal(one.entries, two.entries)
+        assert_bytes_equal(one.rows.pages, two.rows.pages)
+        assert_bytes_equal(one.entries.pages, two.entries.pages)
 
 
 def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> None:
@@ -214,10 +239,18 @@ def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> Non
     entry_slots = torch.tensor([-1] * 7 + [2], dtype=torch.int32)
     projected = Projected(torch.randn(8, 256), torch.randn(8, 256), torch.randn(4, 256), torch.ones(128))
     cache = make_pages(IndexFormat.FP8, 1, 64, 128)
-    together = PagedState(projected, state, state_slots, table, entry_slots, cache)
-    apart = replace(together, pages=clone_pages(state), entries=make_pages(IndexFormat.FP8, 1, 64, 128))
-    step = EntryStep(positions=positions, request_of_token=request, ratio=4, overlap=2, eps=EPS, entry_cos_sin=torch.zeros(8, 64))
+    together = PagedState(projected, SlotMapping(state, state_slots), table, SlotMapping(cache, entry_slots))
+    entries = SlotMapping(make_pages(IndexFormat.FP8, 1, 64, 128), entry_slots)
+    apart = replace(together, rows=cloned(together.rows), entries=entries)
+    step = EntryStep(
+        positions=positions,
+        request_of_token=request,
+        ratio=4,
+        overlap=2,
+        eps=EPS,
+        entry_cos_sin=torch.zeros(8, 64),
+    )
     compressor.update([together], step)
-    compressor.save_state(projected, positions, apart.pages, state_slots)
+    compressor.save_state(projected, positions, apart.rows)
     compressor.compress_store([apart], step)
-    assert_bytes_equal(cache, apart.entries)
+    assert_bytes_equal(cache, apart.entries.pages)

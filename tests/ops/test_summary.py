@@ -17,7 +17,7 @@ from dsv4.ops.compressor.entry import pool
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.summary import SummaryState, reference
 from dsv4.ops.norm import rms_norm
-from dsv4.ops.pages import BatchView, Pages, RowsFormat, load_rows, row_widths
+from dsv4.ops.pages import BatchView, Pages, RowsFormat, SlotMapping, load_rows, row_widths
 from dsv4.ops.plan import TokenPlan, entry_slot_mapping, plan_tokens
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
@@ -90,8 +90,7 @@ class Engine:
             state_page=self.state_page,
             tail=self.tail,
             block_table=self.table,
-            entry_slot_mapping=slots,
-            entries=self.cache,
+            entries=SlotMapping(self.cache, slots),
         )
         reference.compress([state], entry_step(tokens, self.ratio, self.overlap, table), batch)
 
@@ -176,7 +175,7 @@ class Served:
         self.overlap, self.rows = (2 if self.ratio == 4 else 1), PAGE // self.ratio
         self.done = [0] * REQUESTS
         self.caches = [self._cache(dim, row_format) for dim, row_format in caches]
-        self.gates = [torch.randn(REQUESTS, CONTEXT, self.overlap * c.projected.norm_weight.shape[0]) * 3 for c in self.caches]
+        self.gates = [torch.randn(REQUESTS, CONTEXT, c.projected.ape.shape[1]) * 3 for c in self.caches]
         self.kvs = [torch.randn_like(gate) for gate in self.gates]
 
     def _cache(self, dim: int, row_format: RowsFormat) -> SummaryState:
@@ -194,8 +193,7 @@ class Served:
             state_page=state_page,
             tail=tail,
             block_table=table,
-            entry_slot_mapping=nothing,
-            entries=cache,
+            entries=SlotMapping(cache, nothing),
         )
 
     def hit(self, request: int, of: int, pages: int) -> None:
@@ -221,7 +219,12 @@ class Served:
             reference.compress(given, step, batch)
             return
         expected = [
-            replace(state, summaries=state.summaries.clone(), tail=_clone(state.tail), entries=clone_pages(state.entries))
+            replace(
+                state,
+                summaries=state.summaries.clone(),
+                tail=_clone(state.tail),
+                entries=replace(state.entries, pages=clone_pages(state.entries.pages)),
+            )
             for state in given
         ]
         summary.compress(given, step, batch)
@@ -239,20 +242,28 @@ class Served:
         both[~tokens.valid] = NAN
         kv, gate = both.chunk(2, -1)
         slots = entry_slot_mapping(c.block_table, tokens, self.rows, self.ratio)
-        return replace(c, projected=replace(c.projected, kv=kv, gate=gate), entry_slot_mapping=slots)
+        return replace(c, projected=replace(c.projected, kv=kv, gate=gate), entries=replace(c.entries, slots=slots))
 
     def _check_entries(self, i: int, got: SummaryState, want: SummaryState, tokens: TokenPlan) -> None:
         """What this step stored is the encoding of whole windows pooled at once; all other bytes are as the twin left them."""
-        stored = (got.entry_slot_mapping >= 0).nonzero().squeeze(-1)
-        where = got.entry_slot_mapping[stored].long()
-        pages = [got.entries, want.entries]
+        stored = (got.entries.slots >= 0).nonzero().squeeze(-1)
+        where = got.entries.slots[stored].long()
+        pages = [got.entries.pages, want.entries.pages]
         if len(stored):
             self._check_stored(i, got, want, where, tokens.request_of_token[stored].long(), tokens.positions[stored])
             for p in pages:
                 _erase(p, where, got.projected.norm_weight.shape[0])
         assert torch.equal(memory(pages[0]), memory(pages[1])), "other bytes were touched"
 
-    def _check_stored(self, i: int, got: SummaryState, want: SummaryState, where: Tensor, request: Tensor, positions: Tensor) -> None:
+    def _check_stored(
+        self,
+        i: int,
+        got: SummaryState,
+        want: SummaryState,
+        where: Tensor,
+        request: Tensor,
+        positions: Tensor,
+    ) -> None:
         dim, exact = got.projected.norm_weight.shape[0], []
         for r, at in zip(request.tolist(), (positions // self.ratio).tolist(), strict=True):
             begin, end = max(at - self.overlap + 1, 0) * self.ratio, (at + 1) * self.ratio
@@ -263,13 +274,13 @@ class Served:
         )
         # fp32 sums in another order may tip a bf16 rounding. Behind the Hadamard sum that is one of 128 addends, or two.
         source, slack = entry, entry.abs() * 2.0**-8 + 1e-6
-        if got.entries.format in (IndexFormat.FP8, IndexFormat.MXFP4):
+        if got.entries.pages.format in (IndexFormat.FP8, IndexFormat.MXFP4):
             source = hadamard(entry.bfloat16())
             slack = 2 * 2.0**-7 * 128**-0.5 * entry.abs().amax(-1, keepdim=True)
-        stored = load_rows(got.entries, where, dim, 64).float()
-        near = torch.stack([_rounded(source + shift, got.entries.format) for shift in (-slack, 0 * slack, slack)])
+        stored = load_rows(got.entries.pages, where, dim, 64).float()
+        near = torch.stack([_rounded(source + shift, got.entries.pages.format) for shift in (-slack, 0 * slack, slack)])
         assert ((near.amin(0) <= stored) & (stored <= near.amax(0))).all()
-        assert (stored == load_rows(want.entries, where, dim, 64).float()).float().mean() > 0.99
+        assert (stored == load_rows(want.entries.pages, where, dim, 64).float()).float().mean() > 0.99
 
 
 def _rounded(rows: Tensor, row_format: RowsFormat) -> Tensor:
@@ -359,7 +370,7 @@ def test_kernel_reads_the_tail_of_a_page_filled_in_the_same_step(filler: int, re
 def test_kernel_masks_pages_and_slots_out_of_range() -> None:
     served = Served("csa-fp8")
     served.step((3, 3, 0))
-    before = [(c.summaries.clone(), _clone(c.tail), memory(c.entries).clone()) for c in served.caches]
+    before = [(c.summaries.clone(), _clone(c.tail), memory(c.entries.pages).clone()) for c in served.caches]
     starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
     batch = BatchView(starts, torch.tensor([PAGE, 2 * PAGE, 3]), 2, REQUESTS, 2 * PAGE, 1)
     tokens = plan_tokens(batch)
@@ -368,7 +379,7 @@ def test_kernel_masks_pages_and_slots_out_of_range() -> None:
             served._step(i, tokens),
             state_page=torch.tensor([-1, 1 << 20, 0], dtype=torch.int32),
             block_table=torch.tensor([[-1], [1], [2]], dtype=torch.int32),  # of request 1, the second page is missing
-            entry_slot_mapping=torch.tensor([1 << 20, -7], dtype=torch.int32),
+            entries=SlotMapping(served.caches[i].entries.pages, torch.tensor([1 << 20, -7], dtype=torch.int32)),
         )
         for i in range(2)
     ]
@@ -381,4 +392,4 @@ def test_kernel_masks_pages_and_slots_out_of_range() -> None:
         assert tail is not None
         assert c.tail is not None
         assert torch.equal(c.tail.isnan(), tail.isnan())
-        assert torch.equal(memory(c.entries), cache)
+        assert torch.equal(memory(c.entries.pages), cache)
