@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw contributions are kept, and windows pooled into entries, as the twin does it."""
+"""Raw contributions are kept, and windows pooled into entries, as the reference does it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,14 +31,18 @@ def state_pages(num_tokens: int, rows: int, overlap: int, dim: int) -> tuple[Pag
     return pages, (torch.randperm(2 * n) + 1).int().view(2, n)
 
 
-@pytest.mark.parametrize(("num_tokens", "ratio", "overlap", "dim"), [(1, 4, 2, 512), (2, 4, 2, 128), (63, 128, 1, 512), (257, 4, 2, 128)])
-def test_state_rows_are_the_twins_bit_for_bit(num_tokens: int, ratio: int, overlap: int, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "ratio", "overlap", "dim"),
+    [(1, 4, 2, 512), (2, 4, 2, 128), (63, 128, 1, 512), (257, 4, 2, 128)],
+)
+def test_state_rows_are_the_references_bit_for_bit(num_tokens: int, ratio: int, overlap: int, dim: int) -> None:
     rows = 4 if ratio == 4 else 8
     pages, table = state_pages(num_tokens, rows, overlap, dim)
     positions = torch.arange(num_tokens) + 5
     slots = table[0, torch.arange(num_tokens) // rows] * rows + torch.arange(num_tokens).int() % rows
     slots[1::5] = -1
-    kv, gate = torch.randn(num_tokens, 2 * overlap * dim).chunk(2, -1)  # views with a stride, as the fused projection gives
+    # Views with a stride, as the fused projection gives.
+    kv, gate = torch.randn(num_tokens, 2 * overlap * dim).chunk(2, -1)
     ape = torch.randn(ratio, overlap * dim)
     expected = clone_pages(pages)
     projected = Projected(kv, gate, ape, torch.ones(dim))
@@ -57,15 +62,25 @@ def saved(pages: Pages, table: Tensor, weight: Tensor, entry_slots: Tensor, entr
     return PagedState(projected, rows, table, SlotMapping(entries, entry_slots))
 
 
-CASES = [
-    ("csa", 4, 2, 512, KvFormat.PLAIN, 64),
-    ("csa", 4, 2, 512, KvFormat.FP8_DS_MLA, 64),
-    ("hca", 128, 1, 512, KvFormat.PLAIN, 2),
-    ("hca", 128, 1, 512, KvFormat.FP8_DS_MLA, 2),
-    ("index", 4, 2, 128, IndexFormat.PLAIN, 64),
-    ("index", 4, 2, 128, IndexFormat.FP8, 64),
-    ("index", 4, 2, 128, IndexFormat.MXFP4, 64),
-]
+class EntryCase(NamedTuple):
+    """rows: entries of a page."""
+
+    ratio: int
+    overlap: int
+    dim: int
+    row_format: RowsFormat
+    rows: int
+
+
+CASES = {
+    "csa-plain": EntryCase(4, 2, 512, KvFormat.PLAIN, rows=64),
+    "csa-fp8": EntryCase(4, 2, 512, KvFormat.FP8_DS_MLA, rows=64),
+    "hca-plain": EntryCase(128, 1, 512, KvFormat.PLAIN, rows=2),
+    "hca-fp8": EntryCase(128, 1, 512, KvFormat.FP8_DS_MLA, rows=2),
+    "index-plain": EntryCase(4, 2, 128, IndexFormat.PLAIN, rows=64),
+    "index-fp8": EntryCase(4, 2, 128, IndexFormat.FP8, rows=64),
+    "index-mxfp4": EntryCase(4, 2, 128, IndexFormat.MXFP4, rows=64),
+}
 
 
 def bytes_of(pages: Pages, slots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -73,16 +88,14 @@ def bytes_of(pages: Pages, slots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     width, scale_width = row_widths(pages, dim, 64)
     page, row = slots.long() // pages.rows, slots.long() % pages.rows
     values = pages.data[page[:, None], row[:, None] * width + torch.arange(width)]
-    return values, pages.data[page[:, None], pages.rows * width + row[:, None] * scale_width + torch.arange(scale_width)]
+    scales = pages.rows * width + row[:, None] * scale_width + torch.arange(scale_width)
+    return values, pages.data[page[:, None], scales]
 
 
-@pytest.mark.parametrize(
-    ("ratio", "overlap", "dim", "row_format", "rows"), [c[1:] for c in CASES], ids=[f"{c[0]}-{c[4].value}" for c in CASES]
-)
-def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
-    ratio: int, overlap: int, dim: int, row_format: RowsFormat, rows: int
-) -> None:
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_entries_are_pooled_normalised_rotated_and_stored_as_by_the_reference(case: EntryCase) -> None:
     """Two requests: one from position 0, whose first CSA entry has half its rows, one in the middle of its life."""
+    ratio, overlap, dim, row_format, rows = case
     state_rows = 4 if ratio == 4 else 8
     total = 3 * ratio + 3
     state, table = state_pages(total, state_rows, overlap, dim)
@@ -118,7 +131,7 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
 
     kept = entry_slots >= 0
     where = entry_slots[kept]
-    exact = exact_entries(state, table, request_of_token[kept], positions_t[kept], ratio, overlap, dim)
+    exact = exact_entries(state, table, request_of_token[kept], positions_t[kept], ratio=ratio, overlap=overlap, dim=dim)
     exact = apply_rope(rms_norm(exact, weight, EPS), entry_table[kept])
     if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN):
         assert_within(load_rows(cache, where, dim, 64).bfloat16(), exact, load_rows(expected, where, dim, 64))
@@ -126,9 +139,10 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
             p.data[where.long() // rows, where.long() % rows] = 0
     else:
         source = hadamard(exact.bfloat16()) if row_format in (IndexFormat.FP8, IndexFormat.MXFP4) else exact
-        # fp32 softmax, pooling and norm differ in some last bits, which may flip one bf16 rounding of an element; behind
-        # the Hadamard sum that is one of 128 addends.
-        assert_encodes(*bytes_of(cache, where, dim), source, row_format, 64, slack=2.0**-8 if source is exact else 2.0**-9)
+        # fp32 softmax, pooling and norm differ in some last bits, which may flip one bf16 rounding of an element;
+        # behind the Hadamard sum that is one of 128 addends.
+        slack = 2.0**-8 if source is exact else 2.0**-9
+        assert_encodes(*bytes_of(cache, where, dim), source, row_format, 64, slack=slack)
         width, scale_width = row_widths(cache, dim, 64)
         for p in (cache, expected):
             for page, row in zip(where.long() // rows, where.long() % rows, strict=True):
@@ -137,7 +151,16 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
     assert_bytes_equal(cache, expected)  # nothing else was touched
 
 
-def exact_entries(state: Pages, table: Tensor, request: Tensor, positions: Tensor, ratio: int, overlap: int, dim: int) -> Tensor:
+def exact_entries(
+    state: Pages,
+    table: Tensor,
+    request: Tensor,
+    positions: Tensor,
+    *,
+    ratio: int,
+    overlap: int,
+    dim: int,
+) -> Tensor:
     """Pooled entries straight from spec 3.4, one row at a time: fp32 [N, dim]."""
     out = []
     for r, end in zip(request.tolist(), positions.tolist(), strict=True):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows gives, and its kernel what it does."""
+"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows gives.
+
+Its kernel stores and keeps what the reference does.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +167,9 @@ REQUESTS, CONTEXT = 3, 3 * PAGE
 
 
 class Served:
-    """Requests whose steps the kernel serves, and next to it the twin from the same memory. Whatever no request wrote is NaN.
+    """Requests whose steps the kernel serves, and next to it the reference from the same memory.
+
+    Whatever no request wrote is NaN.
 
     Every cache has its own pages and block table; state pages are strided, as a column of an engine's block table is.
     """
@@ -182,7 +187,9 @@ class Served:
         pages = REQUESTS * CONTEXT // PAGE
         nothing, width = torch.zeros(0, self.overlap * dim), self.overlap * dim
         state = torch.full((2 * REQUESTS, self.overlap * 3 * dim + 64), NAN)[:, : self.overlap * 3 * dim]
-        tail = torch.full((pages, 3 * dim + 32), NAN)[:, : 3 * dim].unflatten(-1, (3, dim)) if self.overlap == 2 else None
+        tail = None
+        if self.overlap == 2:
+            tail = torch.full((pages, 3 * dim + 32), NAN)[:, : 3 * dim].unflatten(-1, (3, dim))
         state_page = (torch.randperm(REQUESTS)[:, None] * 2).int().expand(-1, 2)[:, 0]
         table = torch.randperm(pages).int().view(REQUESTS, -1)
         cache = make_pages(row_format, pages, self.rows, dim)
@@ -206,7 +213,10 @@ class Served:
                 x[request, : pages * PAGE] = x[of, : pages * PAGE]
 
     def step(self, counts: tuple[int, ...], padding: int = 0, compare: bool = True) -> None:
-        """Run a step of so many tokens per request, and padding tokens, and compare all memory; or run it by the twin alone."""
+        """Run a step of so many tokens per request, and padding tokens, and compare all memory.
+
+        compare: False runs it by the reference alone
+        """
         self.done = [d + c for d, c in zip(self.done, counts, strict=True)]
         starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
         num_tokens = sum(counts) + padding
@@ -245,7 +255,10 @@ class Served:
         return replace(c, projected=replace(c.projected, kv=kv, gate=gate), entries=replace(c.entries, slots=slots))
 
     def _check_entries(self, i: int, got: SummaryState, want: SummaryState, tokens: TokenPlan) -> None:
-        """What this step stored is the encoding of whole windows pooled at once; all other bytes are as the twin left them."""
+        """What this step stored is the encoding of whole windows pooled at once.
+
+        All other bytes are as the reference left them.
+        """
         stored = (got.entries.slots >= 0).nonzero().squeeze(-1)
         where = got.entries.slots[stored].long()
         pages = [got.entries.pages, want.entries.pages]
@@ -328,8 +341,11 @@ def test_scores_and_values_are_within_what_the_tolerance_assumes() -> None:
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_kernel_steps_of_many_sizes_are_the_twins(kind: str) -> None:
-    """T = 63, 1, 2, 257 and more: zero-length requests, padding, starts inside a window, exact page ends, a hit after each."""
+def test_kernel_steps_of_many_sizes_are_the_references(kind: str) -> None:
+    """T = 63, 1, 2, 257 and more.
+
+    Zero-length requests, padding, starts inside a window, exact page ends, a hit after each.
+    """
     served = Served(kind)
     served.step((63, 0, 0))
     served.step((0, 1, 0), padding=3)  # padding is counted to the last request, which has no token
