@@ -13,15 +13,17 @@ from dsv4.ops.rope import apply_rope
 
 
 def pool(kv: Tensor, score: Tensor) -> Tensor:
-    """Per-channel softmax pooling: kv, score [N, rows, D] fp32 (score -inf for missing rows); fp32
-    [N, D].
+    """Per-channel softmax pooling: fp32 [N, D].
+
+    kv, score: [N, rows, D] fp32; a missing row has score -inf
     """
     return (score.softmax(1) * kv).sum(1)
 
 
 def store_entries(pooled: Tensor, norm_weight: Tensor, eps: float, cos_sin: Tensor, entries: SlotMapping) -> None:
-    """Normalise, rotate, quantise and store pooled rows. Keys of packed index formats are rotated
-    by Hadamard's matrix.
+    """Normalise, rotate, quantise and store pooled rows.
+
+    Keys of packed index formats are rotated by the Hadamard matrix.
 
     pooled: [N, D] fp32
     norm_weight: [D]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of all mappings share: the groups of arguments of a cache, and what makes a
-pooled row an entry.
+"""What the kernels of all mappings share: groups of arguments, and what makes a pooled row an entry.
 
 Fields in capitals are constants of the kernel; they stay constants in a group that is an argument,
 not in one that has been assigned to a variable.
@@ -79,8 +78,11 @@ def at_most_two(op: str, groups: Sequence[Group]) -> tuple[Group, Group | None]:
 
 @triton.jit
 def store_entry(pooled, norm_weight, eps, cos_sin, entries, slot, D: tl.constexpr, ROPE: tl.constexpr):
-    """Normalise, rotate, quantise and store one pooled entry, [D] fp32. cos_sin: pointer to its
-    table row.
+    """Normalise, rotate, quantise and store one pooled entry.
+
+    pooled: [D] fp32
+    cos_sin: pointer to its table row
+    entries: an `EntryGroup`
     """
     d = tl.arange(0, D)
     y = pooled * tl.rsqrt(tl.sum(pooled * pooled, 0) / D + eps) * tl.load(norm_weight + d).to(tl.float32)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Projected:
-    """What a step's tokens project to for one cache, and the weights that pool them into its
-    entries.
+    """What a step's tokens project to for one cache, and the weights that make entries of it.
 
     With overlap 2 the first D columns (A) belong to the entry of the window after a token's own,
     the last D (B) to its own.

@@ -47,8 +47,9 @@ class Rings:
         return self.pages(request, positions) * self.ratio + (positions % self.ratio).int()
 
     def first_needed(self, positions: Tensor) -> Tensor:
-        """The first position whose row the token at `positions` may need: the start of the window
-        before, or of its own.
+        """The first position whose row the token at `positions` may need: [...] int.
+
+        It is the start of the window before its own, or of its own.
         """
         return (positions // self.ratio - (self.windows - 1)).clamp(min=0) * self.ratio
 
@@ -137,8 +138,7 @@ def _outlives(rings: Rings, positions: Tensor, seq_lens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RingState:
-    """One cache that a layer's tokens are pooled into, with its open windows kept as raw rows in
-    rings.
+    """Raw rows of the open windows alone, in rings.
 
     rings: fp32 rows [P, ratio, 2 * overlap * D]
     scratch: at least plan.num_pages pages of that shape; None when the plan needs none
@@ -163,9 +163,7 @@ def compress_step(states: Sequence[RingState], plan: RingPlan, step: EntryStep) 
 
 
 def _paged(state: RingState, plan: RingPlan) -> PagedState:
-    """The pages that entries are pooled from: the rings, or scratch that the rows they need have
-    been copied to.
-    """
+    """What entries are pooled from: the rings, or scratch that the rows they need are copied to."""
     pages = state.rings
     if plan.keep_slot_mapping is not None:
         assert state.scratch is not None

@@ -25,10 +25,9 @@ def save_state(projected: Projected, positions: Tensor, rows: SlotMapping) -> No
 
 
 def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
-    """Pool the windows that end at this step's tokens, all saved already, into entries, and store
-    them in each cache.
+    """Pool the windows that end at this step's tokens into entries, and store these in each cache.
 
-    kv and gate are not read.
+    The rows are saved already: kv and gate are not read.
     """
     for state in states:
         _compress_store(state, step)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the compressor on raw rows; every function here has its reference in
-`paged/reference.py`.
-"""
+"""Triton kernels of the compressor on raw rows; their references are in `paged/reference.py`."""
 
 from __future__ import annotations
 
@@ -54,8 +52,11 @@ class PagedGroup(NamedTuple):
 
 @triton.jit
 def _save_row(projected, rows, t, positions, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr):
-    """Write token t's [kv | gate + ape[position % RATIO]], each WIDTH wide. BLOCK: the next power
-    of two.
+    """Write token t's [kv | gate + ape[position % RATIO]].
+
+    projected, rows: a `ProjectedGroup` and a `RowGroup`
+    WIDTH: of kv and of gate
+    BLOCK: the next power of two
     """
     slot = tl.load(rows.slot_mapping + t)
     if (slot >= 0) & (slot < rows.num_pages * rows.ROWS):
@@ -211,14 +212,12 @@ def _launch(op: str, states: Sequence[PagedState], step: EntryStep, save: bool) 
 
 
 def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
-    """See `reference.compress_store`. Raises ValueError for more caches than the two that a CSA
-    layer has.
-    """
+    """See `reference.compress_store`. Raises ValueError for more than a CSA layer's two caches."""
     _launch("compressor.compress_store", states, step, save=False)
 
 
 def update(states: Sequence[PagedState], step: EntryStep) -> None:
-    """See `reference.update`. Raises ValueError for more caches than the two that a CSA layer has."""
+    """See `reference.update`. Raises ValueError for more than a CSA layer's two caches."""
     _launch("compressor.update", states, step, save=True)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on summaries, in plain PyTorch. Source: spec section 3.4; docs/kv-mapping.md
-derives the cases.
+"""The compressor on summaries, in plain PyTorch. Source: spec section 3.4.
+
+docs/kv-mapping.md derives the cases.
 
 A summary of some rows is, per channel, (max of the scores, sum of exp(score - max), sum of
 exp(score - max) * kv). Columns A of a token belong to the next window's entry, columns B to its own
@@ -51,8 +52,7 @@ class _Rows:
 
 
 def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) -> None:
-    """Pool what ends in this step into entries of each cache, one or two, and keep summaries of
-    what stays open.
+    """Pool what ends in this step into entries of each cache, and keep summaries of what stays open.
 
     State and tails that no request wrote are never read. A page may be filled by one request and
     continued from by another in the same step.
@@ -81,8 +81,9 @@ def _rows_of(state: SummaryState, step: EntryStep, start: Tensor, token: Tensor)
 
 
 def _write_tails(tail: Tensor, block_table: Tensor, step: EntryStep, here: _Rows, valid: Tensor) -> None:
-    """Columns A of the last window of each page that ends in this step. valid: [T] bool, false for
-    padding.
+    """Columns A of the last window of each page that ends in this step.
+
+    valid: [T] bool, false for padding
     """
     tokens = (valid & ((step.positions + 1) % here.page_tokens == 0)).nonzero().squeeze(-1)
     if tokens.numel():
@@ -92,8 +93,10 @@ def _write_tails(tail: Tensor, block_table: Tensor, step: EntryStep, here: _Rows
 
 
 def _write_summaries(state: SummaryState, here: _Rows, ends: Tensor, active: Tensor) -> None:
-    """What stays open. ends: [R], the position behind each request's last; active: requests that
-    have tokens.
+    """What stays open.
+
+    ends: [R], the position behind each request's last
+    active: [N], the requests that have tokens
     """
     end = ends[active]
     window = end // here.ratio * here.ratio

@@ -52,9 +52,7 @@ class SummaryGroup(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Three numbers per channel of some rows: the largest score, the sum of exponentials, the
-    weighted sum; all [D].
-    """
+    """Some rows' largest score, sum of exponentials and weighted sum, per channel: [D] fp32 each."""
 
     top: Any
     weight: Any
@@ -91,8 +89,7 @@ def _store_summary(at, summary, D: tl.constexpr):
 def _pool_rows(
     projected, token_of_0, first, last, window, RATIO: tl.constexpr, OVERLAP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Summary of the step's rows at positions first .. last: columns A before `window`, B from
-    there on.
+    """Summary of the step's rows at positions first .. last: columns A before `window`, then B.
 
     token_of_0: the token that position 0 would be.
     """
@@ -227,9 +224,7 @@ def _group(state: SummaryState) -> SummaryGroup:
 
 
 def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) -> None:
-    """See `reference.compress`. Raises ValueError for more caches than the two that a CSA layer
-    has.
-    """
+    """See `reference.compress`. Raises ValueError for more than a CSA layer's two caches."""
     if step.positions.numel() == 0:
         return
     first, second = at_most_two("summary.compress", [_group(state) for state in states])
