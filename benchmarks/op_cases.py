@@ -314,6 +314,10 @@ def _copy(pages: Pages) -> Pages:
     return Pages(pages.data.clone(), pages.rows, pages.format)
 
 
+def _copied(mapping: SlotMapping) -> SlotMapping:
+    return SlotMapping(_copy(mapping.pages), mapping.slots)
+
+
 def _pooled_bytes(t: int, ratio: int, factor: int) -> int:
     """factor: how often a token's fp32 row of one projection is read or written."""
     overlap = 2 if ratio == 4 else 1
@@ -332,12 +336,13 @@ def _compressor(m: Model, t: int, ratio: int, device: torch.device) -> Case:
         rows = torch.zeros(t // state_rows, state_rows, 2 * overlap * dim, device=device)
         state = Pages(rows, state_rows, KvFormat.PLAIN)
         cache = make_pages(row_format, t // 256 + 1, 256 // ratio, device)
-        ours.append(PagedState(_projected(t, ratio, dim, device), state, positions.int(), table, entry_slots, cache))
-    twins = [replace(to, pages=_copy(to.pages), entries=_copy(to.entries)) for to in ours]
+        rows = SlotMapping(state, positions.int())
+        ours.append(PagedState(_projected(t, ratio, dim, device), rows, table, SlotMapping(cache, entry_slots)))
+    twins = [replace(to, rows=_copied(to.rows), entries=_copied(to.entries)) for to in ours]
 
     def run(op: Callable[..., None], states: list[PagedState]) -> list[Tensor]:
         op(states, step)
-        return [x for to in states for x in (to.pages.data, to.entries.data)]
+        return [x for to in states for x in (to.rows.pages.data, to.entries.pages.data)]
 
     moved = _pooled_bytes(t, ratio, 4)
     return Case(lambda: run(compressor.update, ours), lambda: run(compressor_twin.update, twins), moved, compare="bytes")
@@ -370,18 +375,17 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
             state_page=torch.arange(num_reqs, dtype=torch.int32, device=device),
             tail=torch.zeros(num_reqs * pages, 3, dim, device=device) if overlap == 2 else None,
             block_table=table,
-            entry_slot_mapping=entry_slots,
-            entries=make_pages(row_format, num_reqs * pages, 256 // ratio, device),
+            entries=SlotMapping(make_pages(row_format, num_reqs * pages, 256 // ratio, device), entry_slots),
         )
         ours.append(state)
     twins = [
-        replace(to, summaries=to.summaries.clone(), tail=None if to.tail is None else to.tail.clone(), entries=_copy(to.entries))
+        replace(to, summaries=to.summaries.clone(), tail=None if to.tail is None else to.tail.clone(), entries=_copied(to.entries))
         for to in ours
     ]
 
     def run(op: Callable[..., None], states: list[SummaryState]) -> list[Tensor]:
         op(states, step, batch)
-        return [x for to in states for x in (to.summaries, to.tail, to.entries.data) if x is not None]
+        return [x for to in states for x in (to.summaries, to.tail, to.entries.pages.data) if x is not None]
 
     moved = _pooled_bytes(t, ratio, 2) + sum(num_reqs * overlap * dim * 12 for dim, *_ in _POOLED[ratio])
     return Case(lambda: run(summary.compress, ours), lambda: run(summary_twin.compress, twins), moved, compare="bytes")

@@ -38,7 +38,7 @@ from dsv4.model.kv_layout import (
 )
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.ring import RingState, compress_step
-from dsv4.ops.pages import Pages, row_storage, view_pages
+from dsv4.ops.pages import Pages, SlotMapping, row_storage, view_pages
 from dsv4_sglang import released_config
 from dsv4_sglang.options import deployed_formats
 from dsv4_sglang.step import StepPlan
@@ -159,12 +159,12 @@ class LayerState:
 
         projected: one for each compressor of the layer, attention's own first
         """
-        caches, plan, slot_mapping = pool.layers[self.index], step.rings[self.ratio], step.entries[self.ratio].slot_mapping
-        states = []
+        caches, states = pool.layers[self.index], []
+        plan, slot_mapping = step.rings[self.ratio], step.entries[self.ratio].slot_mapping
         for (windows, entries), given in zip(self.roles, projected, strict=True):
             rings = caches[windows]
             scratch = pool.scratch(rings, plan.num_pages) if plan.num_pages else None
-            states.append(RingState(given, rings, scratch, entry_slot_mapping=slot_mapping, entries=caches[entries]))
+            states.append(RingState(given, rings, scratch, SlotMapping(caches[entries], slot_mapping)))
         compress_step(states, plan, entry_step)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAtten
 from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
 from dsv4.ops.compressor import paged, summary
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.pages import Pages, row_storage, view_pages
+from dsv4.ops.pages import Pages, SlotMapping, row_storage, view_pages
 from dsv4.ops.plan import EntryPlan
 from dsv4_vllm.metadata import (
     EntryBackend,
@@ -85,17 +84,23 @@ class V4Cache(nn.Module, AttentionLayerBase):
         return kv_cache_spec(self.spec, self.formats, self.dtype)
 
 
-@dataclass(frozen=True)
-class LayerState(ABC):
-    """Where a layer's open windows live, one pair of caches for each of its compressors, attention's own first."""
+class LayerState(nn.Module, ABC):
+    """Where a layer's open windows live.
 
-    caches: tuple[tuple[V4Cache, V4Cache], ...]  # of the open windows, and of the entries that they become
+    pairs: for each of its compressors, attention's own first, the cache of its open windows and that of its entries
+    """
+
+    def __init__(self, pairs: Sequence[tuple[V4Cache, V4Cache]]) -> None:
+        super().__init__()
+        self.pairs = tuple(pairs)
+        # Who walks over the model's modules for its caches must find those of the open windows.
+        self.caches = nn.ModuleList(cache for pair in pairs for cache in pair)
 
     @abstractmethod
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
         """Pool and store the entries of all caches of the layer, and carry its open windows on.
 
-        projected: one for each pair of caches
+        projected: one for each compressor
         metadata: vLLM's, by the name of the cache
         """
 
@@ -104,18 +109,23 @@ class PagedLayerState(LayerState):
     """Open windows as rows, one per token, in pages of vLLM's."""
 
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
-        paged.update([self._state(*pair, given, metadata) for pair, given in zip(self.caches, projected, strict=True)], step)
+        given = zip(self.pairs, projected, strict=True)
+        paged.update([self._state(windows, entries, each, metadata) for (windows, entries), each in given], step)
 
-    def _state(self, windows: V4Cache, entries: V4Cache, projected: Projected, metadata: Mapping[str, Any]) -> paged.PagedState:
+    def _state(
+        self,
+        windows: V4Cache,
+        entries: V4Cache,
+        projected: Projected,
+        metadata: Mapping[str, Any],
+    ) -> paged.PagedState:
         rows: StateMetadata = metadata[windows.prefix]
         entry: EntryPlan = metadata[entries.prefix]
         return paged.PagedState(
             projected,
-            windows.pages,
-            rows.slot_mapping,
-            rows.block_table,
-            entry_slot_mapping=entry.slot_mapping,
-            entries=entries.pages,
+            rows=SlotMapping(windows.pages, rows.slot_mapping),
+            block_table=rows.block_table,
+            entries=SlotMapping(entries.pages, entry.slot_mapping),
         )
 
 
@@ -123,11 +133,18 @@ class SummaryLayerState(LayerState):
     """Open windows as summaries: one page per request, and a tail behind each page of a CSA layer's entries."""
 
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
-        states = [self._state(*pair, given, metadata) for pair, given in zip(self.caches, projected, strict=True)]
-        requests: SummaryMetadata = metadata[self.caches[0][0].prefix]
+        given = zip(self.pairs, projected, strict=True)
+        states = [self._state(windows, entries, each, metadata) for (windows, entries), each in given]
+        requests: SummaryMetadata = metadata[self.pairs[0][0].prefix]
         summary.compress(states, step, requests.batch)
 
-    def _state(self, windows: V4Cache, entries: V4Cache, projected: Projected, metadata: Mapping[str, Any]) -> summary.SummaryState:
+    def _state(
+        self,
+        windows: V4Cache,
+        entries: V4Cache,
+        projected: Projected,
+        metadata: Mapping[str, Any],
+    ) -> summary.SummaryState:
         requests: SummaryMetadata = metadata[windows.prefix]
         entry: EntryPlan = metadata[entries.prefix]
         dim = projected.norm_weight.shape[0]
@@ -137,8 +154,7 @@ class SummaryLayerState(LayerState):
             state_page=requests.pages,
             tail=None if entries.tail is None else entries.tail.unflatten(-1, (3, dim)),
             block_table=entry.block_table,
-            entry_slot_mapping=entry.slot_mapping,
-            entries=entries.pages,
+            entries=SlotMapping(entries.pages, entry.slot_mapping),
         )
 
 
@@ -148,7 +164,7 @@ def layer_state(caches: Mapping[CacheRole, V4Cache]) -> LayerState:
     if CacheRole.INDEX_STATE in caches:
         pairs.append((caches[CacheRole.INDEX_STATE], caches[CacheRole.INDEX_KEY]))
     kind = SummaryLayerState if pairs[0][0].spec.per_request else PagedLayerState
-    return kind(tuple(pairs))
+    return kind(pairs)
 
 
 def kv_cache_spec(cache: CacheSpec, formats: CacheFormats, model_dtype: torch.dtype) -> KVCacheSpec:

@@ -93,17 +93,6 @@ CHECK_OF_TYPE: Mapping[type, Callable[[str, Any, Arguments], None]] = {
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Every slot of the argument `slots`, [T] int, is -1 or names a row of the argument `pages`."""
-
-    slots: str
-    pages: str
-
-    def __call__(self, op: str, given: Arguments) -> None:
-        _check_slots(op, given[self.slots][:, None], given[self.pages], None, given)
-
-
-@dataclass(frozen=True)
 class Within:
     """Every value of the argument `values`, [T] int or one of each request, is in 0 .. bound(arguments)."""
 
@@ -121,7 +110,7 @@ class Each:
     """The rules hold for every element of the argument `items`, a sequence of dataclasses, whose fields they name."""
 
     items: str
-    rules: tuple[Slots | Within, ...]
+    rules: tuple[Within, ...]
 
     def __call__(self, op: str, given: Arguments) -> None:
         for item in given[self.items]:
@@ -129,19 +118,8 @@ class Each:
                 rule(op, {**given, **vars(item)})
 
 
-RULES: Mapping[str, tuple[Slots | Within | Each, ...]] = {
-    "compressor.save_state": (Slots("slot_mapping", "pages"),),
-    "compressor.compress_store": (Each("states", (Slots("slot_mapping", "pages"), Slots("entry_slot_mapping", "entries"))),),
-    "compressor.update": (Each("states", (Slots("slot_mapping", "pages"), Slots("entry_slot_mapping", "entries"))),),
-    "summary.compress": (
-        Each(
-            "states",
-            (
-                Within("state_page", "state page", lambda a: a["summaries"].shape[0] - 1, of_requests=True),
-                Slots("entry_slot_mapping", "entries"),
-            ),
-        ),
-    ),
+RULES: Mapping[str, tuple[Within | Each, ...]] = {
+    "summary.compress": (Each("states", (Within("state_page", "state page", lambda a: a["summaries"].shape[0] - 1, of_requests=True),)),),
     "indexer.logits": (
         Within("entry_lens", "number of entries", lambda a: min(a["max_entries"], a["keys"].block_table.shape[1] * a["keys"].pages.rows)),
     ),

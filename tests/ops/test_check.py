@@ -92,18 +92,20 @@ def entry_step(requests: Ints, positions: Ints) -> EntryStep:
 
 
 def save_state(slots: Ints = (0, -1, 15)) -> None:
-    compressor.save_state(projected(), torch.tensor([1, 2, 3]), state_and_cache()[0], ints(*slots))
+    compressor.save_state(projected(), torch.tensor([1, 2, 3]), SlotMapping(state_and_cache()[0], ints(*slots)))
 
 
 def compress_store(slots: Ints = (-1, -1, 63)) -> None:
     state, cache = state_and_cache()
-    paged = compressor.PagedState(projected(), state, ints(0, 1, 15), ints([0, 1], [2, 3]), ints(*slots), cache)
+    rows, entries = SlotMapping(state, ints(0, 1, 15)), SlotMapping(cache, ints(*slots))
+    paged = compressor.PagedState(projected(), rows, ints([0, 1], [2, 3]), entries)
     compressor.compress_store([paged], entry_step((1, 1, 0), (2, 3, 3)))
 
 
 def update(state_slots: Ints = (0, 1, 15), slots: Ints = (-1, -1, 63)) -> None:
     state, cache = state_and_cache()
-    paged = compressor.PagedState(projected(), state, ints(*state_slots), ints([0, 1], [2, 3]), ints(*slots), cache)
+    rows, entries = SlotMapping(state, ints(*state_slots)), SlotMapping(cache, ints(*slots))
+    paged = compressor.PagedState(projected(), rows, ints([0, 1], [2, 3]), entries)
     compressor.update([paged], entry_step((1, 1, 0), (2, 3, 3)))
 
 
@@ -115,8 +117,7 @@ def summarise(state_page: Ints = (1, 0), slots: Ints = (-1, -1, 63)) -> None:
         state_page=ints(*state_page),
         tail=torch.zeros(2, 3, 512),
         block_table=ints([0], [1]),
-        entry_slot_mapping=ints(*slots),
-        entries=make_pages(KvFormat.PLAIN, 2, 64, 512, torch.float32),
+        entries=SlotMapping(make_pages(KvFormat.PLAIN, 2, 64, 512, torch.float32), ints(*slots)),
     )
     summary.compress([state], entry_step((0, 0, 1), (0, 1, 3)), batch)
 
@@ -181,8 +182,9 @@ def test_what_is_not_is_reported_with_its_request_and_layer(call: Callable[..., 
 def test_many_bad_slots_are_counted() -> None:
     pages, slots = make_pages(KvFormat.PLAIN, 1, 4, 16, torch.float32), torch.arange(4, 24, dtype=torch.int32)
     kv = torch.randn(20, 8)
+    given = Projected(kv, kv, torch.randn(4, 8), torch.ones(8))
     with pytest.raises(OpInputError, match="token 7, place 0: 11 and 12 more"):
-        compressor.save_state(Projected(kv, kv, torch.randn(4, 8), torch.ones(8)), torch.arange(20), pages, slots)
+        compressor.save_state(given, torch.arange(20), SlotMapping(pages, slots))
 
 
 @pytest.mark.usefixtures("checked")
@@ -226,8 +228,8 @@ def arguments(op: str, function: Callable[..., Any]) -> set[str]:
     return names
 
 
-def rules_of(op: str) -> list[check.Slots | check.Within]:
-    rules: list[check.Slots | check.Within] = []
+def rules_of(op: str) -> list[check.Within]:
+    rules: list[check.Within] = []
     for rule in check.RULES.get(op, ()):
         rules += rule.rules if isinstance(rule, check.Each) else [rule]
     return rules
@@ -243,8 +245,7 @@ def test_every_argument_that_indexes_memory_has_a_rule() -> None:
 def test_rules_name_arguments_that_exist() -> None:
     for op, function in implementations():
         for rule in rules_of(op):
-            names = [rule.values] if isinstance(rule, check.Within) else [rule.slots, rule.pages]
-            assert set(names) <= arguments(op, function), (op, function)
+            assert rule.values in arguments(op, function), (op, function)
 
 
 def test_what_a_type_promises_is_checked_in_lists_and_in_other_types() -> None:
@@ -267,4 +268,5 @@ def test_what_a_type_promises_is_checked_in_lists_and_in_other_types() -> None:
 
 def test_operators_of_typed_arguments_are_checked_without_a_rule_by_name() -> None:
     typed = {name for name, op in registry.OPERATORS.items() if check.applies(name, op.reference)} - set(check.RULES)
-    assert typed == {"attention.norm_rope_store", "attention.sparse"}
+    paged = {"compressor.save_state", "compressor.compress_store", "compressor.update"}
+    assert typed == {"attention.norm_rope_store", "attention.sparse", *paged}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw contributions are kept, and windows pooled into entries, as the twin does it."""
+"""Raw contributions are kept, and windows pooled into entries, as the reference does it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dsv4.ops.compressor import paged as compressor
 from dsv4.ops.compressor.paged import PagedState, reference
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.norm import rms_norm
-from dsv4.ops.pages import Pages, RowsFormat, load_rows, row_widths
+from dsv4.ops.pages import Pages, RowsFormat, SlotMapping, load_rows, row_widths
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
@@ -30,37 +31,56 @@ def state_pages(num_tokens: int, rows: int, overlap: int, dim: int) -> tuple[Pag
     return pages, (torch.randperm(2 * n) + 1).int().view(2, n)
 
 
-@pytest.mark.parametrize(("num_tokens", "ratio", "overlap", "dim"), [(1, 4, 2, 512), (2, 4, 2, 128), (63, 128, 1, 512), (257, 4, 2, 128)])
-def test_state_rows_are_the_twins_bit_for_bit(num_tokens: int, ratio: int, overlap: int, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "ratio", "overlap", "dim"),
+    [(1, 4, 2, 512), (2, 4, 2, 128), (63, 128, 1, 512), (257, 4, 2, 128)],
+)
+def test_state_rows_are_the_references_bit_for_bit(num_tokens: int, ratio: int, overlap: int, dim: int) -> None:
     rows = 4 if ratio == 4 else 8
     pages, table = state_pages(num_tokens, rows, overlap, dim)
     positions = torch.arange(num_tokens) + 5
     slots = table[0, torch.arange(num_tokens) // rows] * rows + torch.arange(num_tokens).int() % rows
     slots[1::5] = -1
-    kv, gate = torch.randn(num_tokens, 2 * overlap * dim).chunk(2, -1)  # views with a stride, as the fused projection gives
+    # Views with a stride, as the fused projection gives.
+    kv, gate = torch.randn(num_tokens, 2 * overlap * dim).chunk(2, -1)
     ape = torch.randn(ratio, overlap * dim)
     expected = clone_pages(pages)
     projected = Projected(kv, gate, ape, torch.ones(dim))
-    compressor.save_state(projected, positions, pages, slots)
-    reference.save_state(projected, positions, expected, slots)
+    compressor.save_state(projected, positions, SlotMapping(pages, slots))
+    reference.save_state(projected, positions, SlotMapping(expected, slots))
     assert_bytes_equal(pages, expected)
+
+
+def cloned(mapping: SlotMapping) -> SlotMapping:
+    return SlotMapping(clone_pages(mapping.pages), mapping.slots)
 
 
 def saved(pages: Pages, table: Tensor, weight: Tensor, entry_slots: Tensor, entries: Pages) -> PagedState:
     """State whose rows are in their pages already: neither kv, gate nor where they would go may be read."""
     nothing = torch.zeros(0, 0)
-    return PagedState(Projected(nothing, nothing, nothing, weight), pages, nothing, table, entry_slots, entries)
+    projected, rows = Projected(nothing, nothing, nothing, weight), SlotMapping(pages, nothing)
+    return PagedState(projected, rows, table, SlotMapping(entries, entry_slots))
 
 
-CASES = [
-    ("csa", 4, 2, 512, KvFormat.PLAIN, 64),
-    ("csa", 4, 2, 512, KvFormat.FP8_DS_MLA, 64),
-    ("hca", 128, 1, 512, KvFormat.PLAIN, 2),
-    ("hca", 128, 1, 512, KvFormat.FP8_DS_MLA, 2),
-    ("index", 4, 2, 128, IndexFormat.PLAIN, 64),
-    ("index", 4, 2, 128, IndexFormat.FP8, 64),
-    ("index", 4, 2, 128, IndexFormat.MXFP4, 64),
-]
+class EntryCase(NamedTuple):
+    """rows: entries of a page."""
+
+    ratio: int
+    overlap: int
+    dim: int
+    row_format: RowsFormat
+    rows: int
+
+
+CASES = {
+    "csa-plain": EntryCase(4, 2, 512, KvFormat.PLAIN, rows=64),
+    "csa-fp8": EntryCase(4, 2, 512, KvFormat.FP8_DS_MLA, rows=64),
+    "hca-plain": EntryCase(128, 1, 512, KvFormat.PLAIN, rows=2),
+    "hca-fp8": EntryCase(128, 1, 512, KvFormat.FP8_DS_MLA, rows=2),
+    "index-plain": EntryCase(4, 2, 128, IndexFormat.PLAIN, rows=64),
+    "index-fp8": EntryCase(4, 2, 128, IndexFormat.FP8, rows=64),
+    "index-mxfp4": EntryCase(4, 2, 128, IndexFormat.MXFP4, rows=64),
+}
 
 
 def bytes_of(pages: Pages, slots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -68,16 +88,14 @@ def bytes_of(pages: Pages, slots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     width, scale_width = row_widths(pages, dim, 64)
     page, row = slots.long() // pages.rows, slots.long() % pages.rows
     values = pages.data[page[:, None], row[:, None] * width + torch.arange(width)]
-    return values, pages.data[page[:, None], pages.rows * width + row[:, None] * scale_width + torch.arange(scale_width)]
+    scales = pages.rows * width + row[:, None] * scale_width + torch.arange(scale_width)
+    return values, pages.data[page[:, None], scales]
 
 
-@pytest.mark.parametrize(
-    ("ratio", "overlap", "dim", "row_format", "rows"), [c[1:] for c in CASES], ids=[f"{c[0]}-{c[4].value}" for c in CASES]
-)
-def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
-    ratio: int, overlap: int, dim: int, row_format: RowsFormat, rows: int
-) -> None:
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_entries_are_pooled_normalised_rotated_and_stored_as_by_the_reference(case: EntryCase) -> None:
     """Two requests: one from position 0, whose first CSA entry has half its rows, one in the middle of its life."""
+    ratio, overlap, dim, row_format, rows = case
     state_rows = 4 if ratio == 4 else 8
     total = 3 * ratio + 3
     state, table = state_pages(total, state_rows, overlap, dim)
@@ -101,14 +119,19 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
     weight = torch.rand(dim) + 0.5
     entry_table = cos_sin(positions_t // ratio * ratio, FREQ)
     step = EntryStep(
-        positions=positions_t, request_of_token=request_of_token, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=entry_table
+        positions=positions_t,
+        request_of_token=request_of_token,
+        ratio=ratio,
+        overlap=overlap,
+        eps=EPS,
+        entry_cos_sin=entry_table,
     )
     compressor.compress_store([saved(state, table, weight, entry_slots, cache)], step)
     reference.compress_store([saved(state, table, weight, entry_slots, expected)], step)
 
     kept = entry_slots >= 0
     where = entry_slots[kept]
-    exact = exact_entries(state, table, request_of_token[kept], positions_t[kept], ratio, overlap, dim)
+    exact = exact_entries(state, table, request_of_token[kept], positions_t[kept], ratio=ratio, overlap=overlap, dim=dim)
     exact = apply_rope(rms_norm(exact, weight, EPS), entry_table[kept])
     if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN):
         assert_within(load_rows(cache, where, dim, 64).bfloat16(), exact, load_rows(expected, where, dim, 64))
@@ -116,9 +139,10 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
             p.data[where.long() // rows, where.long() % rows] = 0
     else:
         source = hadamard(exact.bfloat16()) if row_format in (IndexFormat.FP8, IndexFormat.MXFP4) else exact
-        # fp32 softmax, pooling and norm differ in some last bits, which may flip one bf16 rounding of an element; behind
-        # the Hadamard sum that is one of 128 addends.
-        assert_encodes(*bytes_of(cache, where, dim), source, row_format, 64, slack=2.0**-8 if source is exact else 2.0**-9)
+        # fp32 softmax, pooling and norm differ in some last bits, which may flip one bf16 rounding of an element;
+        # behind the Hadamard sum that is one of 128 addends.
+        slack = 2.0**-8 if source is exact else 2.0**-9
+        assert_encodes(*bytes_of(cache, where, dim), source, row_format, 64, slack=slack)
         width, scale_width = row_widths(cache, dim, 64)
         for p in (cache, expected):
             for page, row in zip(where.long() // rows, where.long() % rows, strict=True):
@@ -127,7 +151,16 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_the_twins(
     assert_bytes_equal(cache, expected)  # nothing else was touched
 
 
-def exact_entries(state: Pages, table: Tensor, request: Tensor, positions: Tensor, ratio: int, overlap: int, dim: int) -> Tensor:
+def exact_entries(
+    state: Pages,
+    table: Tensor,
+    request: Tensor,
+    positions: Tensor,
+    *,
+    ratio: int,
+    overlap: int,
+    dim: int,
+) -> Tensor:
     """Pooled entries straight from spec 3.4, one row at a time: fp32 [N, dim]."""
     out = []
     for r, end in zip(request.tolist(), positions.tolist(), strict=True):
@@ -152,10 +185,17 @@ def test_slots_and_pages_out_of_range_touch_nothing() -> None:
     ones = torch.zeros(2, dtype=torch.int32)
     kv, positions = torch.randn(2, 256), torch.tensor([3, 7])
     projected = Projected(kv, kv, torch.randn(4, 256), torch.ones(128))
-    compressor.save_state(projected, positions, state, torch.tensor([10_000, -1], dtype=torch.int32))
+    compressor.save_state(projected, positions, SlotMapping(state, torch.tensor([10_000, -1], dtype=torch.int32)))
     slots = torch.tensor([128, -1], dtype=torch.int32)
     table = torch.full((1, 2), 1 << 20, dtype=torch.int32)
-    step = EntryStep(positions=positions, request_of_token=ones, ratio=4, overlap=2, eps=EPS, entry_cos_sin=torch.zeros(2, 64))
+    step = EntryStep(
+        positions=positions,
+        request_of_token=ones,
+        ratio=4,
+        overlap=2,
+        eps=EPS,
+        entry_cos_sin=torch.zeros(2, 64),
+    )
     compressor.compress_store([saved(state, table, torch.ones(128), slots, cache)], step)
     assert torch.equal(memory(cache), before[0])
     assert torch.equal(memory(state), before[1])
@@ -182,7 +222,14 @@ def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, 
     entry_slots = torch.where((positions + 1) % ratio == 0, request * rows + positions // ratio % rows, -1).int()
     entry_slots[-1] = -1
     entry_table = cos_sin(positions // ratio * ratio, FREQ)
-    step = EntryStep(positions=positions, request_of_token=request, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=entry_table)
+    step = EntryStep(
+        positions=positions,
+        request_of_token=request,
+        ratio=ratio,
+        overlap=overlap,
+        eps=EPS,
+        entry_cos_sin=entry_table,
+    )
     states = []
     for dim, row_format in caches:
         pages, table = state_pages(total, state_rows, overlap, dim)
@@ -193,14 +240,15 @@ def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, 
         slot_mapping[-1] = -1
         kv, gate = torch.randn(2 * new + 1, 2 * overlap * dim).chunk(2, -1)
         projected = Projected(kv, gate, torch.randn(ratio, overlap * dim), torch.rand(dim) + 0.5)
-        states.append(PagedState(projected, pages, slot_mapping, table, entry_slots, make_pages(row_format, 2, rows, dim)))
-    apart = [replace(state, pages=clone_pages(state.pages), entries=clone_pages(state.entries)) for state in states]
+        entries = SlotMapping(make_pages(row_format, 2, rows, dim), entry_slots)
+        states.append(PagedState(projected, SlotMapping(pages, slot_mapping), table, entries))
+    apart = [replace(state, rows=cloned(state.rows), entries=cloned(state.entries)) for state in states]
     compressor.update(states, step)
     for one, two in zip(states, apart, strict=True):
-        compressor.save_state(two.projected, positions, two.pages, two.slot_mapping)
+        compressor.save_state(two.projected, positions, two.rows)
         compressor.compress_store([two], step)
-        assert_bytes_equal(one.pages, two.pages)
-        assert_bytes_equal(one.entries, two.entries)
+        assert_bytes_equal(one.rows.pages, two.rows.pages)
+        assert_bytes_equal(one.entries.pages, two.entries.pages)
 
 
 def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> None:
@@ -214,10 +262,18 @@ def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> Non
     entry_slots = torch.tensor([-1] * 7 + [2], dtype=torch.int32)
     projected = Projected(torch.randn(8, 256), torch.randn(8, 256), torch.randn(4, 256), torch.ones(128))
     cache = make_pages(IndexFormat.FP8, 1, 64, 128)
-    together = PagedState(projected, state, state_slots, table, entry_slots, cache)
-    apart = replace(together, pages=clone_pages(state), entries=make_pages(IndexFormat.FP8, 1, 64, 128))
-    step = EntryStep(positions=positions, request_of_token=request, ratio=4, overlap=2, eps=EPS, entry_cos_sin=torch.zeros(8, 64))
+    together = PagedState(projected, SlotMapping(state, state_slots), table, SlotMapping(cache, entry_slots))
+    entries = SlotMapping(make_pages(IndexFormat.FP8, 1, 64, 128), entry_slots)
+    apart = replace(together, rows=cloned(together.rows), entries=entries)
+    step = EntryStep(
+        positions=positions,
+        request_of_token=request,
+        ratio=4,
+        overlap=2,
+        eps=EPS,
+        entry_cos_sin=torch.zeros(8, 64),
+    )
     compressor.update([together], step)
-    compressor.save_state(projected, positions, apart.pages, state_slots)
+    compressor.save_state(projected, positions, apart.rows)
     compressor.compress_store([apart], step)
-    assert_bytes_equal(cache, apart.entries)
+    assert_bytes_equal(cache, apart.entries.pages)

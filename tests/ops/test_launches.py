@@ -50,7 +50,14 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
     overlap = 2 if ratio == 4 else 1
     positions, request = torch.tensor([255, 126]), torch.arange(T, dtype=torch.int32)
     entry_slots, table = torch.tensor([3, -1], dtype=torch.int32), torch.arange(80, dtype=torch.int32).view(2, 40)
-    step = EntryStep(positions=positions, request_of_token=request, ratio=ratio, overlap=overlap, eps=EPS, entry_cos_sin=torch.zeros(T, 64))
+    step = EntryStep(
+        positions=positions,
+        request_of_token=request,
+        ratio=ratio,
+        overlap=overlap,
+        eps=EPS,
+        entry_cos_sin=torch.zeros(T, 64),
+    )
     paged, summarised = [], []
     for dim, row_format in caches:
         kv, ape, cache = torch.randn(T, overlap * dim), torch.randn(ratio, overlap * dim), make_pages(row_format, 2, 64, dim)
@@ -58,7 +65,8 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
         pages = make_pages(KvFormat.PLAIN, 80, 8, 2 * overlap * dim, torch.float32)
         fill_pages(pages, torch.arange(640), torch.randn(640, 2 * overlap * dim), 0)
         slots = torch.tensor([255, 446], dtype=torch.int32)
-        paged.append(compressor.PagedState(projected, pages, slots, table, entry_slots, cache))
+        entries = SlotMapping(cache, entry_slots)
+        paged.append(compressor.PagedState(projected, SlotMapping(pages, slots), table, entries))
         summarised.append(
             summary.SummaryState(
                 projected,
@@ -66,14 +74,14 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
                 state_page=request,
                 tail=torch.zeros(2, 3, dim) if overlap == 2 else None,
                 block_table=request[:, None],
-                entry_slot_mapping=entry_slots,
-                entries=cache,
+                entries=entries,
             )
         )
     if mapping is StateMapping.PAGED:
         compressor.update(paged, step)
     else:
-        summary.compress(summarised, step, BatchView(torch.arange(T + 1, dtype=torch.int32), (positions + 1).int(), T, T, 256, 1))
+        starts = torch.arange(T + 1, dtype=torch.int32)
+        summary.compress(summarised, step, BatchView(starts, (positions + 1).int(), T, T, 256, 1))
 
 
 def decode_layer(kind: str, mapping: StateMapping, max_tokens: int) -> None:
@@ -119,7 +127,7 @@ def expected(kind: str, mapping: StateMapping, max_tokens: int) -> list[str]:
 CONTEXTS = [("window", 2400), ("hca", 2400), *(("csa", n) for n in (2400, 32_768, 32_772, 524_292, 1_048_576))]
 
 
-@pytest.mark.parametrize("mapping", [StateMapping.PAGED, StateMapping.SUMMARY])
+@pytest.mark.parametrize("mapping", list(StateMapping))
 @pytest.mark.parametrize(("kind", "max_tokens"), CONTEXTS)
 def test_a_decode_layer_launches_no_more_than_its_limit(kind: str, max_tokens: int, mapping: StateMapping, launches: list[str]) -> None:
     decode_layer(kind, mapping, max_tokens)

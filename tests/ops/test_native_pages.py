@@ -127,7 +127,7 @@ def test_native_compressor_and_ours_share_state_and_entries(
     kv, gate, ape = torch.randn(num_tokens, width), torch.randn(num_tokens, width), torch.randn(ratio, width)
     weight = torch.rand(512) + 0.5
     projected = Projected(kv, gate, ape, weight)
-    compressor.save_state(projected, positions, state, slots)
+    compressor.save_state(projected, positions, SlotMapping(state, slots))
     native.savepartialstateskernel_kernel[(num_tokens,)](
         kv, kv.stride(0), gate, gate.stride(0), ape, ape.stride(0), positions, native_state.data, native_state.data.stride(0),
         native_state.data.stride(1), slots, state_rows,
@@ -146,7 +146,8 @@ def test_native_compressor_and_ours_share_state_and_entries(
         eps=1e-6,
         entry_cos_sin=freq_table[positions // ratio * ratio],
     )
-    compressor.compress_store([compressor.PagedState(projected, state, slots, table, entry_slots, mine)], step)
+    paged = compressor.PagedState(projected, SlotMapping(state, slots), table, SlotMapping(mine, entry_slots))
+    compressor.compress_store([paged], step)
     native.module__fused_kv_compress_norm_rope_insert_sparse_attn[(num_tokens,)](
         state.data, state.data.stride(0), state.data.stride(1), request, positions, slots, table, table.stride(0), state_rows,
         weight, 1e-6, freq_table, freq_table.stride(0), theirs.data, entry_slots, rows,

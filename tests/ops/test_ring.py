@@ -13,7 +13,7 @@ from dsv4.ops.compressor.paged import PagedState
 from dsv4.ops.compressor.paged.reference import compress_store, save_state
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.ring import Rings, RingState, compress_step, plan_many, plan_single
-from dsv4.ops.pages import BatchView, Pages
+from dsv4.ops.pages import BatchView, Pages, SlotMapping
 
 PAGE, DIM, ROPE = 256, 8, 4
 
@@ -26,7 +26,14 @@ def plain(pages: int, rows: int, width: int) -> Pages:
 def entry_step(positions: Tensor, request_of_token: Tensor, ratio: int, overlap: int) -> EntryStep:
     """A step whose entries are not rotated."""
     cos_sin = torch.cat([torch.ones(len(positions), ROPE // 2), torch.zeros(len(positions), ROPE // 2)], 1)
-    return EntryStep(positions=positions, request_of_token=request_of_token, ratio=ratio, overlap=overlap, eps=1e-6, entry_cos_sin=cos_sin)
+    return EntryStep(
+        positions=positions,
+        request_of_token=request_of_token,
+        ratio=ratio,
+        overlap=overlap,
+        eps=1e-6,
+        entry_cos_sin=cos_sin,
+    )
 
 
 def entries_of_whole_sequence(projected: Projected, ratio: int, overlap: int) -> Tensor:
@@ -34,10 +41,11 @@ def entries_of_whole_sequence(projected: Projected, ratio: int, overlap: int) ->
     num_tokens, width = projected.kv.shape
     positions = torch.arange(num_tokens)
     pages, cache = plain(1, num_tokens, 2 * width), plain(1, num_tokens, DIM)
-    save_state(projected, positions, pages, positions)
+    rows = SlotMapping(pages, positions)
+    save_state(projected, positions, rows)
     slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1)
     zero = torch.zeros_like(positions)
-    state = PagedState(projected, pages, positions, zero[:1, None], slots, cache)
+    state = PagedState(projected, rows, zero[:1, None], SlotMapping(cache, slots))
     compress_store([state], entry_step(positions, zero, ratio, overlap))
     return cache.data[0, : num_tokens // ratio]
 
@@ -73,7 +81,8 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         rows = torch.cat([torch.arange(done[r], done[r] + n) for r, n in zip(chosen, sizes, strict=True)])
         owner = torch.tensor(chosen)[tokens.request_of_token.long()]
         scratch = plain(ring_plan.num_pages, ratio, 2 * width) if ring_plan.num_pages else None
-        state = RingState(Projected(kv[owner, rows], gate[owner, rows], ape, norm), rings, scratch, slots, cache)
+        projected = Projected(kv[owner, rows], gate[owner, rows], ape, norm)
+        state = RingState(projected, rings, scratch, SlotMapping(cache, slots))
         compress_step([state], ring_plan, entry_step(rows, tokens.request_of_token, ratio, overlap))
         for r, n in zip(chosen, sizes, strict=True):
             done[r] += n

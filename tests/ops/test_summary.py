@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows gives, and its kernel what it does."""
+"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows gives.
+
+Its kernel stores and keeps what the reference does.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from dsv4.ops.compressor.entry import pool
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.summary import SummaryState, reference
 from dsv4.ops.norm import rms_norm
-from dsv4.ops.pages import BatchView, Pages, RowsFormat, load_rows, row_widths
+from dsv4.ops.pages import BatchView, Pages, RowsFormat, SlotMapping, load_rows, row_widths
 from dsv4.ops.plan import TokenPlan, entry_slot_mapping, plan_tokens
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
@@ -90,8 +93,7 @@ class Engine:
             state_page=self.state_page,
             tail=self.tail,
             block_table=self.table,
-            entry_slot_mapping=slots,
-            entries=self.cache,
+            entries=SlotMapping(self.cache, slots),
         )
         reference.compress([state], entry_step(tokens, self.ratio, self.overlap, table), batch)
 
@@ -165,7 +167,9 @@ REQUESTS, CONTEXT = 3, 3 * PAGE
 
 
 class Served:
-    """Requests whose steps the kernel serves, and next to it the twin from the same memory. Whatever no request wrote is NaN.
+    """Requests whose steps the kernel serves, and next to it the reference from the same memory.
+
+    Whatever no request wrote is NaN.
 
     Every cache has its own pages and block table; state pages are strided, as a column of an engine's block table is.
     """
@@ -176,14 +180,16 @@ class Served:
         self.overlap, self.rows = (2 if self.ratio == 4 else 1), PAGE // self.ratio
         self.done = [0] * REQUESTS
         self.caches = [self._cache(dim, row_format) for dim, row_format in caches]
-        self.gates = [torch.randn(REQUESTS, CONTEXT, self.overlap * c.projected.norm_weight.shape[0]) * 3 for c in self.caches]
+        self.gates = [torch.randn(REQUESTS, CONTEXT, c.projected.ape.shape[1]) * 3 for c in self.caches]
         self.kvs = [torch.randn_like(gate) for gate in self.gates]
 
     def _cache(self, dim: int, row_format: RowsFormat) -> SummaryState:
         pages = REQUESTS * CONTEXT // PAGE
         nothing, width = torch.zeros(0, self.overlap * dim), self.overlap * dim
         state = torch.full((2 * REQUESTS, self.overlap * 3 * dim + 64), NAN)[:, : self.overlap * 3 * dim]
-        tail = torch.full((pages, 3 * dim + 32), NAN)[:, : 3 * dim].unflatten(-1, (3, dim)) if self.overlap == 2 else None
+        tail = None
+        if self.overlap == 2:
+            tail = torch.full((pages, 3 * dim + 32), NAN)[:, : 3 * dim].unflatten(-1, (3, dim))
         state_page = (torch.randperm(REQUESTS)[:, None] * 2).int().expand(-1, 2)[:, 0]
         table = torch.randperm(pages).int().view(REQUESTS, -1)
         cache = make_pages(row_format, pages, self.rows, dim)
@@ -194,8 +200,7 @@ class Served:
             state_page=state_page,
             tail=tail,
             block_table=table,
-            entry_slot_mapping=nothing,
-            entries=cache,
+            entries=SlotMapping(cache, nothing),
         )
 
     def hit(self, request: int, of: int, pages: int) -> None:
@@ -208,7 +213,10 @@ class Served:
                 x[request, : pages * PAGE] = x[of, : pages * PAGE]
 
     def step(self, counts: tuple[int, ...], padding: int = 0, compare: bool = True) -> None:
-        """Run a step of so many tokens per request, and padding tokens, and compare all memory; or run it by the twin alone."""
+        """Run a step of so many tokens per request, and padding tokens, and compare all memory.
+
+        compare: False runs it by the reference alone
+        """
         self.done = [d + c for d, c in zip(self.done, counts, strict=True)]
         starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
         num_tokens = sum(counts) + padding
@@ -221,7 +229,12 @@ class Served:
             reference.compress(given, step, batch)
             return
         expected = [
-            replace(state, summaries=state.summaries.clone(), tail=_clone(state.tail), entries=clone_pages(state.entries))
+            replace(
+                state,
+                summaries=state.summaries.clone(),
+                tail=_clone(state.tail),
+                entries=replace(state.entries, pages=clone_pages(state.entries.pages)),
+            )
             for state in given
         ]
         summary.compress(given, step, batch)
@@ -239,20 +252,31 @@ class Served:
         both[~tokens.valid] = NAN
         kv, gate = both.chunk(2, -1)
         slots = entry_slot_mapping(c.block_table, tokens, self.rows, self.ratio)
-        return replace(c, projected=replace(c.projected, kv=kv, gate=gate), entry_slot_mapping=slots)
+        return replace(c, projected=replace(c.projected, kv=kv, gate=gate), entries=replace(c.entries, slots=slots))
 
     def _check_entries(self, i: int, got: SummaryState, want: SummaryState, tokens: TokenPlan) -> None:
-        """What this step stored is the encoding of whole windows pooled at once; all other bytes are as the twin left them."""
-        stored = (got.entry_slot_mapping >= 0).nonzero().squeeze(-1)
-        where = got.entry_slot_mapping[stored].long()
-        pages = [got.entries, want.entries]
+        """What this step stored is the encoding of whole windows pooled at once.
+
+        All other bytes are as the reference left them.
+        """
+        stored = (got.entries.slots >= 0).nonzero().squeeze(-1)
+        where = got.entries.slots[stored].long()
+        pages = [got.entries.pages, want.entries.pages]
         if len(stored):
             self._check_stored(i, got, want, where, tokens.request_of_token[stored].long(), tokens.positions[stored])
             for p in pages:
                 _erase(p, where, got.projected.norm_weight.shape[0])
         assert torch.equal(memory(pages[0]), memory(pages[1])), "other bytes were touched"
 
-    def _check_stored(self, i: int, got: SummaryState, want: SummaryState, where: Tensor, request: Tensor, positions: Tensor) -> None:
+    def _check_stored(
+        self,
+        i: int,
+        got: SummaryState,
+        want: SummaryState,
+        where: Tensor,
+        request: Tensor,
+        positions: Tensor,
+    ) -> None:
         dim, exact = got.projected.norm_weight.shape[0], []
         for r, at in zip(request.tolist(), (positions // self.ratio).tolist(), strict=True):
             begin, end = max(at - self.overlap + 1, 0) * self.ratio, (at + 1) * self.ratio
@@ -263,13 +287,13 @@ class Served:
         )
         # fp32 sums in another order may tip a bf16 rounding. Behind the Hadamard sum that is one of 128 addends, or two.
         source, slack = entry, entry.abs() * 2.0**-8 + 1e-6
-        if got.entries.format in (IndexFormat.FP8, IndexFormat.MXFP4):
+        if got.entries.pages.format in (IndexFormat.FP8, IndexFormat.MXFP4):
             source = hadamard(entry.bfloat16())
             slack = 2 * 2.0**-7 * 128**-0.5 * entry.abs().amax(-1, keepdim=True)
-        stored = load_rows(got.entries, where, dim, 64).float()
-        near = torch.stack([_rounded(source + shift, got.entries.format) for shift in (-slack, 0 * slack, slack)])
+        stored = load_rows(got.entries.pages, where, dim, 64).float()
+        near = torch.stack([_rounded(source + shift, got.entries.pages.format) for shift in (-slack, 0 * slack, slack)])
         assert ((near.amin(0) <= stored) & (stored <= near.amax(0))).all()
-        assert (stored == load_rows(want.entries, where, dim, 64).float()).float().mean() > 0.99
+        assert (stored == load_rows(want.entries.pages, where, dim, 64).float()).float().mean() > 0.99
 
 
 def _rounded(rows: Tensor, row_format: RowsFormat) -> Tensor:
@@ -317,8 +341,11 @@ def test_scores_and_values_are_within_what_the_tolerance_assumes() -> None:
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_kernel_steps_of_many_sizes_are_the_twins(kind: str) -> None:
-    """T = 63, 1, 2, 257 and more: zero-length requests, padding, starts inside a window, exact page ends, a hit after each."""
+def test_kernel_steps_of_many_sizes_are_the_references(kind: str) -> None:
+    """T = 63, 1, 2, 257 and more.
+
+    Zero-length requests, padding, starts inside a window, exact page ends, a hit after each.
+    """
     served = Served(kind)
     served.step((63, 0, 0))
     served.step((0, 1, 0), padding=3)  # padding is counted to the last request, which has no token
@@ -359,7 +386,7 @@ def test_kernel_reads_the_tail_of_a_page_filled_in_the_same_step(filler: int, re
 def test_kernel_masks_pages_and_slots_out_of_range() -> None:
     served = Served("csa-fp8")
     served.step((3, 3, 0))
-    before = [(c.summaries.clone(), _clone(c.tail), memory(c.entries).clone()) for c in served.caches]
+    before = [(c.summaries.clone(), _clone(c.tail), memory(c.entries.pages).clone()) for c in served.caches]
     starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
     batch = BatchView(starts, torch.tensor([PAGE, 2 * PAGE, 3]), 2, REQUESTS, 2 * PAGE, 1)
     tokens = plan_tokens(batch)
@@ -368,7 +395,7 @@ def test_kernel_masks_pages_and_slots_out_of_range() -> None:
             served._step(i, tokens),
             state_page=torch.tensor([-1, 1 << 20, 0], dtype=torch.int32),
             block_table=torch.tensor([[-1], [1], [2]], dtype=torch.int32),  # of request 1, the second page is missing
-            entry_slot_mapping=torch.tensor([1 << 20, -7], dtype=torch.int32),
+            entries=SlotMapping(served.caches[i].entries.pages, torch.tensor([1 << 20, -7], dtype=torch.int32)),
         )
         for i in range(2)
     ]
@@ -381,4 +408,4 @@ def test_kernel_masks_pages_and_slots_out_of_range() -> None:
         assert tail is not None
         assert c.tail is not None
         assert torch.equal(c.tail.isnan(), tail.isnan())
-        assert torch.equal(memory(c.entries), cache)
+        assert torch.equal(memory(c.entries.pages), cache)

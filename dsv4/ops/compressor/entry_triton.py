@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of all mappings share: the groups of arguments of a cache, and what makes a pooled row an entry.
+"""What the kernels of all mappings share: groups of arguments, and what makes a pooled row an entry.
 
-Fields in capitals are constants of the kernel; they stay constants in a group that is an argument, not in one that has been
-assigned to a variable.
+Fields in capitals are constants of the kernel; they stay constants in a group that is an argument,
+not in one that has been assigned to a variable.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dsv4.ops.compressor.projected import Projected
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import SlotMapping
 from dsv4.ops.quant.triton import format_code, hadamard_row, rotate_pairs, store_row
 
 Group = TypeVar("Group")
@@ -59,14 +58,14 @@ def projected_group(given: Projected) -> ProjectedGroup:
     )
 
 
-def entry_group(slot_mapping: Tensor, entries: Pages) -> EntryGroup:
+def entry_group(entries: SlotMapping) -> EntryGroup:
     return EntryGroup(
-        slot_mapping=slot_mapping,
-        pages=entries.data,
-        page_stride=entries.data.stride(0),
-        num_slots=entries.data.shape[0] * entries.rows,
-        ROWS=constant(entries.rows),
-        FORMAT=constant(format_code(entries.format)),
+        slot_mapping=entries.slots,
+        pages=entries.pages.data,
+        page_stride=entries.pages.data.stride(0),
+        num_slots=entries.pages.num_slots,
+        ROWS=constant(entries.pages.rows),
+        FORMAT=constant(format_code(entries.pages.format)),
     )
 
 
@@ -79,7 +78,12 @@ def at_most_two(op: str, groups: Sequence[Group]) -> tuple[Group, Group | None]:
 
 @triton.jit
 def store_entry(pooled, norm_weight, eps, cos_sin, entries, slot, D: tl.constexpr, ROPE: tl.constexpr):
-    """Normalise, rotate, quantise and store one pooled entry, [D] fp32. cos_sin: pointer to its table row."""
+    """Normalise, rotate, quantise and store one pooled entry.
+
+    pooled: [D] fp32
+    cos_sin: pointer to its table row
+    entries: an `EntryGroup`
+    """
     d = tl.arange(0, D)
     y = pooled * tl.rsqrt(tl.sum(pooled * pooled, 0) / D + eps) * tl.load(norm_weight + d).to(tl.float32)
     row = rotate_pairs(tl.reshape(y, [1, D]), cos_sin, D - ROPE, ROPE, D)  # [1, D]

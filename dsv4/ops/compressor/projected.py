@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Projected:
-    """What a step's tokens project to for one cache, and the weights that pool them into its entries.
+    """What a step's tokens project to for one cache, and the weights that make entries of it.
 
-    With overlap 2 the first D columns (A) belong to the entry of the window after a token's own, the last D (B) to its own.
+    With overlap 2 the first D columns (A) belong to the entry of the window after a token's own,
+    the last D (B) to its own.
 
     kv, gate: [T, overlap * D] fp32
     ape: [ratio, overlap * D] fp32, added to the gate by the position in its window

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compressor state in rings: only the open windows are kept, not a row per cached token.
 
-A ring has `windows` pages of `ratio` rows: the two windows that a CSA entry pools, or the one of an HCA entry. Whoever
-owns a ring (a window page, a request) finds it by `owner_table`. A step of one token per request pools straight from the
-rings. A longer step would overwrite rows that its own entries still need, so its rows, and the open windows before
-them, go through scratch memory, and only the windows that stay open are written back.
+A ring has `windows` pages of `ratio` rows: the two windows that a CSA entry pools, or the one of an
+HCA entry. Whoever owns a ring (a window page, a request) finds it by `owner_table`. A step of one
+token per request pools straight from the rings. A longer step would overwrite rows that its own
+entries still need, so its rows, and the open windows before them, go through scratch memory, and
+only the windows that stay open are written back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dsv4.ops.compressor.paged import PagedState, save_state, update
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.pages import BatchView, Pages
+from dsv4.ops.pages import BatchView, Pages, SlotMapping
 from dsv4.ops.plan import TokenPlan
 
 
@@ -46,7 +47,10 @@ class Rings:
         return self.pages(request, positions) * self.ratio + (positions % self.ratio).int()
 
     def first_needed(self, positions: Tensor) -> Tensor:
-        """The first position whose row the token at `positions` may need: the start of the window before its own, or of its own."""
+        """The first position whose row the token at `positions` may need: [...] int.
+
+        It is the start of the window before its own, or of its own.
+        """
         return (positions // self.ratio - (self.windows - 1)).clamp(min=0) * self.ratio
 
 
@@ -108,7 +112,8 @@ def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView) -> RingPlan:
     exists = at < first[:, None]
     owner = torch.where(exists, at, base[:, None])
     source = torch.where(exists, rings.slots(index[:, None].expand_as(owner), owner), 0)
-    target = torch.where(exists, start[:, None] * ratio + rows, capacity * ratio)  # the others go to a page nobody reads
+    # The others go to a page nobody reads.
+    target = torch.where(exists, start[:, None] * ratio + rows, capacity * ratio)
     return RingPlan(
         positions,
         table,
@@ -121,8 +126,11 @@ def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView) -> RingPlan:
 
 
 def _outlives(rings: Rings, positions: Tensor, seq_lens: Tensor) -> Tensor:
-    """Whether a later step may need a position's row: the open windows of the sequence, and the last window of each owner,
-    from which another request may go on after a prefix hit."""
+    """Whether a later step may need a position's row.
+
+    It may be of an open window of the sequence, or of the last window of an owner, from which
+    another request may go on after a prefix hit.
+    """
     open_window = positions >= rings.first_needed(seq_lens)
     last_windows = (rings.windows - 1) * rings.ratio
     return open_window | (positions % rings.owner_tokens >= rings.owner_tokens - last_windows)
@@ -130,41 +138,35 @@ def _outlives(rings: Rings, positions: Tensor, seq_lens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RingState:
-    """One cache that a layer's tokens are pooled into, with its open windows kept as raw rows in rings.
+    """Raw rows of the open windows alone, in rings.
 
     rings: fp32 rows [P, ratio, 2 * overlap * D]
     scratch: at least plan.num_pages pages of that shape; None when the plan needs none
-    entry_slot_mapping: [T] int32, the slot of the entry that token t completes, -1 for none
-    entries: the cache of those
+    entries: where the entry that each token completes goes
     """
 
     projected: Projected
     rings: Pages
     scratch: Pages | None
-    entry_slot_mapping: Tensor
-    entries: Pages
+    entries: SlotMapping
 
 
 def compress_step(states: Sequence[RingState], plan: RingPlan, step: EntryStep) -> None:
-    """Save the step's rows, pool the entries that it completes, and keep what later steps need, for all caches of a layer."""
+    """Save the step's rows, pool the entries that it completes, and keep what later steps need.
+
+    states: all caches of a layer
+    """
     update([_paged(state, plan) for state in states], replace(step, positions=plan.positions))
     if plan.keep_slot_mapping is not None:
         for state in states:
-            save_state(state.projected, plan.positions, state.rings, plan.keep_slot_mapping)
+            save_state(state.projected, plan.positions, SlotMapping(state.rings, plan.keep_slot_mapping))
 
 
 def _paged(state: RingState, plan: RingPlan) -> PagedState:
-    """The pages that entries are pooled from: the rings, or scratch that the rows they need have been copied to."""
+    """What entries are pooled from: the rings, or scratch that the rows they need are copied to."""
     pages = state.rings
     if plan.keep_slot_mapping is not None:
         assert state.scratch is not None
         pages = state.scratch
         pages.data.flatten(0, 1)[plan.carry_to] = state.rings.data.flatten(0, 1)[plan.carry_from]
-    return PagedState(
-        state.projected,
-        pages,
-        plan.slot_mapping,
-        plan.block_table,
-        entry_slot_mapping=state.entry_slot_mapping,
-        entries=state.entries,
-    )
+    return PagedState(state.projected, SlotMapping(pages, plan.slot_mapping), plan.block_table, state.entries)

@@ -11,39 +11,38 @@ from torch import Tensor
 from dsv4.ops.compressor.entry import pool, store_entries
 from dsv4.ops.compressor.paged.state import PagedState
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.pages import Pages, store_rows
+from dsv4.ops.pages import SlotMapping, store_rows
 
 
-def save_state(projected: Projected, positions: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
-    """Write each token's row [kv | gate + ape[position % ratio]] into its slot; slot -1 writes nothing.
+def save_state(projected: Projected, positions: Tensor, rows: SlotMapping) -> None:
+    """Write each token's row [kv | gate + ape[position % ratio]].
 
     positions: [T] int64
-    pages: fp32 rows [P, rows, 2 * overlap * D]
-    slot_mapping: [T] int32
+    rows: where each token's goes, in fp32 rows [P, rows, 2 * overlap * D]
     """
     score = projected.gate + projected.ape[positions % projected.ape.shape[0]]
-    store_rows(pages, slot_mapping, torch.cat([projected.kv, score], -1), rope_dim=0)
+    store_rows(rows.pages, rows.slots, torch.cat([projected.kv, score], -1), rope_dim=0)
 
 
 def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
-    """Pool the windows that end at this step's tokens, all saved already, into entries, and store them in each cache.
+    """Pool the windows that end at this step's tokens into entries, and store these in each cache.
 
-    kv and gate are not read.
+    The rows are saved already: kv and gate are not read.
     """
     for state in states:
         _compress_store(state, step)
 
 
 def _compress_store(state: PagedState, step: EntryStep) -> None:
-    tokens = (state.entry_slot_mapping >= 0).nonzero().squeeze(-1)
+    tokens = (state.entries.slots >= 0).nonzero().squeeze(-1)
     if tokens.numel() == 0:
         return
-    ratio, overlap, page_rows = step.ratio, step.overlap, state.pages.rows
+    ratio, overlap, page_rows = step.ratio, step.overlap, state.rows.pages.rows
     back = torch.arange(overlap * ratio - 1, -1, -1, device=step.device)
     rows_at = step.positions[tokens, None] - back  # [N, overlap * m], oldest first
     table = state.block_table[step.request_of_token[tokens]]  # [N, n]
     page = table.gather(1, (rows_at.clamp(min=0) // page_rows).long())
-    rows = state.pages.data[page.long(), rows_at.clamp(min=0) % page_rows]  # [N, overlap * m, 2 * overlap * D]
+    rows = state.rows.pages.data[page.long(), rows_at.clamp(min=0) % page_rows]  # [N, overlap * m, 2 * overlap * D]
     missing = rows_at < 0
     if overlap == 2:
         rows = torch.where(
@@ -55,16 +54,17 @@ def _compress_store(state: PagedState, step: EntryStep) -> None:
     # Rows before the first token do not exist: whatever memory holds there, NaN included, must not enter.
     kv = kv.masked_fill(missing[..., None], 0.0)
     pooled = pool(kv, score.masked_fill(missing[..., None], float("-inf")))
-    slots = state.entry_slot_mapping[tokens]
-    store_entries(pooled, state.projected.norm_weight, step.eps, step.entry_cos_sin[tokens], state.entries, slots)
+    entries = SlotMapping(state.entries.pages, state.entries.slots[tokens])
+    store_entries(pooled, state.projected.norm_weight, step.eps, step.entry_cos_sin[tokens], entries)
 
 
 def update(states: Sequence[PagedState], step: EntryStep) -> None:
     """`save_state`, then `compress_store`, of the same tokens, for each of the caches, one or two.
 
-    A kernel may do both at once, so no token may be given a state slot that an entry completed in the same step still
-    reads as another token's: pages never are, a ring must have room for the step beside the windows.
+    A kernel may do both at once, so no token may be given a state slot that an entry completed in
+    the same step still reads as another token's: pages never are, a ring must have room for the
+    step beside the windows.
     """
     for state in states:
-        save_state(state.projected, step.positions, state.pages, state.slot_mapping)
+        save_state(state.projected, step.positions, state.rows)
     compress_store(states, step)

@@ -8,23 +8,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dsv4.ops.compressor.projected import Projected
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import SlotMapping
 
 
 @dataclass(frozen=True)
 class PagedState:
-    """Rows [kv | gate + ape], one per token, in pages; -1 stands for none in both slot mappings.
+    """Rows [kv | gate + ape], one per token, in pages.
 
-    pages: fp32 rows [P, rows, 2 * overlap * D]
-    slot_mapping: [T] int32, where token t's row goes
-    block_table: [R, n] int32, the pages of each request
-    entry_slot_mapping: [T] int32, the slot of the entry that token t completes
-    entries: the cache of those
+    rows: where each token's goes, in fp32 rows [P, rows, 2 * overlap * D]
+    block_table: [R, n] int32, the pages of each request's rows
+    entries: where the entry that each token completes goes
     """
 
     projected: Projected
-    pages: Pages
-    slot_mapping: Tensor
+    rows: SlotMapping
     block_table: Tensor
-    entry_slot_mapping: Tensor
-    entries: Pages
+    entries: SlotMapping

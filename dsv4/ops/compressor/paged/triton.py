@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the compressor on raw rows; every function here has its reference in `paged/reference.py`."""
+"""Triton kernels of the compressor on raw rows; their references are in `paged/reference.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dsv4.ops.compressor.entry_triton import (
 from dsv4.ops.compressor.paged.state import PagedState
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.kernels import Shipped
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import SlotMapping
 
 
 class RowGroup(NamedTuple):
@@ -52,7 +52,12 @@ class PagedGroup(NamedTuple):
 
 @triton.jit
 def _save_row(projected, rows, t, positions, WIDTH: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr):
-    """Write token t's [kv | gate + ape[position % RATIO]], each WIDTH wide. BLOCK: the next power of two."""
+    """Write token t's [kv | gate + ape[position % RATIO]].
+
+    projected, rows: a `ProjectedGroup` and a `RowGroup`
+    WIDTH: of kv and of gate
+    BLOCK: the next power of two
+    """
     slot = tl.load(rows.slot_mapping + t)
     if (slot >= 0) & (slot < rows.num_pages * rows.ROWS):
         c = tl.arange(0, BLOCK)
@@ -60,7 +65,8 @@ def _save_row(projected, rows, t, positions, WIDTH: tl.constexpr, BLOCK: tl.cons
         to = rows.pages + (slot // rows.ROWS).to(tl.int64) * rows.page_stride + (slot % rows.ROWS) * (2 * WIDTH)
         bias = tl.load(projected.ape + (tl.load(positions + t) % RATIO) * WIDTH + c, mask=inside)
         tl.store(to + c, tl.load(projected.kv + t * projected.kv_stride + c, mask=inside), mask=inside)
-        tl.store(to + WIDTH + c, tl.load(projected.gate + t * projected.gate_stride + c, mask=inside) + bias, mask=inside)
+        score = tl.load(projected.gate + t * projected.gate_stride + c, mask=inside) + bias
+        tl.store(to + WIDTH + c, score, mask=inside)
 
 
 @triton.jit
@@ -69,24 +75,24 @@ def save_state_kernel(projected, rows, positions, WIDTH: tl.constexpr, BLOCK: tl
     _save_row(projected, rows, tl.program_id(0).to(tl.int64), positions, WIDTH, BLOCK, RATIO)
 
 
-def _row_group(pages: Pages, slot_mapping: Tensor) -> RowGroup:
+def _row_group(rows: SlotMapping) -> RowGroup:
     return RowGroup(
-        slot_mapping=slot_mapping,
-        pages=pages.data,
-        page_stride=pages.data.stride(0),
-        num_pages=pages.data.shape[0],
-        ROWS=constant(pages.rows),
+        slot_mapping=rows.slots,
+        pages=rows.pages.data,
+        page_stride=rows.pages.data.stride(0),
+        num_pages=rows.pages.data.shape[0],
+        ROWS=constant(rows.pages.rows),
     )
 
 
-def save_state(projected: Projected, positions: Tensor, pages: Pages, slot_mapping: Tensor) -> None:
+def save_state(projected: Projected, positions: Tensor, rows: SlotMapping) -> None:
     """See `reference.save_state`."""
     num_tokens, width = projected.kv.shape
     if num_tokens == 0:
         return
     save_state_kernel[(num_tokens,)](
         projected_group(projected),
-        _row_group(pages, slot_mapping),
+        _row_group(rows),
         positions,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
@@ -100,10 +106,11 @@ def _compress_store(
     cache, t, positions, request_of_token, cos_sin, eps,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """What the program of token t does for one cache: if it completes an entry, pool OVERLAP * RATIO rows, BR at a time.
+    """What the program of token t does for one cache: if it completes an entry, pool OVERLAP *
+    RATIO rows, BR at a time.
 
-    SAVE: each token first writes its state, and a row of a token of this step is taken from kv and gate, since the program
-    that writes its state may not have run yet.
+    SAVE: each token first writes its state, and a row of a token of this step is taken from kv and
+    gate, since the program that writes its state may not have run yet.
     """
     D: tl.constexpr = cache.projected.D
     ROWS: tl.constexpr = cache.rows.ROWS
@@ -136,8 +143,9 @@ def _compress_store(
                 stored = stored & (own == 0)
             page = tl.load(table + at_page, mask=stored, other=-1)
             stored = stored & (page >= 0) & (page < cache.rows.num_pages)
-            row = tl.where(stored, page, 0).to(tl.int64) * cache.rows.page_stride + (tl.maximum(at, 0) % ROWS) * (2 * WIDTH)
-            cell = cache.rows.pages + (row + column)[:, None] + d[None, :]
+            row = (tl.maximum(at, 0) % ROWS) * (2 * WIDTH) + column
+            row += tl.where(stored, page, 0).to(tl.int64) * cache.rows.page_stride
+            cell = cache.rows.pages + row[:, None] + d[None, :]
             values = tl.load(cell, mask=stored[:, None], other=0.0)  # [BR, D]
             score = tl.load(cell + WIDTH, mask=stored[:, None], other=float("-inf"))
             if SAVE:
@@ -155,7 +163,8 @@ def _compress_store(
             weight = weight * keep + tl.sum(p, 0)
             pooled = pooled * keep + tl.sum(p * values, 0)
             m = m_next
-        store_entry(pooled / weight, cache.projected.norm_weight, eps, cos_sin + t * ROPE, cache.entries, entry_slot, D, ROPE)
+        entry = pooled / weight
+        store_entry(entry, cache.projected.norm_weight, eps, cos_sin + t * ROPE, cache.entries, entry_slot, D, ROPE)
 
 
 @triton.jit
@@ -174,11 +183,11 @@ def compress_store_kernel(
 def _group(state: PagedState) -> PagedGroup:
     return PagedGroup(
         projected=projected_group(state.projected),
-        rows=_row_group(state.pages, state.slot_mapping),
+        rows=_row_group(state.rows),
         block_table=state.block_table,
         block_table_stride=state.block_table.stride(0),
         block_table_width=state.block_table.shape[1],
-        entries=entry_group(state.entry_slot_mapping, state.entries),
+        entries=entry_group(state.entries),
     )
 
 
@@ -203,12 +212,12 @@ def _launch(op: str, states: Sequence[PagedState], step: EntryStep, save: bool) 
 
 
 def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
-    """See `reference.compress_store`. Raises ValueError for more caches than the two that a CSA layer has."""
+    """See `reference.compress_store`. Raises ValueError for more than a CSA layer's two caches."""
     _launch("compressor.compress_store", states, step, save=False)
 
 
 def update(states: Sequence[PagedState], step: EntryStep) -> None:
-    """See `reference.update`. Raises ValueError for more caches than the two that a CSA layer has."""
+    """See `reference.update`. Raises ValueError for more than a CSA layer's two caches."""
     _launch("compressor.update", states, step, save=True)
 
 
@@ -220,9 +229,28 @@ def _types(ratio: int, dim: int, row_format: int) -> PagedGroup:
     return PagedGroup(projected_types(dim), _row_types(ratio), "*i32", "i32", "i32", entry_types(ratio, row_format))
 
 
-def _compress(name: str, ratio: int, dim: int, row_format: int, index_format: int | None = None, save: bool = True) -> Shipped:
-    types: dict[str, Any] = {"positions": "*i64", "request_of_token": "*i32", "cos_sin": "*fp32", "first": _types(ratio, dim, row_format)}
-    constants: dict[str, Any] = {"RATIO": ratio, "OVERLAP": 2 if ratio == 4 else 1, "ROPE": 64, "BR": ROWS_AT_ONCE, "SAVE": save}
+def _compress(
+    name: str,
+    ratio: int,
+    dim: int,
+    row_format: int,
+    index_format: int | None = None,
+    *,
+    save: bool = True,
+) -> Shipped:
+    types: dict[str, Any] = {
+        "positions": "*i64",
+        "request_of_token": "*i32",
+        "cos_sin": "*fp32",
+        "first": _types(ratio, dim, row_format),
+    }
+    constants: dict[str, Any] = {
+        "RATIO": ratio,
+        "OVERLAP": 2 if ratio == 4 else 1,
+        "ROPE": 64,
+        "BR": ROWS_AT_ONCE,
+        "SAVE": save,
+    }
     if index_format is None:
         constants["second"] = None
     else:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor with its open windows kept as pooling summaries instead of raw rows. Source: spec section 3.4.
+"""Open windows as summaries instead of raw rows. Source: spec section 3.4.
 
-Pooling is a softmax over rows, per channel, so any part of a window can be carried as three numbers per channel: the
-largest score, the sum of exponentials and the weighted sum. That is all a request needs between steps, and all a prefix
-hit needs at a page end. A summary cannot be taken back, so nothing that rejects tokens may use it.
+Pooling is a softmax over rows, per channel, so any part of a window can be carried as three numbers
+per channel: the largest score, the sum of exponentials and the weighted sum. That is all a request
+needs between steps, and all a prefix hit needs at a page end. A summary cannot be taken back, so
+nothing that rejects tokens may use it.
 """
 
 from dsv4.ops.compressor.summary import reference

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on summaries, in plain PyTorch. Source: spec section 3.4; docs/kv-mapping.md derives the cases.
+"""The compressor on summaries, in plain PyTorch. Source: spec section 3.4.
 
-A summary of some rows is, per channel, (max of the scores, sum of exp(score - max), sum of exp(score - max) * kv).
-Columns A of a token belong to the next window's entry, columns B to its own (HCA has B alone). At a step's end `e`, with
-the open window starting at w = e // m * m, a request keeps two summaries: `entry`, of the open window's entry so far
-(A of the window before, B of the open rows), and, with overlap, `following`, of A of the open rows.
+docs/kv-mapping.md derives the cases.
 
-Where a window starts a page, columns A of the window before are the page end's tail. They are not in `entry`: the tail is
-merged when the entry is complete, which for a request that has just hit the page is what it needs anyway.
+A summary of some rows is, per channel, (max of the scores, sum of exp(score - max), sum of
+exp(score - max) * kv). Columns A of a token belong to the next window's entry, columns B to its own
+(HCA has B alone). At a step's end `e`, with the open window starting at w = e // m * m, a request
+keeps two summaries: `entry`, of the open window's entry so far (A of the window before, B of the
+open rows), and, with overlap, `following`, of A of the open rows.
+
+Where a window starts a page, columns A of the window before are the page end's tail. They are not
+in `entry`: the tail is merged when the entry is complete, which for a request that has just hit the
+page is what it needs anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch import Tensor
 from dsv4.ops.compressor.entry import store_entries
 from dsv4.ops.compressor.projected import EntryStep
 from dsv4.ops.compressor.summary.state import SummaryState
-from dsv4.ops.pages import BatchView
+from dsv4.ops.pages import BatchView, SlotMapping
 
 EMPTY = float("-inf")
 
@@ -48,10 +52,10 @@ class _Rows:
 
 
 def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) -> None:
-    """Pool what ends in this step into entries of each cache, one or two, and keep summaries of what stays open.
+    """Pool what ends in this step into entries of each cache, and keep summaries of what stays open.
 
-    State and tails that no request wrote are never read. A page may be filled by one request and continued from by another
-    in the same step.
+    State and tails that no request wrote are never read. A page may be filled by one request and
+    continued from by another in the same step.
     """
     for state in states:
         _compress(state, step, batch)
@@ -62,7 +66,8 @@ def _compress(state: SummaryState, step: EntryStep, batch: BatchView) -> None:
     start = (batch.seq_lens[: batch.num_reqs] - lens).long()
     here = _rows_of(state, step, start, batch.query_start_loc[: batch.num_reqs].long())
 
-    if state.tail is not None:  # before anything reads one: a request may hit a page that another fills in this very step
+    if state.tail is not None:
+        # Before anything reads one: a request may hit a page that another fills in this very step.
         valid = torch.arange(here.kv.shape[0], device=step.device) < batch.query_start_loc[batch.num_reqs]
         _write_tails(state.tail, state.block_table, step, here, valid)
     _write_summaries(state, here, start + lens, (lens > 0).nonzero().squeeze(-1))
@@ -71,12 +76,15 @@ def _compress(state: SummaryState, step: EntryStep, batch: BatchView) -> None:
 
 def _rows_of(state: SummaryState, step: EntryStep, start: Tensor, token: Tensor) -> _Rows:
     kv, score = state.projected.kv, state.projected.gate + state.projected.ape[step.positions % step.ratio]
-    kept, page_tokens = state.summaries[state.state_page.long()], state.entries.rows * step.ratio
+    kept, page_tokens = state.summaries[state.state_page.long()], state.entries.pages.rows * step.ratio
     return _Rows(kv, score, start, token, kept, page_tokens=page_tokens, ratio=step.ratio, overlap=step.overlap)
 
 
 def _write_tails(tail: Tensor, block_table: Tensor, step: EntryStep, here: _Rows, valid: Tensor) -> None:
-    """Columns A of the last window of each page that ends in this step. valid: [T] bool, false for padding."""
+    """Columns A of the last window of each page that ends in this step.
+
+    valid: [T] bool, false for padding
+    """
     tokens = (valid & ((step.positions + 1) % here.page_tokens == 0)).nonzero().squeeze(-1)
     if tokens.numel():
         request, last = step.request_of_token[tokens].long(), step.positions[tokens]
@@ -85,7 +93,11 @@ def _write_tails(tail: Tensor, block_table: Tensor, step: EntryStep, here: _Rows
 
 
 def _write_summaries(state: SummaryState, here: _Rows, ends: Tensor, active: Tensor) -> None:
-    """What stays open. ends: [R], the position behind each request's last; active: requests that have tokens."""
+    """What stays open.
+
+    ends: [R], the position behind each request's last
+    active: [N], the requests that have tokens
+    """
     end = ends[active]
     window = end // here.ratio * here.ratio
     carried = [_so_far(here, active, window, end - 1, _starts_page(here, window))]
@@ -95,7 +107,7 @@ def _write_summaries(state: SummaryState, here: _Rows, ends: Tensor, active: Ten
 
 
 def _write_entries(state: SummaryState, step: EntryStep, here: _Rows) -> None:
-    tokens = (state.entry_slot_mapping >= 0).nonzero().squeeze(-1)
+    tokens = (state.entries.slots >= 0).nonzero().squeeze(-1)
     if tokens.numel() == 0:
         return
     request, last = step.request_of_token[tokens].long(), step.positions[tokens]
@@ -105,8 +117,8 @@ def _write_entries(state: SummaryState, step: EntryStep, here: _Rows) -> None:
     if state.tail is not None:
         page = state.block_table[request, (window // here.page_tokens - 1).clamp(min=0)].long()
         summary = _merge(summary, _only(state.tail[page], from_tail & (window > 0)))
-    pooled, slots = summary[:, 2] / summary[:, 1], state.entry_slot_mapping[tokens]
-    store_entries(pooled, state.projected.norm_weight, step.eps, step.entry_cos_sin[tokens], state.entries, slots)
+    pooled, entries = summary[:, 2] / summary[:, 1], SlotMapping(state.entries.pages, state.entries.slots[tokens])
+    store_entries(pooled, state.projected.norm_weight, step.eps, step.entry_cos_sin[tokens], entries)
 
 
 def _starts_page(here: _Rows, window: Tensor) -> Tensor:
@@ -115,13 +127,16 @@ def _starts_page(here: _Rows, window: Tensor) -> Tensor:
 
 
 def _so_far(here: _Rows, request: Tensor, window: Tensor, last: Tensor, only_b: Tensor) -> Tensor:
-    """Summary [N, 3, D] of A of the window before `window`, unless only_b, and B of its own rows, up to `last`; all are [N]."""
+    """Summary [N, 3, D] of A of the window before `window`, unless only_b, and B of its own rows.
+
+    request, window, last, only_b: [N]; rows up to position `last` count
+    """
     m, start = here.ratio, here.start[request]
     offset = torch.arange((1 - here.overlap) * m, m, device=window.device)
     rows = _summarise_rows(here, request, window[:, None] + offset, use_a=offset < 0, last=last, only_b=only_b)
     kept = here.kept[request]  # [N, overlap, 3, D]
-    # The step starts inside or at this window: what came before is in `entry`, or there is nothing of this request's. It
-    # starts inside the window before: the rows of that one are in `following`. It starts earlier: every row is here.
+    # The step starts inside or at this window: what came before is in `entry`, or there is nothing of this request's.
+    # It starts inside the window before: the rows of that one are in `following`. It starts earlier: all rows are here.
     resumes = start % (here.page_tokens if here.overlap == 2 else m) > 0
     earlier = _only(kept[:, 0], (start >= window) & resumes)
     if here.overlap == 2:
@@ -130,7 +145,10 @@ def _so_far(here: _Rows, request: Tensor, window: Tensor, last: Tensor, only_b: 
 
 
 def _summarise_rows(here: _Rows, request: Tensor, at: Tensor, use_a: Tensor, last: Tensor, only_b: Tensor) -> Tensor:
-    """Summary [N, 3, D] of the step's rows at positions `at` [N, K], up to `last`; use_a: [K], columns A instead of B."""
+    """Summary [N, 3, D] of the step's rows at positions `at` [N, K], up to `last`.
+
+    use_a: [K], columns A instead of B
+    """
     start = here.start[request][:, None]
     present = (at >= start) & (at <= last[:, None]) & ~(use_a & only_b[:, None])
     token = torch.where(present, here.token[request][:, None] + at - start, 0)

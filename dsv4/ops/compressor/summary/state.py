@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dsv4.ops.compressor.projected import Projected
-from dsv4.ops.pages import Pages
+from dsv4.ops.pages import SlotMapping
 
 
 @dataclass(frozen=True)
 class SummaryState:
-    """One page of summaries per request, and with overlap 2 one summary more behind each page of entries.
+    """One page of summaries per request, and with overlap 2 one summary behind each page of entries.
 
     summaries: [P, overlap, 3, D] fp32
     state_page: [R] int32, each request's page of `summaries`
-    tail: [P', 3, D] fp32, one per page of `entries`; None with overlap 1
-    block_table: [R, n] int32, the pages of `entries` of each request
-    entry_slot_mapping: [T] int32, the slot of the entry that token t completes, -1 for none
-    entries: the cache of those
+    tail: [P', 3, D] fp32, one per page of entries; None with overlap 1
+    block_table: [R, n] int32, the pages of each request's entries
+    entries: where the entry that each token completes goes
     """
 
     projected: Projected
@@ -28,5 +27,4 @@ class SummaryState:
     state_page: Tensor
     tail: Tensor | None
     block_table: Tensor
-    entry_slot_mapping: Tensor
-    entries: Pages
+    entries: SlotMapping

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel of the compressor on summaries; its reference is `summary/reference.py`.
 
-No program may read what another of the same launch writes. A request's kept state is read and written by the program of
-its first token alone, which also pools the entries that need it; other entries lie wholly in the step's rows. Page-end
-tails are written by a launch of their own, before anything reads one. A step of one token per request does without it:
-an entry that needs a tail ends RATIO tokens behind the page end, thus in a later step than the one that wrote it.
+No program may read what another of the same launch writes. A request's kept state is read and
+written by the program of its first token alone, which also pools the entries that need it; other
+entries lie wholly in the step's rows. Page-end tails are written by a launch of their own, before
+anything reads one. A step of one token per request does without it: an entry that needs a tail ends
+RATIO tokens behind the page end, thus in a later step than the one that wrote it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class SummaryGroup(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Three numbers per channel of some rows: the largest score, the sum of exponentials, the weighted sum; all [D]."""
+    """Some rows' largest score, sum of exponentials and weighted sum, per channel: [D] fp32 each."""
 
     top: Any
     weight: Any
@@ -85,8 +86,10 @@ def _store_summary(at, summary, D: tl.constexpr):
 
 
 @triton.jit
-def _pool_rows(projected, token_of_0, first, last, window, RATIO: tl.constexpr, OVERLAP: tl.constexpr, BR: tl.constexpr):
-    """Summary of the step's rows at positions first .. last: columns A before `window`, B from there on.
+def _pool_rows(
+    projected, token_of_0, first, last, window, RATIO: tl.constexpr, OVERLAP: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Summary of the step's rows at positions first .. last: columns A before `window`, then B.
 
     token_of_0: the token that position 0 would be.
     """
@@ -114,12 +117,15 @@ def _pool_rows(projected, token_of_0, first, last, window, RATIO: tl.constexpr, 
 @triton.jit
 def _compress(
     cache, t, request, first_token, start, end, cos_sin, eps,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr, TAILS: tl.constexpr, POOL: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr,
+    TAILS: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """What the program of token t does for one cache: up to five jobs, each of which pools a window as far as it has come.
+    """What the program of token t does for one cache: up to five jobs, each of which pools a window
+    as far as it has come.
 
-    Job 0 writes the tail of the page that t ends, jobs 1 .. OVERLAP store entries, and the OVERLAP jobs behind them the
-    request's state. Only the first token of a request has more than job 1; its entries are those that need the state.
+    Job 0 writes the tail of the page that t ends, jobs 1 .. OVERLAP store entries, and the OVERLAP
+    jobs behind them the request's state. Only the first token of a request has more than job 1; its
+    entries are those that need the state.
     """
     D: tl.constexpr = cache.projected.D
     PAGE: tl.constexpr = cache.entries.ROWS * RATIO  # tokens of a page
@@ -177,7 +183,8 @@ def _compress(
 @triton.jit
 def summary_kernel(
     first, second, query_start_loc, seq_lens, request_of_token, cos_sin, eps,
-    RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr, TAILS: tl.constexpr, POOL: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr,
+    TAILS: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """grid (T, caches). first, second: `SummaryGroup`s; second is None for a layer with one cache.
 
@@ -212,12 +219,12 @@ def _group(state: SummaryState) -> SummaryGroup:
         block_table=state.block_table,
         block_table_stride=state.block_table.stride(0),
         block_table_width=state.block_table.shape[1],
-        entries=entry_group(state.entry_slot_mapping, state.entries),
+        entries=entry_group(state.entries),
     )
 
 
 def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) -> None:
-    """See `reference.compress`. Raises ValueError for more caches than the two that a CSA layer has."""
+    """See `reference.compress`. Raises ValueError for more than a CSA layer's two caches."""
     if step.positions.numel() == 0:
         return
     first, second = at_most_two("summary.compress", [_group(state) for state in states])
@@ -266,7 +273,15 @@ def _types(ratio: int, dim: int, row_format: int) -> SummaryGroup:
     )
 
 
-def _shipped(name: str, ratio: int, row_format: int, index_format: int | None, tails: bool, pool: bool = True) -> Shipped:
+def _shipped(
+    name: str,
+    ratio: int,
+    row_format: int,
+    index_format: int | None,
+    *,
+    tails: bool,
+    pool: bool = True,
+) -> Shipped:
     types: dict[str, Any] = {
         "first": _types(ratio, 512, row_format),
         "query_start_loc": "*i32",
