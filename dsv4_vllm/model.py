@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V4 wired from vLLM's parallel layers and dsv4's operators. Source: spec section 3."""
+"""DeepSeek-V4 wired from vLLM's parallel layers and dsv4's operators. Source: docs/model.md, 3."""
 
 from __future__ import annotations
 

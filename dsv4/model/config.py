@@ -3,7 +3,7 @@
 
 Two shapes circulate: the released flat one (`compress_ratios`, `num_hash_layers`, `rope_scaling`)
 and the one of HF transformers (`layer_types`, `compress_rates`, `mlp_layer_types`, nested
-`rope_parameters`). Source: spec section 1.
+`rope_parameters`). Source: docs/model.md, 1.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN parameters of the compressed layers. Source: spec section 3.3."""
+    """YaRN parameters of the compressed layers. Source: docs/model.md, 3.3."""
 
     factor: float
     beta_fast: float
@@ -322,7 +322,7 @@ def _routings(raw: Mapping[str, Any], num_layers: int, where: str) -> list[Routi
 
 
 def _draft(raw: Mapping[str, Any], draft_slots: int) -> tuple[DraftKind, int]:
-    # num_nextn_predict_layers still says 1 in DSpark checkpoints: the dspark_* keys decide (spec section 8).
+    # num_nextn_predict_layers still says 1 in DSpark checkpoints: the dspark_* keys decide (docs/model.md, 1.3).
     if raw.get("dspark_block_size"):
         return "dspark", draft_slots or DRAFT_STAGES_DSPARK
     num_mtp = int(raw.get("num_nextn_predict_layers") or 0)
@@ -354,7 +354,7 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
 
 
 def _expert_dtype(raw: Mapping[str, Any], where: str) -> ExpertDtype:
-    dtype = raw.get("expert_dtype") or "fp4"  # one early Pro copy lacks the key (spec section 1.1)
+    dtype = raw.get("expert_dtype") or "fp4"  # one early Pro copy lacks the key (docs/model.md, 1.1)
     if dtype == "fp4":
         return "fp4"
     if dtype == "fp8":

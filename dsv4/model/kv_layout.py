@@ -4,7 +4,7 @@
 A cache is a list of pages; a page holds `rows_per_page` rows; a row holds one entry (a token, a
 compressed entry, an index key or one token's compressor state). Quantised pages store all rows'
 values first, then all rows' scales, then padding, which is the byte layout of the engines' native
-V4. Source: spec section 5.1.
+V4. Source: docs/model.md, 5.1.
 """
 
 from __future__ import annotations

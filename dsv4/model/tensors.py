@@ -2,7 +2,7 @@
 """Tensors that config.json implies: names, shapes, dtypes, tensor-parallel axes.
 
 Dtypes are spelled as in safetensors. What a folder really holds is `dsv4.model.checkpoint`'s.
-Source: spec section 2.
+Source: docs/model.md, 2.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def tensor_specs(config: V4Config, fp8_scale_dtype: ScaleDtype = "F8_E8M0", incl
     """Every tensor of `config`'s checkpoint by name, backbone first, then the draft.
 
     fp8_scale_dtype: dtype of the block scales when experts are FP8 (Base checkpoints exist with
-    either; the released FP4 checkpoints have F8_E8M0 throughout). Source: spec sections 1.3 and
+    either; the released FP4 checkpoints have F8_E8M0 throughout). Source: docs/model.md, 1.3 and
     2.1.
     """
     specs = {spec.name: spec for spec in _backbone(config)}

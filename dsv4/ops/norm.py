@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMS norms, in plain PyTorch. Source: spec section 3.2."""
+"""RMS norms, in plain PyTorch. Source: docs/model.md, 3.2."""
 
 from __future__ import annotations
 

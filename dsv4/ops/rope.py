@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rotary embedding on the last `rope_dim` channels, with YaRN on compressed layers. Source: spec section 3.3."""
+"""Interleaved rotary embedding on the last `rope_dim` channels, with YaRN on compressed layers. Source: docs/model.md, 3.3."""
 
 from __future__ import annotations
 

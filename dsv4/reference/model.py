@@ -2,7 +2,7 @@
 """The whole model on one sequence, without paging: the truth for parity tests.
 
 Attention is written densely from the paper's equations, so that it shares no paging, no slots and no state cache with
-the engines' path; the mathematics of single rows comes from the operators' references. Source: spec section 3.
+the engines' path; the mathematics of single rows comes from the operators' references. Source: docs/model.md, 3.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dsv4.ops.rope import apply_rope, cos_sin, inv_freq
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Which of the official quantisations to simulate; all off gives the plain fp32 model. Source: spec section 4.1.
+    """Which of the official quantisations to simulate; all off gives the plain fp32 model. Source: docs/model.md, 4.1.
 
     kv: window and compressed rows; index: index queries and keys; linear_inputs: e4m3 1x128 at every FP8 and FP4 linear.
     """

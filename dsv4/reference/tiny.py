@@ -68,7 +68,7 @@ class TinyDims:
     o_groups: int = 2
     o_lora_rank: int = 128
     q_lora_rank: int = 128
-    index_n_heads: int = 16  # fewer give index scores of exactly 0, hence ties (spec section 7)
+    index_n_heads: int = 16  # fewer give index scores of exactly 0, hence ties (docs/model.md, 7)
     index_topk: int = 16  # selection matters from token 68 on
     n_routed_experts: int = 8
     num_experts_per_tok: int = 2
@@ -183,7 +183,7 @@ def write_tiny(
 
 
 def _compress_ratios(variant: Variant, num_layers: int, draft: DraftKind) -> list[int]:
-    # spec section 1.2: two bootstrap layers, then CSA and HCA in turn, then the draft's slots.
+    # docs/model.md, 1.2: two bootstrap layers, then CSA and HCA in turn, then the draft's slots.
     first = 0 if variant == "flash" else HCA_RATIO
     backbone = [first if i < 2 else (HCA_RATIO if i % 2 else CSA_RATIO) for i in range(num_layers)]
     return backbone + [0] * {"none": 0, "mtp": 1, "dspark": DRAFT_STAGES_DSPARK}[draft]

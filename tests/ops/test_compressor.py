@@ -161,7 +161,7 @@ def exact_entries(
     overlap: int,
     dim: int,
 ) -> Tensor:
-    """Pooled entries straight from spec 3.4, one row at a time: fp32 [N, dim]."""
+    """Pooled entries straight from docs/model.md, 3.4, one row at a time: fp32 [N, dim]."""
     out = []
     for r, end in zip(request.tolist(), positions.tolist(), strict=True):
         kv, score = [], []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.support.hf_oracle import hf_logprobs, hf_margins
 
-TOLERANCE = 2e-4  # measured differences between correct fp32 implementations: up to 5e-5 on |logit| ~ 10 (spec section 9)
+TOLERANCE = 2e-4  # measured differences between correct fp32 implementations: up to 5e-5 on |logit| ~ 10 (docs/model.md, 7)
 # A choice (expert or entry) this close to a tie may fall either way in fp32: measured flips had margins up to 1.2e-5.
 TIE_MARGIN = 3e-5
 # Around every boundary: entries (4, 128), windows (128), state pages (4, 8), pages (64, 256), prefix blocks (256).

@@ -2,7 +2,7 @@
 """HF transformers' DeepseekV4ForCausalLM in fp32 on the dequantised weights of a checkpoint: the independent oracle.
 
 Nothing here comes from dsv4: reading, dequantising and renaming are written again, so that a mistake in dsv4 cannot
-hide in its own oracle. HF is exact only in fp32, with attention "eager" and right padding (spec sections 4.3 and 4.4).
+hide in its own oracle. HF is exact only in fp32, with attention "eager" and right padding (docs/model.md, 4.3 and 4.4).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
-# Source: spec section 2.3. Applied in order to the whole name.
+# Source: docs/model.md, 2.3. Applied in order to the whole name.
 _RENAMES = (
     (r"^embed\.", "model.embed_tokens."),
     (r"^head\.", "lm_head."),
@@ -141,7 +141,7 @@ def hf_margins(model: Any, ids: list[int] | Tensor) -> Tensor:
 
     The gap between the last chosen and the first refused score, over the standard deviation of the choice's scores;
     the smallest over the layers, inf where nothing is refused. fp32 implementations differ by ~1e-6 of it, so a
-    smaller gap makes two correct ones choose differently and disagree by O(1) from there on (spec section 7).
+    smaller gap makes two correct ones choose differently and disagree by O(1) from there on (docs/model.md, 7).
     """
     found: list[Tensor] = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over the window, the visible compressed entries and a sink. Source: spec sections 3.2, 3.6 and 3.7."""
+"""Attention over the window, the visible compressed entries and a sink. Source: docs/model.md, 3.2, 3.6 and 3.7."""
 
 from dsv4.ops.attention import reference
 from dsv4.ops.registry import operator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch reference of the attention operators. Source: spec sections 3.2, 3.6 and 3.7."""
+"""Plain-PyTorch reference of the attention operators. Source: docs/model.md, 3.2, 3.6 and 3.7."""
 
 from __future__ import annotations
 

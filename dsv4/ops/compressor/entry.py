@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pooling, and what makes a pooled row an entry, in plain PyTorch. Source: spec section 3.4."""
+"""Pooling, and what makes a pooled row an entry, in plain PyTorch. Source: docs/model.md, 3.4."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lightning indexer: which compressed entries a CSA query attends. Source: spec section 3.5."""
+"""The lightning indexer: which compressed entries a CSA query attends. Source: docs/model.md, 3.5."""
 
 import torch
 from torch import Tensor

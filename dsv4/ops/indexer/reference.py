@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch reference of the indexer. Source: spec section 3.5.
+"""Plain-PyTorch reference of the indexer. Source: docs/model.md, 3.5.
 
 Variant: the Hadamard rotation is applied for packed keys (official inference, SGLang), not for plain ones, where it
-changes nothing but rounding (spec section 7.22). fp8 keys and queries carry one power-of-two scale per 128 values.
+changes nothing but rounding (docs/model.md, 3.5). fp8 keys and queries carry one power-of-two scale per 128 values.
 """
 
 from __future__ import annotations

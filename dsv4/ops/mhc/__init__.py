@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manifold-constrained hyper-connections: four residual streams, mixed at every sublayer. Source: spec section 3.1."""
+"""Manifold-constrained hyper-connections: four residual streams, mixed at every sublayer. Source: docs/model.md, 3.1."""
 
 from __future__ import annotations
 

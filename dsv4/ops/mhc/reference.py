@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch reference of the hyper-connection operators. Source: spec section 3.1.
+"""Plain-PyTorch reference of the hyper-connection operators. Source: docs/model.md, 3.1.
 
 n = 4 streams. `fn` maps the flattened streams [n * D] to 24 mixing logits: n for `pre`, n for `post`, n * n for `comb`.
 """

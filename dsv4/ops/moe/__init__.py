@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing by score or by token id, and the experts. Source: spec section 3.8."""
+"""Routing by score or by token id, and the experts. Source: docs/model.md, 3.8."""
 
 from dsv4.ops.kernels import refuse_mxfp4_experts
 from dsv4.ops.moe import reference

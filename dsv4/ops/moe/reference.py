@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch reference of the router and the experts. Source: spec section 3.8."""
+"""Plain-PyTorch reference of the router and the experts. Source: docs/model.md, 3.8."""
 
 from __future__ import annotations
 

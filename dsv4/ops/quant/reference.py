@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantise, pack and unpack e4m3, e2m1 and ue8m0, bit for bit. Source: spec sections 2.2 and 4.1."""
+"""Quantise, pack and unpack e4m3, e2m1 and ue8m0, bit for bit. Source: docs/model.md, 2.2 and 4.1."""
 
 from __future__ import annotations
 
@@ -112,14 +112,14 @@ def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Rotate the last axis (a power of two) by the normalised Hadamard matrix; fp32 out. Source: spec section 3.5."""
+    """Rotate the last axis (a power of two) by the normalised Hadamard matrix; fp32 out. Source: docs/model.md, 3.5."""
     return x.float() @ hadamard_matrix(x.shape[-1], x.device)
 
 
 def encode_row(rows: Tensor, row_format: KvFormat | IndexFormat, rope_dim: int) -> tuple[Tensor, Tensor]:
     """The value bytes and scale bytes of packed rows: uint8 [T, value_bytes] and uint8 [T, scale_bytes].
 
-    rows: [T, D]; they are rounded to bf16 before quantising, as the official kernels do (spec 4.3 row 20).
+    rows: [T, D]; they are rounded to bf16 before quantising, as the official kernels do (docs/model.md, 4.3).
     Index formats expect rows that the Hadamard matrix has already rotated.
     """
     rows = rows.bfloat16()

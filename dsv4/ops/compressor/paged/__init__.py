@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open windows as raw rows in pages. Source: spec section 3.4."""
+"""Open windows as raw rows in pages. Source: docs/model.md, 3.4."""
 
 from dsv4.ops.compressor.paged import reference
 from dsv4.ops.compressor.paged.state import PagedState

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on raw rows in pages, in plain PyTorch. Source: spec section 3.4."""
+"""The compressor on raw rows in pages, in plain PyTorch. Source: docs/model.md, 3.4."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open windows as summaries instead of raw rows. Source: spec section 3.4.
+"""Open windows as summaries instead of raw rows. Source: docs/model.md, 3.4.
 
 Pooling is a softmax over rows, per channel, so any part of a window can be carried as three numbers
 per channel: the largest score, the sum of exponentials and the weighted sum. That is all a request

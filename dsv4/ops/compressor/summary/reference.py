@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on summaries, in plain PyTorch. Source: spec section 3.4.
+"""The compressor on summaries, in plain PyTorch. Source: docs/model.md, 3.4.
 
 docs/kv-mapping.md derives the cases.
 
