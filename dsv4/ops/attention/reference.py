@@ -39,9 +39,11 @@ def sparse_attention(
     """
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    lists = [window] if entries is None else [window, entries]
-    # What no token reads is not gathered: HCA's lists are as long as the longest context may be.
-    widths = [min(int(s.lens.max()), s.slots.shape[1]) if s.lens.numel() else 0 for s in lists]
+    lists, widths = [window], [window.slots.shape[1]]
+    if entries is not None and entries.lens.numel():
+        # What no token reads is not gathered: HCA's lists are as long as the longest context may be.
+        lists.append(entries)
+        widths.append(min(int(entries.lens.max()), entries.slots.shape[1]))
     step = max(1, GATHER_BYTES // max(1, 4 * q.shape[-1] * sum(widths)))
     for start in range(0, q.shape[0], step):
         part = slice(start, start + step)
