@@ -75,9 +75,10 @@ def make(
 
 
 def exact_and_low(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """o and LSE from fp32 keys and queries, and o with the probabilities rounded to q's dtype as the official kernel does."""
-    o, lse = reference.sparse_attention(case.q.float(), *case.args()[1:])
-    low = torch.zeros_like(o)
+    """o and LSE in fp64, and o in fp32 with the probabilities rounded to q's dtype as the official kernel does."""
+    o = torch.zeros(case.q.shape, dtype=torch.float64)
+    lse = torch.full(case.q.shape[:2], float("-inf"), dtype=torch.float64)
+    low = torch.zeros(case.q.shape)
     for t in range(case.q.shape[0]):
         keys = []
         for keys_of in [case.window] if case.entries is None else [case.window, case.entries]:
@@ -86,6 +87,9 @@ def exact_and_low(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         k = torch.cat(keys)
         if not k.numel():
             continue
+        exact = case.q[t].double() @ k.double().T * 512**-0.5
+        lse[t] = exact.logsumexp(-1)
+        o[t] = torch.exp(exact - torch.logaddexp(lse[t], case.sink.double())[:, None]) @ k.double()
         scores = case.q[t].float() @ k.T * 512**-0.5
         m = scores.amax(-1, keepdim=True)
         p = (scores - m).exp()
@@ -99,7 +103,9 @@ def check(case: Case, num_splits: int | None) -> None:
     exact, exact_lse, low = exact_and_low(case)
     assert_within(o, exact, low, f"split {num_splits}")
     # The LSE sums fp32 exponentials of fp32 dot products of 512 exact products each: 512 roundings of relative 2**-24.
-    torch.testing.assert_close(lse, exact_lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
+    _, told_lse = reference.sparse_attention(*case.args())
+    torch.testing.assert_close(told_lse.double(), exact_lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
 
 
 @pytest.mark.parametrize("num_heads", [8, 16, 64, 128])
