@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Native vLLM's KV mapping against dsv4's own, by vLLM's own KV planner, in one run, for the real geometries.
+"""Native vLLM's KV mapping against dsv4's own, by vLLM's own KV planner, in one run, for the real
+geometries.
 
-    python benchmarks/bench_kv_mapping.py --json benchmarks/results/kv_mapping.json --plot docs/kv-mapping.svg
+    python benchmarks/bench_kv_mapping.py --json benchmarks/results/kv_mapping.json --plot
+    docs/kv-mapping.svg
 
-No GPU and no weights are needed: the planner's groups, blocks and admission are host arithmetic. Native cache specs are
-those that vLLM's V4 layers declare, ours those that dsv4_vllm declares.
+No GPU and no weights are needed: the planner's groups, blocks and admission are host arithmetic.
+Native cache specs are those that vLLM's V4 layers declare, ours those that dsv4_vllm declares.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ POOL_GIB = {"flash": 100, "pro": 22}
 
 
 def question(checkpoint: Any, state: str, max_model_len: int, tokens: int, is_async: bool) -> KvQuestion:
-    """What to ask vLLM's planner about `checkpoint` with fp8_ds_mla pages and fp8 index keys, on one rank."""
+    """What to ask vLLM's planner about `checkpoint` with fp8_ds_mla pages and fp8 index keys, on
+    one rank."""
     config = checkpoint.config
     return KvQuestion(
         checkpoint=checkpoint.id,
@@ -56,12 +59,19 @@ def question(checkpoint: Any, state: str, max_model_len: int, tokens: int, is_as
     )
 
 
-def measure(planner: Any, checkpoint: Any, pool_bytes: int, points: tuple[tuple[int, int], ...] = POINTS) -> list[dict[str, Any]]:
-    """A row per point and scheduling mode: bytes of one request and requests admitted, by mapping."""
+def measure(
+    planner: Any, checkpoint: Any, pool_bytes: int, points: tuple[tuple[int, int], ...] = POINTS
+) -> list[dict[str, Any]]:
+    """A row per point and scheduling mode: bytes of one request and requests admitted, by
+    mapping."""
     rows = []
     for max_model_len, tokens in points:
         for is_async in (False, True):
-            row: dict[str, Any] = {"max_model_len": max_model_len, "max_num_batched_tokens": tokens, "async_scheduling": is_async}
+            row: dict[str, Any] = {
+                "max_model_len": max_model_len,
+                "max_num_batched_tokens": tokens,
+                "async_scheduling": is_async,
+            }
             for name, state in MAPPINGS.items():
                 stage = planner.kv(question(checkpoint, state, max_model_len, tokens, is_async)).stages[0]
                 blocks = pool_bytes // stage.block_bytes
@@ -78,7 +88,8 @@ def measure(planner: Any, checkpoint: Any, pool_bytes: int, points: tuple[tuple[
 
 
 def reserve_mib(row: Mapping[str, Any]) -> dict[str, float]:
-    """Per request, beyond the context's own pages and the window's pages: what compressor state costs, by mapping."""
+    """Per request, beyond the context's own pages and the window's pages: what compressor state
+    costs, by mapping."""
     length, batches = row["max_model_len"], 2 if row["async_scheduling"] else 1
     in_flight = batches * row["max_num_batched_tokens"]
     windows = 2 * (-(-min(127 + in_flight, length) // 64) + 1)
@@ -100,10 +111,18 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     for axis, (name, curves) in zip(axes, record["curves"].items(), strict=True):
         for mapping, colour in (("native", "tab:gray"), ("summary", "tab:blue")):
             for tokens, style in ((16_384, "-"), (4_096, "--")):
-                points = [(c["max_model_len"], c[mapping]["requests"]) for c in curves if c["max_num_batched_tokens"] == tokens]
-                axis.loglog(*zip(*points, strict=True), style, color=colour, label=f"{mapping}, {tokens:,} tokens a step")
+                points = [
+                    (c["max_model_len"], c[mapping]["requests"])
+                    for c in curves
+                    if c["max_num_batched_tokens"] == tokens
+                ]
+                axis.loglog(
+                    *zip(*points, strict=True), style, color=colour, label=f"{mapping}, {tokens:,} tokens a step"
+                )
         axis.set(
-            title=f"V4-{name.capitalize()}, {POOL_GIB[name]} GiB of KV a rank, async", xlabel="context (tokens)", ylabel="requests admitted"
+            title=f"V4-{name.capitalize()}, {POOL_GIB[name]} GiB of KV a rank, async",
+            xlabel="context (tokens)",
+            ylabel="requests admitted",
         )
         axis.grid(True, which="both", alpha=0.3)
     axes[0].legend()
@@ -140,7 +159,9 @@ def main(path: Path | None, plot_path: Path | None) -> None:
     for name, pool in POOL_GIB.items():
         checkpoint = find_checkpoint(name)
         record["points"][name] = measure(planner, checkpoint, pool * GIB)
-        curve = measure(planner, checkpoint, pool * GIB, tuple((length, tokens) for tokens in (16_384, 4_096) for length in lengths))
+        curve = measure(
+            planner, checkpoint, pool * GIB, tuple((length, tokens) for tokens in (16_384, 4_096) for length in lengths)
+        )
         record["curves"][name] = [row for row in curve if row["async_scheduling"]]
     text = json.dumps(record, indent=1)
     if path:

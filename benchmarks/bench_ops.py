@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel on this GPU: first all of them equal to their references at full size, then those that are timed.
+"""Every kernel on this GPU: first all of them equal to their references at full size, then those
+that are timed.
 
-    python benchmarks/bench_ops.py --json benchmarks/results/ops_h200.json [--peers FOLDER] [--only TEXT] [--compare]
-    TRITON_INTERPRET=1 python benchmarks/bench_ops.py --interpret     # the same comparisons, tiny, without a GPU
+    python benchmarks/bench_ops.py --json benchmarks/results/ops_h200.json \\
+        [--peers FOLDER] [--only TEXT] [--compare]
+    TRITON_INTERPRET=1 python benchmarks/bench_ops.py --interpret  # tiny, without a GPU
 
-Results are compared as called and out of a captured CUDA graph. Times are medians of triton's do_bench, which clears the L2 cache before every run: of a replayed CUDA graph, as engines
-decode, or of the call itself where it cannot be captured, and a ratio compares like with like. Ceilings (copy bandwidth,
-bf16 matrix product) and peers are measured in the same run; a peer that is not there is recorded with the reason.
+Results are compared as called and out of a captured CUDA graph. Times are medians of triton's
+do_bench, which clears the L2 cache before every run: of a replayed CUDA graph, as engines decode,
+or of the call itself where it cannot be captured, and a ratio compares like with like. Ceilings
+(copy bandwidth, bf16 matrix product) and peers are measured in the same run; a peer that is not
+there is recorded with the reason.
 
-Cases run in a process beside this one. One that raises, hangs, kills its process or leaves the GPU in an error is recorded as
-failed, and the others go on. The record is written after every case. Exit status: 0 when every case ran and was right, 1
-otherwise; 2 for bad usage. Missed targets do not change it: they are in the record and in the last lines.
+Cases run in a process beside this one. One that raises, hangs, kills its process or leaves the GPU
+in an error is recorded as failed, and the others go on. The record is written after every case.
+Exit status: 0 when every case ran and was right, 1 otherwise; 2 for bad usage. Missed targets do
+not change it: they are in the record and in the last lines.
 """
 
 from __future__ import annotations
@@ -40,14 +45,17 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# A kernel's bf16 output may differ from the reference's by what one rounding at bf16 does to values and to probabilities.
+# A kernel's bf16 output may differ from the reference's by what one rounding at bf16 does to values
+# and to probabilities.
 CLOSE = 2.0**-6
 SAME_BYTES = 0.995  # fp32 sums in another order flip roundings of single elements
-SLOW_MS = 200.0  # a call this long is timed three times, without clearing the cache: it reads far more than the cache holds
+SLOW_MS = (
+    200.0  # a call this long is timed three times, without clearing the cache: it reads far more than the cache holds
+)
 START_LIMIT_S = 180.0  # a process may take this long to import torch and measure the ceilings
 
 
-# ---- comparing -------------------------------------------------------------------------------------------------------
+# ---- comparing -----------------------------------------------------------------------------
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -77,7 +85,8 @@ def disagreement(compare: str, got: Sequence[Tensor], expected: Sequence[Tensor]
 
 
 def stays_on_device(call: Callable[[], Any]) -> bool:
-    """Whether `call` reads nothing on the host, without which it cannot be captured. References do in places."""
+    """Whether `call` reads nothing on the host, without which it cannot be captured. References do
+    in places."""
     call()
     torch.cuda.synchronize()
     try:
@@ -91,7 +100,8 @@ def stays_on_device(call: Callable[[], Any]) -> bool:
 
 
 def capture(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """Replay of a CUDA graph of `call`, which has run before, and its results, which a replay fills."""
+    """Replay of a CUDA graph of `call`, which has run before, and its results, which a replay
+    fills."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -99,7 +109,7 @@ def capture(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
     return graph.replay, result
 
 
-# ---- timing ----------------------------------------------------------------------------------------------------------
+# ---- timing --------------------------------------------------------------------------------
 
 
 def median_us(call: Callable[[], Any]) -> float:
@@ -150,10 +160,18 @@ def measure(case: Any, expected: list[Tensor], ceilings: dict[str, float]) -> di
     kernel, reference = time_call(case.kernel), time_call(case.reference)
     gb_per_s = case.bytes_moved / kernel.us / 1e3
     row: dict[str, Any] = {
-        "us": kernel.us, "eager_us": kernel.eager_us, "reference_us": reference.us, "reference_eager_us": reference.eager_us, "over_reference": kernel.over(reference),
-        "bytes": case.bytes_moved, "flops": case.flops, "gb_per_s": gb_per_s, "of_copy_bandwidth": gb_per_s / ceilings["copy_gb_per_s"],
-        "of_matmul": case.flops / kernel.us / 1e6 / ceilings["bf16_tflops"], "peers": {},
-    }  # fmt: skip
+        "us": kernel.us,
+        "eager_us": kernel.eager_us,
+        "reference_us": reference.us,
+        "reference_eager_us": reference.eager_us,
+        "over_reference": kernel.over(reference),
+        "bytes": case.bytes_moved,
+        "flops": case.flops,
+        "gb_per_s": gb_per_s,
+        "of_copy_bandwidth": gb_per_s / ceilings["copy_gb_per_s"],
+        "of_matmul": case.flops / kernel.us / 1e6 / ceilings["bf16_tflops"],
+        "peers": {},
+    }
     for name, peer in case.peers.items():
         try:
             result = peer.call()
@@ -167,7 +185,12 @@ def measure(case: Any, expected: list[Tensor], ceilings: dict[str, float]) -> di
             except RuntimeError:  # the peer has left the GPU in an error; what was measured before it stands
                 break
             continue
-        row["peers"][name] = {"us": theirs.us, "eager_us": theirs.eager_us, "ratio": kernel.over(theirs), "wrong": wrong}
+        row["peers"][name] = {
+            "us": theirs.us,
+            "eager_us": theirs.eager_us,
+            "ratio": kernel.over(theirs),
+            "wrong": wrong,
+        }
     return row
 
 
@@ -179,7 +202,7 @@ def measure_ceilings() -> dict[str, float]:
     return {"copy_gb_per_s": 2 * source.numel() / copy_us / 1e3, "bf16_tflops": 2 * 8192**3 / product_us / 1e6}
 
 
-# ---- one case, in a process of its own kind --------------------------------------------------------------------------
+# ---- one case, in a process of its own kind ------------------------------------------------
 
 
 def one_line(error: BaseException) -> str:
@@ -212,7 +235,8 @@ def run_case(plan: Any, device: str, ceilings: dict[str, float]) -> dict[str, An
 
 @dataclass(frozen=True)
 class Work:
-    """Which cases of which module to run where; timed: time them, which measures the ceilings first."""
+    """Which cases of which module to run where; timed: time them, which measures the ceilings
+    first."""
 
     source: str
     device: str
@@ -227,7 +251,9 @@ def work(connection: Connection, todo: Work, start: int, ceilings: dict[str, flo
 
         interpreter_bf16.install()
     torch.set_float32_matmul_precision("highest")
-    plans = {str(plan): plan for plan in importlib.import_module(todo.source).plans(todo.device, small=todo.device == "cpu")}
+    plans = {
+        str(plan): plan for plan in importlib.import_module(todo.source).plans(todo.device, small=todo.device == "cpu")
+    }
     if todo.timed and not ceilings:
         ceilings = measure_ceilings()
     connection.send({"ceilings": ceilings})
@@ -246,8 +272,11 @@ def work(connection: Connection, todo: Work, start: int, ceilings: dict[str, flo
                 os._exit(1)
 
 
-def run_all(todo: Work, limit_s: float, until: float, ceilings: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every case's name and row, whatever becomes of the processes that run them; `ceilings` is filled with the first's."""
+def run_all(
+    todo: Work, limit_s: float, until: float, ceilings: dict[str, float]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every case's name and row, whatever becomes of the processes that run them; `ceilings` is
+    filled with the first's."""
     done, failed = 0, ""
     while done < len(todo.names):
         if failed or time.monotonic() > until:
@@ -271,7 +300,9 @@ def run_all(todo: Work, limit_s: float, until: float, ceilings: dict[str, float]
         process.join(30)
 
 
-def run_beside(parts: Sequence[Work], limit_s: float, until: float, ceilings: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
+def run_beside(
+    parts: Sequence[Work], limit_s: float, until: float, ceilings: dict[str, float]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """`run_all` of several parts at a time: to compare, mostly to compile, never to time."""
     found: queue.Queue[tuple[str, dict[str, Any]] | None] = queue.Queue()
 
@@ -302,12 +333,15 @@ def receive(connection: Connection, process: Any, limit_s: float) -> dict[str, A
     return {"failed": f"nothing came back in {limit_s:.0f} s", "gone": True}
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------
 
 
 def said_by(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip().partition("\n")[0] or "unknown"
+        return (
+            subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip().partition("\n")[0]
+            or "unknown"
+        )
     except OSError:
         return "unknown"
 
@@ -316,10 +350,14 @@ def machine(commit: str) -> dict[str, Any]:
     import triton
 
     return {
-        "gpu": torch.cuda.get_device_name(), "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "commit": commit or said_by("git", "rev-parse", "HEAD"), "torch": torch.__version__, "triton": triton.__version__,
-        "python": sys.version.split()[0], "command": " ".join(sys.argv),
-    }  # fmt: skip
+        "gpu": torch.cuda.get_device_name(),
+        "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "commit": commit or said_by("git", "rev-parse", "HEAD"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "command": " ".join(sys.argv),
+    }
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -327,7 +365,8 @@ def describe(row: dict[str, Any]) -> str:
     text = f"{row['kernel']:26s} {row['model']:6s} {sizes:20s} {row.get('failed') or row.get('wrong') or 'equal'}"
     if "us" in row:
         peers = " ".join(
-            f"{n} {p['ratio']:.2f}x{' WRONG' if p['wrong'] else ''}" if "us" in p else f"no {n}" for n, p in row["peers"].items()
+            f"{n} {p['ratio']:.2f}x{' WRONG' if p['wrong'] else ''}" if "us" in p else f"no {n}"
+            for n, p in row["peers"].items()
         )
         text += f"  {row['us']:9.1f} us  {row['of_copy_bandwidth']:4.0%} of copy {row['of_matmul']:4.0%} of matmul"
         text += f"  {row['over_reference']:.2f}x reference  {peers}"
@@ -335,7 +374,8 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """The last lines of a run: what was wrong or failed, and every target that was missed or could not be judged."""
+    """The last lines of a run: what was wrong or failed, and every target that was missed or could
+    not be judged."""
     judged = [(row, t) for row in rows for t in row.get("targets", ())]
     lines = []
     for row, t in judged:
@@ -358,10 +398,14 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, help="a folder that holds vllm/ with the peers' libraries")
     parser.add_argument("--compare", action="store_true", help="compare only, time nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compare at a time (default: %(default)s)")
-    parser.add_argument("--case-s", type=float, default=120.0, help="a case that takes longer has failed (default: %(default)s)")
+    parser.add_argument(
+        "--case-s", type=float, default=120.0, help="a case that takes longer has failed (default: %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=1e6, help="start no case after this long")
     parser.add_argument("--commit", default="", help="what to record as the commit, where git cannot say")
-    parser.add_argument("--interpret", action="store_true", help="compare tiny cases in Triton's interpreter, time nothing")
+    parser.add_argument(
+        "--interpret", action="store_true", help="compare tiny cases in Triton's interpreter, time nothing"
+    )
     parser.add_argument("--source", default="op_cases", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.interpret and os.environ.get("TRITON_INTERPRET") != "1":
@@ -372,11 +416,16 @@ def main() -> int:
     if args.peers:
         sys.path.insert(0, str(args.peers.resolve()))
     device = "cpu" if args.interpret else "cuda"
-    plans = [plan for plan in importlib.import_module(args.source).plans(device, args.interpret) if args.only in str(plan)]
+    plans = [
+        plan for plan in importlib.import_module(args.source).plans(device, args.interpret) if args.only in str(plan)
+    ]
     if not plans:
         parser.error(f"no case contains {args.only!r}")
     record: dict[str, Any] = {"what": "dsv4 kernels against their references, ceilings and peers", "ceilings": {}}
-    rows = {str(p): {"kernel": p.name, "model": p.model, "sizes": dict(p.sizes), "failed": "not run", "wrong": None} for p in plans}
+    rows = {
+        str(p): {"kernel": p.name, "model": p.model, "sizes": dict(p.sizes), "failed": "not run", "wrong": None}
+        for p in plans
+    }
     assert len(rows) == len(plans), "two cases of one name"
     if not args.interpret:
         record = machine(args.commit) | record

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-compile every shipped kernel configuration for every supported GPU, with none at hand, and bound its resources.
+"""Cross-compile every shipped kernel configuration for every supported GPU, with none at hand, and
+bound its resources.
 
     python benchmarks/compile_kernels.py [--targets sm80,gfx942] [--only TEXT] [--json FILE]
 
-Prints registers, spilled bytes per lane and shared memory. Fails when a configuration does not compile, does not fit the
-device, spills more than the budget beside the kernel, is an empty stub, or names an fp8 type. That something compiles is
-no proof that it loads: Triton checks shared and tensor memory only on the GPU, so both are checked here.
+Prints registers, spilled bytes per lane and shared memory. Fails when a configuration does not
+compile, does not fit the device, spills more than the budget beside the kernel, is an empty stub,
+or names an fp8 type. That something compiles is no proof that it loads: Triton checks shared and
+tensor memory only on the GPU, so both are checked here.
 """
 
 from __future__ import annotations
@@ -35,15 +37,17 @@ from triton.compiler import ASTSource
 from dsv4.ops.kernels import KERNEL_MODULES, Shipped, import_kernels
 
 KIB = 1 << 10
-# Shared memory one block may use: CUDA programming guide, table of compute capabilities; LDS of a workgroup for AMD.
+# Shared memory one block may use: CUDA programming guide, table of compute capabilities; LDS of a
+# workgroup for AMD.
 SHARED_LIMIT = {
     "sm80": 163 * KIB, "sm86": 99 * KIB, "sm89": 99 * KIB, "sm90": 227 * KIB, "sm100": 227 * KIB, "sm103": 227 * KIB,
     "sm120": 99 * KIB, "gfx942": 64 * KIB, "gfx950": 160 * KIB,
 }  # fmt: skip
 LIKE = {"sm89": "sm86", "sm103": "sm100"}  # they compile alike, but for some registers; budgets are the second's
 TENSOR_MEMORY_COLUMNS = 512
-# Triton makes a constant of every integer argument that is 1, as the number of tokens often is: another kernel, which must
-# compile too. Once per configuration is enough, since that fails in Triton's front end.
+# Triton makes a constant of every integer argument that is 1, as the number of tokens often is:
+# another kernel, which must compile too. Once per configuration is enough, since that fails in
+# Triton's front end.
 ONES_ON = "sm80"
 STUB_INSTRUCTIONS = 24  # Triton emits a stub of about 16 instead of a kernel that overflows tensor memory
 
@@ -63,13 +67,15 @@ class Row:
 
 
 def compile_one(shipped: Shipped, target: str, ones: bool = False) -> Row:
-    """Compile one configuration for one target and judge it. ones: with every integer as 1, see `ONES_ON`."""
+    """Compile one configuration for one target and judge it. ones: with every integer as 1, see
+    `ONES_ON`."""
     row, start = Row(shipped.name + (" ones" if ones else ""), target), time.monotonic()
     nvidia = target.startswith("sm")
     capability = int(target[2:]) if nvidia else 0
     options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, "enable_fp_fusion": True}
     if nvidia:
-        # Without it ptxas settles on 128 registers or fewer once a kernel spills, although 255 are allowed.
+        # Without it ptxas settles on 128 registers or fewer once a kernel spills, although 255 are
+        # allowed.
         options["maxnreg"] = min(255, 65536 // (32 * shipped.num_warps))
     arguments = shipped.arguments(target, ones)
     source = ASTSource(
@@ -103,7 +109,9 @@ def compile_one(shipped: Shipped, target: str, ones: bool = False) -> Row:
 
 def _judge(row: Row, shipped: Shipped, ttir: str) -> None:
     if row.shared > SHARED_LIMIT[row.target]:
-        row.problems.append(f"{row.shared / KIB:.0f} KiB of shared memory, the device has {SHARED_LIMIT[row.target] / KIB:.0f}")
+        row.problems.append(
+            f"{row.shared / KIB:.0f} KiB of shared memory, the device has {SHARED_LIMIT[row.target] / KIB:.0f}"
+        )
     if 0 < row.instructions < STUB_INSTRUCTIONS:
         row.problems.append(f"a stub of {row.instructions} instructions, not a kernel")
     budget = shipped.spill.get(LIKE.get(row.target, row.target), 0)
@@ -125,7 +133,9 @@ def _read_cubin(row: Row, cubin: bytes, ptx: str, capability: int) -> None:
         command = [ptxas, "-v", f"--gpu-name={arch[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         Path(folder, "loaded.cubin").write_bytes(cubin)
-        sass = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", f"{folder}/loaded.cubin"], capture_output=True, text=True).stdout
+        sass = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-sass", f"{folder}/loaded.cubin"], capture_output=True, text=True
+        ).stdout
     row.registers = _number(r"Used (\d+) registers", said)
     row.spill = _number(r"(\d+) bytes spill stores", said)
     row.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE))
@@ -186,7 +196,9 @@ def main() -> int:
     pool.shutdown()
     failures = [f"{r.kernel} on {r.target}: {problem}" for r in rows for problem in r.problems]
     if args.json:
-        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1) + "\n"
+        )
     print(f"{len(rows)} compilations in {time.monotonic() - start:.0f} s, {len(failures)} failures")
     print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr)
     return bool(failures)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine with dsv4 against HF transformers' own `generate` on one tiny checkpoint, on the CPU, in one run.
+"""An engine with dsv4 against HF transformers' own `generate` on one tiny checkpoint, on the CPU,
+in one run.
 
-Both run in this process in turn, with the same weights in fp32, the same prompts and the same number of threads; medians
-of the rounds are compared. Time to ready and peak memory are those of a real server.
+Both run in this process in turn, with the same weights in fp32, the same prompts and the same
+number of threads; medians of the rounds are compared. Time to ready and peak memory are those of a
+real server.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def run(
     rounds: int,
     threads: int,
 ) -> None:
-    """Measure, print the record, and write it to `path`. serve: the server's command; load: the engine in this process."""
+    """Measure, print the record, and write it to `path`. serve: the server's command; load: the
+    engine in this process."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -47,7 +50,9 @@ def run(
         folder = write_tiny(Path(scratch) / "tiny", "flash")
         console.print(f"starting {engine} serve ...")
         server = measure_server(serve(folder))
-        console.print(f"ready in {server['time_to_ready_s']:.1f} s, peak {server['peak_pss_mib']:.0f} MiB; measuring tokens/s ...")
+        console.print(
+            f"ready in {server['time_to_ready_s']:.1f} s, peak {server['peak_pss_mib']:.0f} MiB; measuring tokens/s ..."
+        )
         speed = measure_speed(load(folder), folder, rounds, console)
     record = {
         "what": f"dsv4 in {product} against HF generate, tiny Flash checkpoint, fp32, CPU",
@@ -68,10 +73,16 @@ def machine(threads: int, engine: str) -> dict[str, Any]:
     import transformers
 
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.processor(),
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": cpu, "cores": os.cpu_count(), "threads": threads,
         "versions": {engine: version(engine), "torch": torch.__version__, "transformers": transformers.__version__},
@@ -79,7 +90,8 @@ def machine(threads: int, engine: str) -> dict[str, Any]:
 
 
 def measure_server(command: Sequence[str]) -> dict[str, float]:
-    """Time until /health answers, and the largest sum of proportional set sizes of the server's processes."""
+    """Time until /health answers, and the largest sum of proportional set sizes of the server's
+    processes."""
     from served import Server
 
     with Server(command) as server:
@@ -100,7 +112,8 @@ def _group_pss_mib(group: int) -> float:
 
 
 def measure_speed(ours: Generate, folder: Path, rounds: int, console: Any) -> dict[str, Any]:
-    """Tokens per second of both sides: prefill of 4096 tokens, decode at batch 1 and 8, and their ratios."""
+    """Tokens per second of both sides: prefill of 4096 tokens, decode at batch 1 and 8, and their
+    ratios."""
     import torch
     from hf_oracle import load_hf
 
@@ -112,7 +125,9 @@ def measure_speed(ours: Generate, folder: Path, rounds: int, console: Any) -> di
 
     def theirs(ids: torch.Tensor, new: int) -> None:
         with torch.inference_mode():
-            out = hf.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+            out = hf.generate(
+                ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
         assert out.shape[1] == ids.shape[1] + new
 
     def prefill_s(generate: Callable[..., None]) -> float:

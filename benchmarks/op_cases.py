@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_ops.py runs: every kernel at the sizes of Flash and Pro, with its reference, its bytes and FLOPs, and its peers."""
+"""What bench_ops.py runs: every kernel at the sizes of Flash and Pro, with its reference, its bytes
+and FLOPs, and its peers."""
 
 from __future__ import annotations
 
@@ -55,9 +56,11 @@ TINY = Model("tiny", 256, 8, 16, 8, 256)
 
 @dataclass
 class Case:
-    """One measurement. kernel, reference: without arguments; what they return is compared after `read`, as `compare` says.
+    """One measurement. kernel, reference: without arguments; what they return is compared after
+    `read`, as `compare` says.
 
-    bytes_moved: what must be read and written once; flops: of matrix products; peers: other implementations by name.
+    bytes_moved: what must be read and written once; flops: of matrix products; peers: other
+    implementations by name.
     served: whether the kernel ever serves on this device; of one that does not, no speed is asked.
     """
 
@@ -73,7 +76,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """A case by name, model and sizes (T tokens, N entries, K keys, R ratio), built only when its turn comes."""
+    """A case by name, model and sizes (T tokens, N entries, K keys, R ratio), built only when its
+    turn comes."""
 
     name: str
     model: str
@@ -135,7 +139,7 @@ def _plans(m: Model, device: torch.device, small: bool) -> Iterator[Plan]:
         yield plan(_experts, "experts_mxfp4", T=t)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------
 
 NAN = 0xFF  # as a byte of every number of a format, NaN
 
@@ -169,10 +173,12 @@ def _bf16_bytes(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def table_rows(num_tokens: int, device: torch.device) -> Tensor:
-    return cos_sin(torch.randint(0, 1_000_000, (num_tokens,), device=device), 1e4 ** (-torch.arange(0, 64, 2, device=device) / 64))
+    return cos_sin(
+        torch.randint(0, 1_000_000, (num_tokens,), device=device), 1e4 ** (-torch.arange(0, 64, 2, device=device) / 64)
+    )
 
 
-# ---- cases: each takes the model, its sizes, what else it needs, and the device --------------------------------------
+# ---- cases: each takes the model, its sizes, what else it needs, and the device ------------
 
 
 def _norm_rope_store(m: Model, t: int, row_format: KvFormat, device: torch.device) -> Case:
@@ -196,11 +202,17 @@ def _output_a(m: Model, t: int, device: torch.device) -> Case:
     wo_a = torch.randn(m.heads // 8, 1024, 8 * 512, device=device).bfloat16() / 64
     args = (o, table, wo_a)
     moved = 2 * (o.numel() + wo_a.numel() + t * wo_a.shape[0] * 1024)
-    return Case(lambda: attention.output_a(*args), lambda: attention_reference.output_a(*args), moved, 2 * t * wo_a.numel())
+    return Case(
+        lambda: attention.output_a(*args), lambda: attention_reference.output_a(*args), moved, 2 * t * wo_a.numel()
+    )
 
 
 def _prepare_query(m: Model, t: int, index_format: IndexFormat, device: torch.device) -> Case:
-    q, w, table = torch.randn(t, 64, 128, device=device).bfloat16(), torch.randn(t, 64, device=device).bfloat16(), table_rows(t, device)
+    q, w, table = (
+        torch.randn(t, 64, 128, device=device).bfloat16(),
+        torch.randn(t, 64, device=device).bfloat16(),
+        table_rows(t, device),
+    )
 
     def run(op: Callable[..., Any]) -> list[Tensor]:
         query = op(q, w, table, index_format)
@@ -208,7 +220,9 @@ def _prepare_query(m: Model, t: int, index_format: IndexFormat, device: torch.de
 
     out = {IndexFormat.FP8: 128, IndexFormat.MXFP4: 68, IndexFormat.PLAIN: 256}[index_format]
     moved = t * 64 * (256 + out + 2 + 4) + 256 * t
-    return Case(lambda: run(indexer.prepare_query), lambda: run(indexer_reference.prepare_query), moved, compare="bytes")
+    return Case(
+        lambda: run(indexer.prepare_query), lambda: run(indexer_reference.prepare_query), moved, compare="bytes"
+    )
 
 
 def _streams(m: Model, t: int, device: torch.device) -> Tensor:
@@ -217,7 +231,11 @@ def _streams(m: Model, t: int, device: torch.device) -> Tensor:
 
 def _site(m: Model, device: torch.device, rows: int = 24, scales: int = 3) -> Site:
     fn = torch.randn(rows, 4 * m.hidden, device=device) * (4 * m.hidden) ** -0.5
-    base, scale, weight = torch.randn(rows, device=device), torch.rand(scales, device=device), torch.rand(m.hidden, device=device)
+    base, scale, weight = (
+        torch.randn(rows, device=device),
+        torch.rand(scales, device=device),
+        torch.rand(m.hidden, device=device),
+    )
     return Site(fn, base, scale, weight, rms_eps=1e-6, hc_eps=1e-6, iters=20)
 
 
@@ -246,12 +264,16 @@ def _mhc_post_pre(m: Model, t: int, device: torch.device) -> Case:
     pending, site = _pending(m, t, device), _site(m, device)
     moved = t * (m.hidden * 2 * 10 + 160) + site.fn.numel() * 4
     flops = 2 * t * 24 * 4 * m.hidden
-    return Case(lambda: mhc.post_pre(pending, site), lambda: mhc_reference.post_pre(pending, site), moved, flops, read=_made)
+    return Case(
+        lambda: mhc.post_pre(pending, site), lambda: mhc_reference.post_pre(pending, site), moved, flops, read=_made
+    )
 
 
 def _mhc_head(m: Model, t: int, device: torch.device) -> Case:
     streams, site = _streams(m, t, device), _site(m, device, rows=4, scales=1)
-    return Case(lambda: mhc.head(streams, site), lambda: mhc_reference.head(streams, site), t * m.hidden * 10 + 64 * m.hidden)
+    return Case(
+        lambda: mhc.head(streams, site), lambda: mhc_reference.head(streams, site), t * m.hidden * 10 + 64 * m.hidden
+    )
 
 
 def _route_topk(m: Model, t: int, device: torch.device) -> Case:
@@ -267,14 +289,19 @@ def _route_hash(m: Model, t: int, device: torch.device) -> Case:
 
 def _swiglu(m: Model, t: int, device: torch.device) -> Case:
     gate, up = torch.randn(t, 2 * m.intermediate, device=device).bfloat16().chunk(2, -1)
-    return Case(lambda: moe.swiglu(gate, up, 10.0), lambda: moe_reference.swiglu(gate, up, 10.0), 6 * t * m.intermediate)
+    return Case(
+        lambda: moe.swiglu(gate, up, 10.0), lambda: moe_reference.swiglu(gate, up, 10.0), 6 * t * m.intermediate
+    )
 
 
 def _experts(m: Model, t: int, device: torch.device) -> Case:
-    """On NVIDIA its kernels only have to be right: there the engines serve by Marlin, which is the peer."""
+    """On NVIDIA its kernels only have to be right: there the engines serve by Marlin, which is the
+    peer."""
     e, d, i, k = m.experts, m.hidden, m.intermediate, min(6, m.experts)
     w13, w2 = (torch.randint(0, 256, s, dtype=torch.uint8, device=device) for s in ((e, 2 * i, d // 2), (e, d, i // 2)))
-    s13, s2 = (torch.randint(117, 121, s, dtype=torch.uint8, device=device) for s in ((e, 2 * i, d // 32), (e, d, i // 32)))
+    s13, s2 = (
+        torch.randint(117, 121, s, dtype=torch.uint8, device=device) for s in ((e, 2 * i, d // 32), (e, d, i // 32))
+    )
     x, weights = torch.randn(t, d, device=device).bfloat16(), torch.rand(t, k, device=device)
     ids = torch.rand(t, e, device=device).argsort(-1)[:, :k].int()
     args = (x, w13, s13, w2, s2, weights, ids, 10.0)
@@ -328,7 +355,10 @@ def _compressor(m: Model, t: int, ratio: int, device: torch.device) -> Case:
     """A prefill of one request from its first token, into all caches of a layer."""
     overlap, state_rows = (2, 4) if ratio == 4 else (1, 8)
     positions = torch.arange(t, device=device)
-    request, table = torch.zeros(t, dtype=torch.int32, device=device), torch.arange(t // state_rows, dtype=torch.int32, device=device)[None]
+    request, table = (
+        torch.zeros(t, dtype=torch.int32, device=device),
+        torch.arange(t // state_rows, dtype=torch.int32, device=device)[None],
+    )
     entry_slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1).int()
     step = _entry_step(positions, request, ratio)
     ours = []
@@ -345,7 +375,9 @@ def _compressor(m: Model, t: int, ratio: int, device: torch.device) -> Case:
         return [x for to in states for x in (to.rows.pages.data, to.entries.pages.data)]
 
     moved = _pooled_bytes(t, ratio, 4)
-    return Case(lambda: run(compressor.update, ours), lambda: run(compressor_twin.update, twins), moved, compare="bytes")
+    return Case(
+        lambda: run(compressor.update, ours), lambda: run(compressor_twin.update, twins), moved, compare="bytes"
+    )
 
 
 def _summary(m: Model, t: int, ratio: int, device: torch.device) -> Case:
@@ -354,7 +386,8 @@ def _summary(m: Model, t: int, ratio: int, device: torch.device) -> Case:
 
 
 def _summary_decode(m: Model, t: int, ratio: int, device: torch.device) -> Case:
-    """One token of each request, at a page's start: elsewhere a call changes what the next one reads, and none could be compared."""
+    """One token of each request, at a page's start: elsewhere a call changes what the next one
+    reads, and none could be compared."""
     return _summarise(ratio, torch.arange(t + 1, device=device), torch.full((t,), 257, device=device), 1)
 
 
@@ -379,7 +412,12 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
         )
         ours.append(state)
     twins = [
-        replace(to, summaries=to.summaries.clone(), tail=None if to.tail is None else to.tail.clone(), entries=_copied(to.entries))
+        replace(
+            to,
+            summaries=to.summaries.clone(),
+            tail=None if to.tail is None else to.tail.clone(),
+            entries=_copied(to.entries),
+        )
         for to in ours
     ]
 
@@ -393,15 +431,20 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
 
 def _index_query(t: int, index_format: IndexFormat, device: torch.device) -> Any:
     weights = torch.randn(t, 64, device=device)
-    return indexer.prepare_query(torch.randn(t, 64, 128, device=device).bfloat16(), weights, table_rows(t, device), index_format)
+    return indexer.prepare_query(
+        torch.randn(t, 64, 128, device=device).bfloat16(), weights, table_rows(t, device), index_format
+    )
 
 
 def _index_bytes(index_format: IndexFormat) -> int:
     return {IndexFormat.FP8: 132, IndexFormat.MXFP4: 68, IndexFormat.PLAIN: 256}[index_format]
 
 
-def _logits_case(query: Any, keys: PageTable, owner: Tensor, lens: Tensor, entries: int, moved: int, flops: int) -> Case:
-    """Only what lies within each token's length is compared: the kernels leave the rest as it was."""
+def _logits_case(
+    query: Any, keys: PageTable, owner: Tensor, lens: Tensor, entries: int, moved: int, flops: int
+) -> Case:
+    """Only what lies within each token's length is compared: the kernels leave the rest as it
+    was."""
     valid = torch.arange(entries, device=lens.device) < lens[:, None]
     args = (query, keys, owner, lens, entries)
     case = Case(lambda: indexer.logits(*args), lambda: indexer_reference.logits(*args), moved, flops)
@@ -459,7 +502,8 @@ def _topk(m: Model, t: int, n: int, device: torch.device) -> Case:
 
 
 def _sparse(m: Model, t: int, keys: int, row_format: KvFormat, device: torch.device) -> Case:
-    """Every token its own window and its own entries: 64 rows to a page, or 2 for the many entries of HCA."""
+    """Every token its own window and its own entries: 64 rows to a page, or 2 for the many entries
+    of HCA."""
     rows = 64 if keys == m.topk else 2
     window = make_pages(row_format, 2 * t, 64, device)
     entries = make_pages(row_format, min(t, 256) * keys // rows + 1, rows, device)
@@ -479,7 +523,8 @@ def _sparse(m: Model, t: int, keys: int, row_format: KvFormat, device: torch.dev
 
 
 def _ragged_sparse(m: Model, t: int, keys: int, device: torch.device) -> Case:
-    """Any lengths, none among them, a fifth of the places empty, and a page of NaN behind every length."""
+    """Any lengths, none among them, a fifth of the places empty, and a page of NaN behind every
+    length."""
     window, entries = (make_pages(KvFormat.FP8_DS_MLA, 2 * t + 1, 64, device) for _ in range(2))
     lists = []
     for pages, width in ((window, 128), (entries, keys)):
@@ -489,7 +534,11 @@ def _ragged_sparse(m: Model, t: int, keys: int, device: torch.device) -> Case:
             lens[i] = n
         slots = torch.randint(0, 128 * t, (t, width), dtype=torch.int32, device=device)
         slots = torch.where(torch.rand(t, width, device=device) < 0.2, -1, slots)
-        lists.append(Selection(pages, torch.where(torch.arange(width, device=device) < lens[:, None], slots, 128 * t).int(), lens))
+        lists.append(
+            Selection(
+                pages, torch.where(torch.arange(width, device=device) < lens[:, None], slots, 128 * t).int(), lens
+            )
+        )
     q, sink = torch.randn(t, m.heads, 512, device=device).bfloat16(), torch.randn(m.heads, device=device)
     args = (q, *lists, sink, table_rows(t, device))
     total = sum(int(s.lens.sum()) for s in lists)

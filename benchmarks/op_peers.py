@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other implementations of an operator, from the libraries in vLLM's wheel, loaded without importing vLLM itself.
+"""Other implementations of an operator, from the libraries in vLLM's wheel, loaded without
+importing vLLM itself.
 
-Each is found below a folder named `vllm` on the path: an installed vLLM, or a few of its files (docs/kernels.md says which)
-given to bench_ops.py by --peers. A peer that is not there, or that does not run, raises when called, which the run records.
+Each is found below a folder named `vllm` on the path: an installed vLLM, or a few of its files
+(docs/kernels.md says which) given to bench_ops.py by --peers. A peer that is not there, or that
+does not run, raises when called, which the run records.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ MARLIN_BLOCKS_PER_SM = 4
 
 @dataclass(frozen=True)
 class Peer:
-    """call: without arguments. compared: whether its results must be the first of the reference's."""
+    """call: without arguments. compared: whether its results must be the first of the
+    reference's."""
 
     call: Callable[[], Any]
     compared: bool = True
@@ -41,7 +44,8 @@ def _rows_of(pages: Pages) -> Tensor:
 
 
 def lazily(prepare: Callable[[], Callable[[], Any]], compared: bool = True) -> Peer:
-    """A peer whose libraries, plans and buffers are made at the first call, outside what is timed."""
+    """A peer whose libraries, plans and buffers are made at the first call, outside what is
+    timed."""
     made: list[Callable[[], Any]] = []
 
     def call() -> Any:
@@ -55,14 +59,19 @@ def lazily(prepare: Callable[[], Callable[[], Any]], compared: bool = True) -> P
 def _library(pattern: str) -> None:
     """Load a library of vLLM's; its operators are then in torch.ops."""
     spec = importlib.util.find_spec("vllm")
-    files = [f for folder in (spec.submodule_search_locations or () if spec else ()) for f in sorted(Path(folder).glob(pattern))]
+    files = [
+        f
+        for folder in (spec.submodule_search_locations or () if spec else ())
+        for f in sorted(Path(folder).glob(pattern))
+    ]
     if not files:
         raise FileNotFoundError(f"no vllm/{pattern} on the path")
     torch.ops.load_library(str(files[0]))
 
 
 def flash_mla(q: Tensor, window: Selection, entries: Selection, sink: Tensor) -> Peer:
-    """FlashMLA's sparse decode on the same pages. Its schedule is made once, as engines make it once a step."""
+    """FlashMLA's sparse decode on the same pages. Its schedule is made once, as engines make it
+    once a step."""
 
     def prepare() -> Callable[[], Tensor]:
         _library("_flashmla_C*.so")
@@ -72,9 +81,20 @@ def flash_mla(q: Tensor, window: Selection, entries: Selection, sink: Tensor) ->
 
         def run(schedule: Tensor | None, splits: Tensor | None) -> tuple[Tensor, ...]:
             return torch.ops._flashmla_C.sparse_decode_fwd(
-                q[:, None], _rows_of(window.pages), indices, window.lens, sink, schedule, splits, _rows_of(entries.pages), more,
-                entries.lens, q.shape[-1], q.shape[-1] ** -0.5, None,
-            )  # fmt: skip
+                q[:, None],
+                _rows_of(window.pages),
+                indices,
+                window.lens,
+                sink,
+                schedule,
+                splits,
+                _rows_of(entries.pages),
+                more,
+                entries.lens,
+                q.shape[-1],
+                q.shape[-1] ** -0.5,
+                None,
+            )
 
         _, _, schedule, splits = run(None, None)
         return lambda: run(schedule, splits)[0][:, 0]
@@ -83,7 +103,8 @@ def flash_mla(q: Tensor, window: Selection, entries: Selection, sink: Tensor) ->
 
 
 def deep_gemm(query: Any, of: PageTable, lens: Tensor, entries: int) -> Peer:
-    """DeepGEMM's paged index scores on the same pages. Its schedule is made once, as engines make it once a step."""
+    """DeepGEMM's paged index scores on the same pages. Its schedule is made once, as engines make
+    it once a step."""
 
     def prepare() -> Callable[[], Tensor]:
         from vllm.third_party import deep_gemm as library
@@ -107,8 +128,8 @@ def deep_gemm(query: Any, of: PageTable, lens: Tensor, entries: int) -> Peer:
 def marlin(x: Tensor, num_experts: int, inner: int, weights: Tensor, ids: Tensor, limit: float) -> Peer:
     """vLLM's Marlin on mxfp4 experts, its two products and our activation between them.
 
-    Its weights are random in its own order, since what reorders them is in a library too large to carry: they cost the same
-    time, and the result is not compared.
+    Its weights are random in its own order, since what reorders them is in a library too large to
+    carry: they cost the same time, and the result is not compared.
     """
 
     def prepare() -> Callable[[], Tensor]:
@@ -126,9 +147,33 @@ def marlin(x: Tensor, num_experts: int, inner: int, weights: Tensor, ids: Tensor
             packed = random(-(1 << 31), 1 << 31, torch.int32, num_experts, k // 16, n * 2)
             scales = random(117, 121, torch.uint8, num_experts, k // 32, n).view(torch.float8_e8m0fnu)
             return lambda a: torch.ops._moe_C.moe_wna16_marlin_gemm(
-                a, None, packed, None, scales, None, None, None, locks, order, experts, padded, weights, block, top_k, weigh, FLOAT4_E2M1,
-                tokens, n, k, False, True, False, -1, -1, -1,
-            )  # fmt: skip
+                a,
+                None,
+                packed,
+                None,
+                scales,
+                None,
+                None,
+                None,
+                locks,
+                order,
+                experts,
+                padded,
+                weights,
+                block,
+                top_k,
+                weigh,
+                FLOAT4_E2M1,
+                tokens,
+                n,
+                k,
+                False,
+                True,
+                False,
+                -1,
+                -1,
+                -1,
+            )
 
         gate_up = product(2 * inner, dim, tokens, top_k, False)
         down = product(dim, inner, tokens * top_k, 1, True)
@@ -145,8 +190,8 @@ def marlin(x: Tensor, num_experts: int, inner: int, weights: Tensor, ids: Tensor
 def aligned_pairs(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of token and expert in blocks of one expert each, as Marlin wants them: ids [T, K].
 
-    Returns the pairs, an expert's last block filled up with the number of pairs, int32 [n]; each block's expert, int32
-    [n / block]; and n, int32 [1].
+    Returns the pairs, an expert's last block filled up with the number of pairs, int32 [n]; each
+    block's expert, int32 [n / block]; and n, int32 [1].
     """
     flat = ids.flatten().long()
     counts = torch.bincount(flat, minlength=num_experts)
@@ -154,7 +199,11 @@ def aligned_pairs(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Te
     n = int(room.sum())
     order = flat.argsort(stable=True)
     expert = flat[order]
-    place = torch.arange(flat.numel(), device=ids.device) - (counts.cumsum(0) - counts)[expert] + (room.cumsum(0) - room)[expert]
+    place = (
+        torch.arange(flat.numel(), device=ids.device)
+        - (counts.cumsum(0) - counts)[expert]
+        + (room.cumsum(0) - room)[expert]
+    )
     pairs = torch.full((n,), flat.numel(), dtype=torch.int32, device=ids.device)
     pairs[place] = order.int()
     experts = torch.arange(num_experts, device=ids.device).repeat_interleave(room // block).int()

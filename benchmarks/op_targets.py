@@ -14,7 +14,8 @@ PREFILL = 8192  # tokens
 
 @dataclass(frozen=True)
 class Target:
-    """value: what was measured, None where the peer is not there or wrong; limit: the least (at_least) or the most it may be."""
+    """value: what was measured, None where the peer is not there or wrong; limit: the least
+    (at_least) or the most it may be."""
 
     what: str
     value: float | None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the pictures of docs/anatomy.md from the code: `python docs/pictures.py`; tests hold the committed files to it."""
+"""Draws the pictures of docs/anatomy.md from the code: `python docs/pictures.py`; tests hold the
+committed files to it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ from pathlib import Path
 import matplotlib
 
 from dsv4.model.config import CSA_RATIO, LayerKind
-from dsv4.model.kv_layout import CacheFormats, CacheRole, IndexFormat, KvFormat, StateMapping, layer_caches, state_ring_rows
+from dsv4.model.kv_layout import (
+    CacheFormats,
+    CacheRole,
+    IndexFormat,
+    KvFormat,
+    StateMapping,
+    layer_caches,
+    state_ring_rows,
+)
 from dsv4.planning.deployment import find_checkpoint
 
 matplotlib.use("Agg")
@@ -114,7 +123,9 @@ def step(axes: Axes) -> None:
 def mappings(axes: Axes) -> None:
     """Compressor state of one CSA and one HCA layer in each mapping, by what it grows with."""
     config = find_checkpoint("flash").config
-    kinds = {kind: next(layer for layer in config.layers if layer.kind is kind) for kind in (LayerKind.CSA, LayerKind.HCA)}
+    kinds = {
+        kind: next(layer for layer in config.layers if layer.kind is kind) for kind in (LayerKind.CSA, LayerKind.HCA)
+    }
     text = {
         StateMapping.PAGED: "paged: a raw row per token in flight,\nin sliding-window groups of the pool",
         StateMapping.RING: "ring: raw rows of the open windows;\nCSA's hang on window pages,\nHCA's on the request",
@@ -133,7 +144,13 @@ def mappings(axes: Axes) -> None:
                 unit = "a window page" if kind is LayerKind.CSA else "a request"
             tails = sum(s.tail_bytes for s in specs)
             more = f"\n+ {tails:,} B a page" if tails else ""
-            box(axes, (8.5 + 5.2 * k, y), (4.8, 1.4), f"{kind.value.upper()}: {size:,} B\n{unit}{more}", ORANGE if k else BLUE)
+            box(
+                axes,
+                (8.5 + 5.2 * k, y),
+                (4.8, 1.4),
+                f"{kind.value.upper()}: {size:,} B\n{unit}{more}",
+                ORANGE if k else BLUE,
+            )
     axes.set(xlim=(-0.3, 19.5), ylim=(1.7, 7.8))
 
 

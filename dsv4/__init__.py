@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve DeepSeek-V4 through stock vLLM and stock SGLang, and plan where it fits.
 
-What semantic versioning covers: the `dsv4` command, its exit codes and its `--json` output (by `schema_version`), the recipe
-schema, the `DSV4_*` variables, the engines' entry points, `GET /dsv4/status`, and the names below. Everything else may move
-with any release. Names are imported when they are first used, so that `import dsv4` costs nothing and needs no torch.
+What semantic versioning covers: the `dsv4` command, its exit codes and its `--json` output (by
+`schema_version`), the recipe schema, the `DSV4_*` variables, the engines' entry points, `GET
+/dsv4/status`, and the names below. Everything else may move with any release. Names are imported
+when they are first used, so that `import dsv4` costs nothing and needs no torch.
 """
 
 from __future__ import annotations

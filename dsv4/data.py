@@ -26,7 +26,9 @@ class _StrictLoader(_Loader):  # type: ignore[misc]
         if len(mapping) != len(node.value):
             keys = [key.value for key, _ in node.value]
             twice = sorted({str(k) for k in keys if keys.count(k) > 1})
-            raise yaml.constructor.ConstructorError(None, None, f"key {', '.join(twice)} is given twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {', '.join(twice)} is given twice", node.start_mark
+            )
         return mapping
 
 
@@ -51,7 +53,9 @@ def read_yaml(path: Path) -> Any:
     try:
         raw = path.read_bytes()
     except OSError as e:
-        raise RecipeError(f"{path}: cannot be read ({e.strerror}); give a recipe id (dsv4 recipes list) or a YAML file") from e
+        raise RecipeError(
+            f"{path}: cannot be read ({e.strerror}); give a recipe id (dsv4 recipes list) or a YAML file"
+        ) from e
     if len(raw) > MAX_YAML_BYTES:
         raise RecipeError(f"{path}: is {len(raw)} bytes, a recipe is below {MAX_YAML_BYTES}; is this a recipe?")
     try:

@@ -42,14 +42,16 @@ _FUSED: tuple[tuple[str, str, int], ...] = (
 class ShardedParameter(Protocol):
     """A parameter to which an engine gave a loader that keeps this rank's part.
 
-    weight_loader: (parameter, tensor), then the shard of a fused linear; for experts the name, the linear and the expert
+    weight_loader: (parameter, tensor), then the shard of a fused linear; for experts the name, the
+    linear and the expert
     """
 
     weight_loader: Callable[..., object]
 
 
 class PackedLinear(nn.Module):
-    """What the engines' block-FP8 linears have between their creation and `process_weights_after_loading`."""
+    """What the engines' block-FP8 linears have between their creation and
+    `process_weights_after_loading`."""
 
     weight: Tensor
     weight_scale_inv: Tensor
@@ -60,7 +62,8 @@ class PackedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """A routed expert's tensor. layer: prefix of its layer's experts, `model.layers.3.ffn.experts`; linear: w1, w2 or w3."""
+    """A routed expert's tensor. layer: prefix of its layer's experts, `model.layers.3.ffn.experts`;
+    linear: w1, w2 or w3."""
 
     layer: str
     expert: int
@@ -83,7 +86,8 @@ def expert_tensor(name: str) -> ExpertTensor | None:
 
 
 def parameter_name(name: str) -> tuple[str, int | None]:
-    """The parameter that a released tensor (other than a routed expert's) loads into, and its shard in a fused one."""
+    """The parameter that a released tensor (other than a routed expert's) loads into, and its shard
+    in a fused one."""
     shard = None
     for pattern, fused, index in _FUSED:
         name, hits = re.subn(pattern, fused, name)
@@ -96,7 +100,8 @@ def parameter_name(name: str) -> tuple[str, int | None]:
 
 
 def as_stored(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """A released tensor as a parameter of `dtype` keeps it: e8m0 scales as bytes or as values, never by a numeric cast."""
+    """A released tensor as a parameter of `dtype` keeps it: e8m0 scales as bytes or as values,
+    never by a numeric cast."""
     if tensor.dtype is torch.float8_e8m0fnu and dtype is torch.uint8:
         return tensor.view(torch.uint8)
     if tensor.dtype is torch.float8_e8m0fnu and dtype is torch.float32:
@@ -110,11 +115,13 @@ def load_released(
     tp_rank: int,
     elsewhere: Callable[[str], bool] = lambda name: False,
 ) -> set[str]:
-    """Hand each released tensor of the backbone to the sharding loader that the engine put on its parameter.
+    """Hand each released tensor of the backbone to the sharding loader that the engine put on its
+    parameter.
 
-    params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`; weights: in any order, `mtp.*` is
-    left out; elsewhere: whether another pipeline rank has that parameter. Returns the names of the loaded parameters.
-    Raises CheckpointError naming what is missing or unknown.
+    params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`;
+    weights: in any order, `mtp.*` is left out; elsewhere: whether another pipeline rank has that
+    parameter. Returns the names of the loaded parameters. Raises CheckpointError naming what is
+    missing or unknown.
     """
     loaded: set[str] = set()
     unknown: list[str] = []

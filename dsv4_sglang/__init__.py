@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V4 in stock SGLang. This file imports nothing that could fail: it is what catches the failures."""
+"""DeepSeek-V4 in stock SGLang. This file imports nothing that could fail: it is what catches the
+failures."""
 
 import logging
 
@@ -9,8 +10,8 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """sglang.srt.plugins entry point: runs in every SGLang process, and never raises.
 
-    SGLang swallows a plugin's errors and then serves V4 with its own model, or crashes elsewhere. Whatever goes wrong here
-    therefore makes V4, and only V4, refuse to start, with the reason.
+    SGLang swallows a plugin's errors and then serves V4 with its own model, or crashes elsewhere.
+    Whatever goes wrong here therefore makes V4, and only V4, refuse to start, with the reason.
     """
     try:
         from dsv4_sglang.logs import join_engine_log
@@ -28,4 +29,6 @@ def _refuse(reason: str) -> None:
 
         refuse(reason)
     except Exception:
-        logger.exception("dsv4: DeepSeek-V4 cannot be refused on this SGLang; it may be served by SGLang's own model (%s)", reason)
+        logger.exception(
+            "dsv4: DeepSeek-V4 cannot be refused on this SGLang; it may be served by SGLang's own model (%s)", reason
+        )

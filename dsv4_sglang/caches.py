@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """V4's caches in SGLang's hybrid pool, sized and laid out by `dsv4.model.kv_layout`.
 
-SGLang allocates two kinds of 256-token pages: full ones, which live as long as the request, and window ones, which it frees
-behind the window. Every cache hangs on one of the two or on the request's slot, so no allocator of our own is needed:
+SGLang allocates two kinds of 256-token pages: full ones, which live as long as the request, and
+window ones, which it frees behind the window. Every cache hangs on one of the two or on the
+request's slot, so no allocator of our own is needed:
 
     window rows         window page
     compressed entries  full page: the entry of token t is row t // ratio of its page
@@ -85,7 +86,10 @@ class V4Pool(BaseSWAKVPool):
         with self.memory_saver_adapter.region("kv_cache"):
             for layer in config.layers:
                 self.layers.append(
-                    {spec.role: self._allocate(layer, spec) for spec in layer_caches(config, layer, formats, StateMapping.RING)}
+                    {
+                        spec.role: self._allocate(layer, spec)
+                        for spec in layer_caches(config, layer, formats, StateMapping.RING)
+                    }
                 )
         self._scratch: dict[int, Tensor] = {}
 
@@ -104,7 +108,8 @@ class V4Pool(BaseSWAKVPool):
         return self._pages_of["window" if role is CacheRole.WINDOW else "full"]
 
     def scratch(self, like: Pages, num_pages: int) -> Pages:
-        """Working memory of at least `num_pages` pages shaped like a ring's; layers share it, and its contents last one call.
+        """Working memory of at least `num_pages` pages shaped like a ring's; layers share it, and
+        its contents last one call.
 
         It grows with the largest prefill step seen: 8 KiB (CSA) and 4 KiB (HCA) per token.
         """
@@ -115,7 +120,7 @@ class V4Pool(BaseSWAKVPool):
             memory = self._scratch[width] = like.data.new_zeros(need)
         return Pages(memory[:need].view(num_pages, like.rows, width), like.rows, like.format)
 
-    # ---- SGLang's interface ----------------------------------------------------------------------------------------
+    # ---- SGLang's interface -----------------------------------------------------------------
 
     def register_mapping(self, full_to_swa_index_mapping: Tensor) -> None:
         self.full_to_swa_index_mapping = full_to_swa_index_mapping
@@ -139,14 +144,17 @@ class V4Pool(BaseSWAKVPool):
         raise NotImplementedError("V4's caches are written by its own operators")
 
     def get_state_buf_infos(self) -> Any:
-        raise Dsv4Error("dsv4's caches cannot be transferred: run without --disaggregation-mode and --enable-hierarchical-cache")
+        raise Dsv4Error(
+            "dsv4's caches cannot be transferred: run without --disaggregation-mode and --enable-hierarchical-cache"
+        )
 
     get_contiguous_buf_infos = get_state_buf_infos
     get_cpu_copy = load_cpu_copy = get_state_buf_infos
 
 
 class LayerState:
-    """The rings of a compressed layer's open windows, and the caches of the entries that they become."""
+    """The rings of a compressed layer's open windows, and the caches of the entries that they
+    become."""
 
     def __init__(self, layer: LayerSpec) -> None:
         self.index, self.ratio = layer.index, layer.compress_ratio
@@ -199,10 +207,13 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
 
     def _sizes(self, tokens: int, page_size: int) -> MemoryPoolConfig:
         full = tokens // page_size * page_size
-        # The smallest pool that admits a request: a chunk page, and a window with a partly filled page at either end.
+        # The smallest pool that admits a request: a chunk page, and a window with a partly filled
+        # page at either end.
         window = max(int(full * self.window_ratio) // page_size * page_size, 4 * page_size)
         self.validate_swa_pool_size(window, self.sliding_window, page_size)
-        return MemoryPoolConfig(max_total_num_tokens=full, full_max_total_num_tokens=full, swa_max_total_num_tokens=window)
+        return MemoryPoolConfig(
+            max_total_num_tokens=full, full_max_total_num_tokens=full, swa_max_total_num_tokens=window
+        )
 
 
 def build_pool(kvc: Any, sizes: Any, req_to_token_pool: Any) -> V4Pool:

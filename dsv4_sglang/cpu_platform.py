@@ -12,10 +12,11 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 
 class ReferenceCpuPlatform(SRTPlatform):
-    """Runs SGLang's scheduler, caches, workers and servers unchanged; layers take their PyTorch paths.
+    """Runs SGLang's scheduler, caches, workers and servers unchanged; layers take their PyTorch
+    paths.
 
-    An out-of-tree identity is what selects those paths: as SGLang's own "cpu" it would import sgl_kernel's CPU build,
-    which the published wheel does not have.
+    An out-of-tree identity is what selects those paths: as SGLang's own "cpu" it would import
+    sgl_kernel's CPU build, which the published wheel does not have.
     """
 
     _enum = PlatformEnum.OOT
@@ -49,7 +50,8 @@ class ReferenceCpuPlatform(SRTPlatform):
             server_args.attention_backend = "torch_native"
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
-        # Unset, SGLang wants a NUMA node per rank; here ranks share what cores there are, and the system places them.
+        # Unset, SGLang wants a NUMA node per rank; here ranks share what cores there are, and the
+        # system places them.
         ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size
         if ranks > 1:
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything dsv4 changes in a running SGLang: three hooks on functions, a provider of defaults, two for the status."""
+"""Everything dsv4 changes in a running SGLang: three hooks on functions, a provider of defaults,
+two for the status."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ MAX_RUNNING_REQUESTS = 256  # native V4's own default; HCA state is reserved per
 
 
 def install() -> None:
-    """Register the hooks. SGLang applies them in every process; one that fails to apply is only logged, so the attention
-    backend asserts that the pool is ours."""
+    """Register the hooks. SGLang applies them in every process; one that fails to apply is only
+    logged, so the attention backend asserts that the pool is ours."""
     HookRegistry.register(PARSE, parse_config, HookType.AROUND)
     HookRegistry.register(POOL_SIZES, pool_configurator, HookType.AROUND)
     HookRegistry.register(POOL, build_pool, HookType.AROUND)
@@ -36,7 +37,8 @@ def install() -> None:
 
 
 def parse_config(original: Callable[..., Any], parser: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Rename the architecture of V4, so that SGLang takes none of its branches for native V4, and name its window layers."""
+    """Rename the architecture of V4, so that SGLang takes none of its branches for native V4, and
+    name its window layers."""
     from sglang.srt.models.registry import ModelRegistry
 
     from dsv4_sglang.model import DeepseekV4PluginForCausalLM
@@ -54,7 +56,8 @@ def parse_config(original: Callable[..., Any], parser: Any, model: Any, *args: A
 
 
 def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
-    """Arguments of a V4 deployment, after refusing what cannot be served; runs before anything is started."""
+    """Arguments of a V4 deployment, after refusing what cannot be served; runs before anything is
+    started."""
     from dsv4_sglang.support import check_checkpoint, check_deployment
 
     args = resolving_view(server_args)
@@ -69,9 +72,12 @@ def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
     if args.swa_full_tokens_ratio is None:
         found["swa_full_tokens_ratio"] = WINDOW_RATIO
     if args.device != "cpu":
-        # Prefill graphs would capture one step's metadata; decode graphs read kept buffers, but only kernels can be captured, unchecked.
+        # Prefill graphs would capture one step's metadata; decode graphs read kept buffers, but
+        # only kernels can be captured, unchecked.
         resolved["disable_prefill_cuda_graph"] = True
-        resolved["disable_cuda_graph"] = args.disable_cuda_graph or env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK")
+        resolved["disable_cuda_graph"] = (
+            args.disable_cuda_graph or env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK")
+        )
         if config.expert_dtype == "fp4":
             found["moe_runner_backend"] = "marlin"
     if resolved:

@@ -12,8 +12,9 @@ LOGGERS = ("dsv4", "dsv4_sglang")
 def join_engine_log() -> None:
     """Let the first process say who serves. Safe to call twice.
 
-    SGLang loads plugins before it configures the root logger, which until then drops what is no warning. So long our loggers
-    write to stderr in its format. SGLang's other processes would only repeat that, and need nothing.
+    SGLang loads plugins before it configures the root logger, which until then drops what is no
+    warning. So long our loggers write to stderr in its format. SGLang's other processes would only
+    repeat that, and need nothing.
     """
     if multiprocessing.current_process().name == "MainProcess":
         for ours in map(logging.getLogger, LOGGERS):
@@ -22,7 +23,8 @@ def join_engine_log() -> None:
 
 
 class _UntilConfigured(logging.StreamHandler):
-    """Prints a logger's lines until the root logger is given other handlers; then it takes itself away."""
+    """Prints a logger's lines until the root logger is given other handlers; then it takes itself
+    away."""
 
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's view of a step turned into the core's plan, once per step, and the caches for V4's layers to use it on."""
+"""SGLang's view of a step turned into the core's plan, once per step, and the caches for V4's
+layers to use it on."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class V4AttentionBackend(AttentionBackend):
-    """Builds the plan of each step. Layers read `plan` and `pool`, and call the operators themselves."""
+    """Builds the plan of each step. Layers read `plan` and `pool`, and call the operators
+    themselves."""
 
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class V4AttentionBackend(AttentionBackend):
         self.buffers = plan.GraphBuffers()
         self.max_bs = 0
 
-    # ---- SGLang's interface ----------------------------------------------------------------------------------------
+    # ---- SGLang's interface -----------------------------------------------------------------
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.forward_mode.is_idle():
@@ -60,7 +62,8 @@ class V4AttentionBackend(AttentionBackend):
         self.max_bs = max_bs
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        """Captured decode steps read buffers that keep their address and cover the longest context."""
+        """Captured decode steps read buffers that keep their address and cover the longest
+        context."""
         self.plan = self._copied(self._plan(forward_batch, self.context_len), forward_batch.batch_size)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
@@ -71,27 +74,34 @@ class V4AttentionBackend(AttentionBackend):
 
     forward_decode = forward_extend
 
-    # ---- the plan --------------------------------------------------------------------------------------------------
+    # ---- the plan ---------------------------------------------------------------------------
 
     def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepPlan:
         batch, is_decode = _batch_view(fb, max_seq_len), fb.forward_mode.is_decode()
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len)
         tokens = plan.plan_tokens(batch)
-        # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the request it borrows.
+        # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the
+        # request it borrows.
         real = fb.out_cache_loc[: batch.num_tokens] >= PAGE_TOKENS
         tokens = plan.TokenPlan(tokens.request_of_token, tokens.positions, tokens.valid & real)
         rings = {
             CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2),
-            HCA_RATIO: Rings(fb.req_pool_indices[:, None].int(), max(self.context_len, max_seq_len) + 1, HCA_RATIO, windows=1),
+            HCA_RATIO: Rings(
+                fb.req_pool_indices[:, None].int(), max(self.context_len, max_seq_len) + 1, HCA_RATIO, windows=1
+            ),
         }
         return StepPlan(
             plan.plan_window(window_table, tokens, PAGE_TOKENS, self.window),
             {m: plan.plan_entries(block_table, tokens, PAGE_TOKENS, m, max_seq_len) for m in self.ratios},
-            {m: plan_single(rings[m], tokens) if is_decode else plan_many(rings[m], tokens, batch) for m in self.ratios},
+            {
+                m: plan_single(rings[m], tokens) if is_decode else plan_many(rings[m], tokens, batch)
+                for m in self.ratios
+            },
         )
 
     def _tables(self, req_pool_indices: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
-        """Full and window pages of every request: [R, n] int32 each; places beyond a request's length mean nothing."""
+        """Full and window pages of every request: [R, n] int32 each; places beyond a request's
+        length mean nothing."""
         starts = self.req_to_token[req_pool_indices, :max_seq_len:PAGE_TOKENS].long()
         window = self.pool.translate_loc_from_full_to_swa(starts).clamp(min=0)
         return (starts // PAGE_TOKENS).int(), (window // PAGE_TOKENS).int()
@@ -133,11 +143,14 @@ def _batch_view(fb: ForwardBatch, max_seq_len: int) -> BatchView:
         return BatchView(starts, fb.seq_lens.int(), num_reqs, num_reqs, max_seq_len, 1)
     starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
     starts[1:] = fb.extend_seq_lens.cumsum(0)
-    return BatchView(starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len, max(fb.extend_seq_lens_cpu))
+    return BatchView(
+        starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len, max(fb.extend_seq_lens_cpu)
+    )
 
 
 def register_backend() -> None:
-    """Offer the backend under its name, in the registry and on the command line. Safe to call twice."""
+    """Offer the backend under its name, in the registry and on the command line. Safe to call
+    twice."""
     register_attention_backend(ATTENTION_BACKEND)(V4AttentionBackend)
     if ATTENTION_BACKEND not in ATTENTION_BACKEND_CHOICES:
         ATTENTION_BACKEND_CHOICES.append(ATTENTION_BACKEND)

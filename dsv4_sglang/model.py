@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V4 wired from SGLang's parallel layers and dsv4's operators. Source: docs/model.md, 3."""
+"""DeepSeek-V4 wired from SGLang's parallel layers and dsv4's operators. Source: docs/model.md,
+3."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -52,7 +58,12 @@ class V4Mlp(nn.Module):
         )
         # Added to the routed experts' output before the one reduction of both.
         self.down_proj = RowParallelLinear(
-            size, config.hidden_size, bias=False, reduce_results=False, quant_config=quant, prefix=add_prefix("down_proj", prefix)
+            size,
+            config.hidden_size,
+            bias=False,
+            reduce_results=False,
+            quant_config=quant,
+            prefix=add_prefix("down_proj", prefix),
         )
         self.limit = config.swiglu_limit
 
@@ -67,14 +78,19 @@ class V4Moe(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
         self.top_k, self.scaling_factor = config.num_experts_per_tok, config.routed_scaling_factor
-        self.gate = ReplicatedLinear(config.hidden_size, config.n_routed_experts, bias=False, prefix=add_prefix("gate", prefix))
+        self.gate = ReplicatedLinear(
+            config.hidden_size, config.n_routed_experts, bias=False, prefix=add_prefix("gate", prefix)
+        )
         self.gate.tid2eid = self.gate.e_score_correction_bias = None
         if layer.routing is Routing.HASH:
-            # Not torch.empty: with --load-format dummy garbage ids would address experts that do not exist.
+            # Not torch.empty: with --load-format dummy garbage ids would address experts that do
+            # not exist.
             table = torch.randint(0, config.n_routed_experts, (config.vocab_size, self.top_k), dtype=torch.int32)
             self.gate.tid2eid = nn.Parameter(table, requires_grad=False)
         else:
-            self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False)
+            self.gate.e_score_correction_bias = nn.Parameter(
+                torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+            )
         self.shared_experts = V4Mlp(config, quant, add_prefix("shared_experts", prefix))
         self.experts = FusedMoE(
             num_experts=config.n_routed_experts,
@@ -101,13 +117,18 @@ class V4Moe(nn.Module):
 
 
 class V4Compressor(nn.Module):
-    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index keys."""
+    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index
+    keys."""
 
     def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
         super().__init__()
         width = layer.overlap * dim
         self.fused_wkv_wgate = MergedColumnParallelLinear(
-            config.hidden_size, [width, width], bias=False, prefix=add_prefix("fused_wkv_wgate", prefix), parallel_group="replicated"
+            config.hidden_size,
+            [width, width],
+            bias=False,
+            prefix=add_prefix("fused_wkv_wgate", prefix),
+            parallel_group="replicated",
         )
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
@@ -126,22 +147,34 @@ class V4Indexer(nn.Module):
         self.layer = layer.index
         self.topk, self.num_heads, self.dim = config.index_topk, config.index_n_heads, config.index_head_dim
         self.wq_b = ReplicatedLinear(
-            config.q_lora_rank, self.num_heads * self.dim, bias=False, quant_config=quant, prefix=add_prefix("wq_b", prefix)
+            config.q_lora_rank,
+            self.num_heads * self.dim,
+            bias=False,
+            quant_config=quant,
+            prefix=add_prefix("wq_b", prefix),
         )
-        self.weights_proj = ReplicatedLinear(config.hidden_size, self.num_heads, bias=False, prefix=add_prefix("weights_proj", prefix))
+        self.weights_proj = ReplicatedLinear(
+            config.hidden_size, self.num_heads, bias=False, prefix=add_prefix("weights_proj", prefix)
+        )
         self.compressor = V4Compressor(config, layer, self.dim, add_prefix("compressor", prefix))
 
-    def forward(self, x: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor) -> Selection:
-        """The entries that each token attends. plan: of the entries, whose keys lie on the same pages."""
+    def forward(
+        self, x: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor
+    ) -> Selection:
+        """The entries that each token attends. plan: of the entries, whose keys lie on the same
+        pages."""
         caches = pool.layers[self.layer]
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, self.dim))
         query = indexer.prepare_query(q, self.weights_proj(x)[0], cos_sin, pool.formats.index)
         keys, entries = plan.table(caches[CacheRole.INDEX_KEY]), plan.table(caches[CacheRole.COMPRESSED])
-        return indexer.select(query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk)
+        return indexer.select(
+            query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk
+        )
 
 
 class V4Attention(nn.Module):
-    """Window, compressed entries and sink; heads are sharded over tensor-parallel ranks, caches are replicated."""
+    """Window, compressed entries and sink; heads are sharded over tensor-parallel ranks, caches are
+    replicated."""
 
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
@@ -175,7 +208,11 @@ class V4Attention(nn.Module):
             prefix=add_prefix("wo_a", prefix),
         )
         self.wo_b = RowParallelLinear(
-            config.o_groups * config.o_lora_rank, config.hidden_size, bias=False, quant_config=quant, prefix=add_prefix("wo_b", prefix)
+            config.o_groups * config.o_lora_rank,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant,
+            prefix=add_prefix("wo_b", prefix),
         )
         self.compressor = self.indexer = self.state = None
         if layer.kind is not LayerKind.SWA:
@@ -286,16 +323,22 @@ class DeepseekV4PluginForCausalLM(nn.Module):
         self.v4_config = released_config.read(config)
         self.quant_config = quant_config and V4QuantConfig.adopt(quant_config, self.v4_config.expert_dtype)
         self.model = V4Model(self.v4_config, self.quant_config, add_prefix("model", prefix))
-        self.lm_head = ParallelLMHead(self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=add_prefix("lm_head", prefix))
+        self.lm_head = ParallelLMHead(
+            self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=add_prefix("lm_head", prefix)
+        )
         self.logits_processor = LogitsProcessor(config)
 
     def get_attention_sliding_window_size(self) -> int:
         return self.v4_config.sliding_window
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None) -> Any:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch, input_embeds: Tensor | None = None
+    ) -> Any:
         if input_embeds is not None:
-            raise Dsv4Error("embeddings as input cannot be routed: V4 chooses the experts of its first layers by token id")
+            raise Dsv4Error(
+                "embeddings as input cannot be routed: V4 chooses the experts of its first layers by token id"
+            )
         hidden = self.model(input_ids, positions)
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 def register() -> str | None:
     """sglang.srt.platforms entry point: our CPU platform, only where no accelerator exists.
 
-    On a GPU the engine's own platform must stay: an out-of-tree one would switch off its graph runners and kernels.
-    DSV4_CPU_PLATFORM=on|off overrides what was found.
+    On a GPU the engine's own platform must stay: an out-of-tree one would switch off its graph
+    runners and kernels. DSV4_CPU_PLATFORM=on|off overrides what was found.
     """
     from dsv4.machine.admission import wants_cpu_platform
 

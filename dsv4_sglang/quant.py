@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How V4's FP8 and FP4 weights become SGLang layers.
 
-On a GPU the engine's own methods serve (block FP8 linears, MXFP4 experts in Marlin's layout); here is what they lack: a CPU
-method for each, which dequantises once after loading, wo_a, whose grouped product needs plain weights on every device, and
-Marlin's experts without the gate that keeps them from sm80, sm86 and sm89, where the kernel runs.
+On a GPU the engine's own methods serve (block FP8 linears, MXFP4 experts in Marlin's layout); here
+is what they lack: a CPU method for each, which dequantises once after loading, wo_a, whose grouped
+product needs plain weights on every device, and Marlin's experts without the gate that keeps them
+from sm80, sm86 and sm89, where the kernel runs.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class DequantizedLinearMethod(LinearMethodBase):
             input_size=input_size,
             output_size=output_size,
             params_dtype=params_dtype,
-            # The first loader does not know block scales; SGLang gives the second only to methods that it lists by name.
+            # The first loader does not know block scales; SGLang gives the second only to methods
+            # that it lists by name.
             weight_loader=getattr(layer, "weight_loader_v2", extra_weight_attrs.get("weight_loader")),
             is_checkpoint_fp8_serialized=True,
         )
@@ -105,7 +107,8 @@ class DequantizedLinearMethod(LinearMethodBase):
 
 
 class DequantizedExpertsMethod(FusedMoEMethodBase):
-    """Routed experts, FP4 or block FP8, loaded packed and kept as plain weights of the model's dtype."""
+    """Routed experts, FP4 or block FP8, loaded packed and kept as plain weights of the model's
+    dtype."""
 
     def __init__(self, expert_dtype: ExpertDtype) -> None:
         self.expert_dtype = expert_dtype
@@ -132,7 +135,10 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
             else:
                 weight = torch.zeros(num_experts, rows, columns, dtype=torch.float8_e4m3fn)
                 scale = torch.zeros(num_experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), dtype=torch.float32)
-            for key, data, attrs in (("weight", weight, {}), ("weight_scale_inv", scale, {"quant_method": scales.value})):
+            for key, data, attrs in (
+                ("weight", weight, {}),
+                ("weight_scale_inv", scale, {"quant_method": scales.value}),
+            ):
                 parameter = nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{name}_{key}", parameter)
                 set_weight_attrs(parameter, extra_weight_attrs | attrs)
@@ -149,21 +155,26 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
 
     def apply(self, layer: FusedMoE, dispatch_output: Any) -> StandardCombineInput:
         weights, ids, _ = dispatch_output.topk_output  # ids are local, -1 for experts of other ranks
-        out = moe.experts(dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, weights, ids, self.swiglu_limit)
+        out = moe.experts(
+            dispatch_output.hidden_states, layer.w13_weight, layer.w2_weight, weights, ids, self.swiglu_limit
+        )
         return StandardCombineInput(hidden_states=out)
 
 
 class UngatedMarlinExpertsMethod(Mxfp4MarlinMoEMethod, FusedMoEMethodBase):
     """SGLang's MXFP4 Marlin experts from sm80 on.
 
-    Not run: no such GPU was at hand. tests/plugins/test_sglang_quant.py shows what its kernels would be handed. Until SGLang's
-    `process_weights_after_loading` lets Ampere and Ada through (sglang#33589); then delete.
+    Not run: no such GPU was at hand. tests/plugins/test_sglang_quant.py shows what its kernels
+    would be handed. Until SGLang's `process_weights_after_loading` lets Ampere and Ada through
+    (sglang#33589); then delete.
     """
 
     def process_weights_after_loading(self, layer: FusedMoE) -> None:
         self._fp8.process_weights_after_loading(layer)
         if not check_moe_marlin_supports_layer(layer, FP4_BLOCK, allow_tile_padding=True):
             size, width = layer.hidden_size, layer.intermediate_size_per_partition
-            raise Dsv4Error(f"{self.prefix}: Marlin has no tile for experts of {size} x {width}; use a smaller --tp-size")
+            raise Dsv4Error(
+                f"{self.prefix}: Marlin has no tile for experts of {size} x {width}; use a smaller --tp-size"
+            )
         prepare_moe_mxfp4_layer_for_marlin(layer)
         layer._dsv4_mxfp4_backend = "marlin"  # what SGLang's own method leaves for its readers

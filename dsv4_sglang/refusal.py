@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in for V4 when dsv4 cannot serve it: an error when V4 is asked for, nothing for any other model."""
+"""What stands in for V4 when dsv4 cannot serve it: an error when V4 is asked for, nothing for any
+other model."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ class RefusedError(RuntimeError):
 
 
 def refuse(reason: str) -> None:
-    """Make SGLang stop with `reason` as soon as it reads a V4 config, before any process or memory is taken."""
-    message = f"dsv4 cannot serve DeepSeek-V4 here: {reason}. Run `dsv4 doctor`, or set DSV4_MODE=off for SGLang's own model."
+    """Make SGLang stop with `reason` as soon as it reads a V4 config, before any process or memory
+    is taken."""
+    message = (
+        f"dsv4 cannot serve DeepSeek-V4 here: {reason}. Run `dsv4 doctor`, or set DSV4_MODE=off for SGLang's own model."
+    )
     logger.warning("%s Other models are not affected.", message)
 
     def parse(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -30,5 +34,6 @@ def refuse(reason: str) -> None:
             raise RefusedError(message)
         return config
 
-    # Errors raised while registering are swallowed; what a hook raises when the engine calls it is not.
+    # Errors raised while registering are swallowed; what a hook raises when the engine calls it is
+    # not.
     HookRegistry.register(PARSE, parse, HookType.AROUND)

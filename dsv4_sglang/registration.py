@@ -14,10 +14,12 @@ _MODELS = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 
 
 def register_model() -> None:
-    """Put our model in place of SGLang's own where it should serve. Raises what makes that impossible."""
+    """Put our model in place of SGLang's own where it should serve. Raises what makes that
+    impossible."""
     decision = admission.admit("sglang")
     if decision.serve:
-        # Names our model before the registry is imported: SGLang then leaves its 285 models alone until one of them is asked for.
+        # Names our model before the registry is imported: SGLang then leaves its 285 models alone
+        # until one of them is asked for.
         os.environ.setdefault(_MODELS, "dsv4_sglang.models")
         admission.check_structure("sglang")
         _register()

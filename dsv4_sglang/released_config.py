@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json as released, carried by SGLang's own config object.
 
-SGLang reads V4's config into a class that drops rope_theta and fills what is missing with defaults of V3, so what the file
-says can no longer be told from what it does not say.
+SGLang reads V4's config into a class that drops rope_theta and fills what is missing with defaults
+of V3, so what the file says can no longer be told from what it does not say.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _ATTRIBUTE = "dsv4_released"
 
 
 def check_folder(model: Any) -> None:
-    """Refuse a bad config.json of V4 in a local folder before SGLang reads it: its own errors say less. Raises ConfigError."""
+    """Refuse a bad config.json of V4 in a local folder before SGLang reads it: its own errors say
+    less. Raises ConfigError."""
     file = Path(str(model)) / "config.json"
     try:
         raw = json.loads(file.read_text())

@@ -18,8 +18,8 @@ _RUN_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
 def install() -> None:
-    """Let a server prove who serves V4: each scheduler adds what it runs to its internal state, which SGLang can ask for,
-    and `GET /dsv4/status` shows it."""
+    """Let a server prove who serves V4: each scheduler adds what it runs to its internal state,
+    which SGLang can ask for, and `GET /dsv4/status` shows it."""
     if multiprocessing.current_process().name == "MainProcess":
         HookRegistry.register(_RUN_SERVER, _add_route, HookType.BEFORE)
     HookRegistry.register(_INTERNAL_STATE, _add_workers, HookType.AFTER)

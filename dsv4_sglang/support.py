@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of an SGLang deployment dsv4 can serve exactly; everything else is refused before a weight is read."""
+"""What of an SGLang deployment dsv4 can serve exactly; everything else is refused before a weight
+is read."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.b
 
 
 def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
-    """Refuse what cannot be served. asked: the arguments as given; args: what SGLang made of them so far.
+    """Refuse what cannot be served. asked: the arguments as given; args: what SGLang made of them
+    so far.
 
     Raises Dsv4Error with the flag and the way out.
     """
@@ -34,9 +36,17 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         (args.enable_kv_cache_sharding, "--enable-kv-cache-sharding", "the caches are replicated"),
         (args.attn_cp_size > 1, "--attn-cp-size", "context parallelism is not wired"),
         (args.dcp_size > 1, "--dcp-size", "decode context parallelism is not wired: the caches are replicated"),
-        (args.enable_dp_attention or args.attn_dp_size > 1, "--enable-dp-attention (--attn-dp-size)", "DP attention is not wired"),
+        (
+            args.enable_dp_attention or args.attn_dp_size > 1,
+            "--enable-dp-attention (--attn-dp-size)",
+            "DP attention is not wired",
+        ),
         (args.pp_size > 1, "--pp-size", "pipeline parallelism is not wired"),
-        (args.moe_a2a_backend != "none", f"--moe-a2a-backend {args.moe_a2a_backend}", "the experts' all-to-all is not wired"),
+        (
+            args.moe_a2a_backend != "none",
+            f"--moe-a2a-backend {args.moe_a2a_backend}",
+            "the experts' all-to-all is not wired",
+        ),
         (args.enable_two_batch_overlap, "--enable-two-batch-overlap", "it needs a model split in two batches"),
         (args.enable_pdmux, "--enable-pdmux", "it needs two attention backends at once"),
         (
@@ -44,16 +54,26 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             "--enable-eplb (--ep-num-redundant-experts, --init-expert-location)",
             "each expert is expected once, in its place",
         ),
-        (args.json_model_override_args not in (None, "", "{}"), "--json-model-override-args", "dsv4 reads config.json itself"),
+        (
+            args.json_model_override_args not in (None, "", "{}"),
+            "--json-model-override-args",
+            "dsv4 reads config.json itself",
+        ),
         (bool(args.enable_lora or args.lora_paths), "--enable-lora", "LoRA is not wired"),
     )
     for refused, flag, reason in refusals:
         if refused:
-            raise DeploymentError(f"{flag}: {reason}; leave it out, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4")
+            raise DeploymentError(
+                f"{flag}: {reason}; leave it out, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4"
+            )
     if config.expert_dtype == "fp4" and asked.moe_runner_backend not in ("auto", "marlin"):
-        raise DeploymentError(f"--moe-runner-backend {asked.moe_runner_backend}: dsv4 runs FP4 experts with marlin alone; leave it out")
+        raise DeploymentError(
+            f"--moe-runner-backend {asked.moe_runner_backend}: dsv4 runs FP4 experts with marlin alone; leave it out"
+        )
     if args.dtype not in _DTYPES:
-        raise DeploymentError(f"--dtype {args.dtype}: dsv4 runs V4 in bfloat16, and in float32 on a CPU; use one of them")
+        raise DeploymentError(
+            f"--dtype {args.dtype}: dsv4 runs V4 in bfloat16, and in float32 on a CPU; use one of them"
+        )
     if args.device != "cpu":
         check_gpu(config, _DTYPES[args.dtype], weakest(detect_devices()))
     if why_not := config.why_not_sharded(args.tp_size):
@@ -67,12 +87,15 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             raise DeploymentError(f"{flag} {value}: dsv4 serves V4 with {ATTENTION_BACKEND} alone; leave it out")
     chunk = args.chunked_prefill_size
     if chunk is not None and chunk > 0 and chunk % PAGE_TOKENS:
-        raise DeploymentError(f"--chunked-prefill-size {chunk}: SGLang wants a multiple of V4's page of {PAGE_TOKENS} tokens")
+        raise DeploymentError(
+            f"--chunked-prefill-size {chunk}: SGLang wants a multiple of V4's page of {PAGE_TOKENS} tokens"
+        )
     cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer)
 
 
 def check_gpu(config: V4Config, dtype: torch.dtype, gpu: Device) -> None:
-    """Refuse what SGLang's GPU kernels lack, before they fail to compile in the first step. Raises DeploymentError."""
+    """Refuse what SGLang's GPU kernels lack, before they fail to compile in the first step. Raises
+    DeploymentError."""
     if dtype is torch.float32:
         raise DeploymentError("--dtype float32: V4 is served in float32 on a CPU alone; leave it out")
     if config.expert_dtype == "fp8" and gpu.capability is not None and gpu.capability < (8, 9):
@@ -83,6 +106,7 @@ def check_gpu(config: V4Config, dtype: torch.dtype, gpu: Device) -> None:
 
 
 def check_checkpoint(folder: str, load_format: str, config: V4Config) -> None:
-    """Compare a local checkpoint's headers with its config. Raises CheckpointError naming what does not fit."""
+    """Compare a local checkpoint's headers with its config. Raises CheckpointError naming what does
+    not fit."""
     if Path(folder).is_dir() and load_format != "dummy":
         validate(folder, config)

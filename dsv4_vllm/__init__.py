@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSeek-V4 in stock vLLM. This file imports nothing that could fail: it is what catches the failures."""
+"""DeepSeek-V4 in stock vLLM. This file imports nothing that could fail: it is what catches the
+failures."""
 
 import logging
 
@@ -7,10 +8,11 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """vllm.general_plugins entry point: runs in every vLLM process, may run twice, and never raises.
+    """vllm.general_plugins entry point: runs in every vLLM process, may run twice, and never
+    raises.
 
-    vLLM swallows a plugin's errors and then serves V4 with its own model, or crashes elsewhere. Whatever goes wrong here
-    therefore makes V4, and only V4, refuse to start, with the reason.
+    vLLM swallows a plugin's errors and then serves V4 with its own model, or crashes elsewhere.
+    Whatever goes wrong here therefore makes V4, and only V4, refuse to start, with the reason.
     """
     try:
         from dsv4_vllm.logs import join_engine_log
@@ -28,4 +30,6 @@ def _refuse(reason: str) -> None:
 
         refuse(reason)
     except Exception:
-        logger.exception("dsv4: DeepSeek-V4 cannot be refused on this vLLM; it may be served by vLLM's own model (%s)", reason)
+        logger.exception(
+            "dsv4: DeepSeek-V4 cannot be refused on this vLLM; it may be served by vLLM's own model (%s)", reason
+        )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """V4's caches as vLLM KV-cache layers.
 
-Each decoder layer registers one window cache; compressed layers add their entries and the compressor's open windows,
-CSA layers the index keys and theirs. vLLM groups, allocates, hashes and evicts the pages; geometry comes from
-`dsv4.model.kv_layout`.
+Each decoder layer registers one window cache; compressed layers add their entries and the
+compressor's open windows, CSA layers the index keys and theirs. vLLM groups, allocates, hashes and
+evicts the pages; geometry comes from `dsv4.model.kv_layout`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class V4Cache(nn.Module, AttentionLayerBase):
 class LayerState(nn.Module, ABC):
     """Where a layer's open windows live.
 
-    pairs: for each of its compressors, attention's own first, the cache of its open windows and that of its entries
+    pairs: for each of its compressors, attention's own first, the cache of its open windows and
+    that of its entries
     """
 
     def __init__(self, pairs: Sequence[tuple[V4Cache, V4Cache]]) -> None:
@@ -130,7 +131,8 @@ class PagedLayerState(LayerState):
 
 
 class SummaryLayerState(LayerState):
-    """Open windows as summaries: one page per request, and a tail behind each page of a CSA layer's entries."""
+    """Open windows as summaries: one page per request, and a tail behind each page of a CSA layer's
+    entries."""
 
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
         given = zip(self.pairs, projected, strict=True)
@@ -191,12 +193,15 @@ def kv_cache_spec(cache: CacheSpec, formats: CacheFormats, model_dtype: torch.dt
         spec = SlidingWindowMLASpec(**common, sliding_window=cache.sliding_window)
     else:
         spec = MLAAttentionSpec(**common, tokens_per_state=cache.tokens_per_row)
-    assert spec.page_size_bytes == cache.page_bytes, f"{cache}: vLLM plans {spec.page_size_bytes} B a page, kv_layout {cache.page_bytes}"
+    assert spec.page_size_bytes == cache.page_bytes, (
+        f"{cache}: vLLM plans {spec.page_size_bytes} B a page, kv_layout {cache.page_bytes}"
+    )
     return spec
 
 
 def view_tail(memory: Tensor, spec: CacheSpec) -> Tensor:
-    """The bytes behind each page's rows, as fp32 [pages, tail_bytes / 4]: memory is the engine's view [pages, 1, rows, content]."""
+    """The bytes behind each page's rows, as fp32 [pages, tail_bytes / 4]: memory is the engine's
+    view [pages, 1, rows, content]."""
     storage = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory.untyped_storage())
     page_stride = memory.stride(0) * memory.element_size()
     offset = memory.storage_offset() * memory.element_size() + spec.tail_offset

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain-PyTorch paged attention, so that models other than V4 also run on the CPU platform without vLLM's C++ extension."""
+"""Plain-PyTorch paged attention, so that models other than V4 also run on the CPU platform without
+vLLM's C++ extension."""
 
 from __future__ import annotations
 
@@ -33,15 +34,22 @@ class PagedTorchBuilder(AttentionMetadataBuilder[PagedTorchMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PagedTorchMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> PagedTorchMetadata:
         c = common_attn_metadata
         return PagedTorchMetadata(
-            c.query_start_loc[: c.num_reqs + 1], c.seq_lens[: c.num_reqs], c.block_table_tensor, c.slot_mapping, c.num_actual_tokens
+            c.query_start_loc[: c.num_reqs + 1],
+            c.seq_lens[: c.num_reqs],
+            c.block_table_tensor,
+            c.slot_mapping,
+            c.num_actual_tokens,
         )
 
 
 class PagedTorchBackend(AttentionBackend):
-    """Causal attention with grouped KV heads; sliding windows, ALiBi, soft caps and quantised KV are refused."""
+    """Causal attention with grouped KV heads; sliding windows, ALiBi, soft caps and quantised KV
+    are refused."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
     forward_includes_kv_cache_update = True
@@ -103,7 +111,8 @@ class PagedTorchImpl(AttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_cache: [pages, Hkv, rows, 2 * D]; writes and returns output."""
+        """query: [T, H, D]; key, value: [T, Hkv, D]; kv_cache: [pages, Hkv, rows, 2 * D]; writes
+        and returns output."""
         if attn_metadata is None:
             return output.fill_(0)
         m, dim, rows = attn_metadata, self.head_size, kv_cache.shape[2]
@@ -127,5 +136,10 @@ class PagedTorchImpl(AttentionImpl):
         past = k.shape[1] - q.shape[1]
         causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(past)
         return torch.nn.functional.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=causal, scale=self.scale, enable_gqa=self.num_heads != self.num_kv_heads
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=causal,
+            scale=self.scale,
+            enable_gqa=self.num_heads != self.num_kv_heads,
         )[0]

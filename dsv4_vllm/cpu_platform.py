@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU platform without its C++ extension. Imported only after `platform.register` chose it."""
+"""vLLM's CPU platform without its C++ extension. Imported only after `platform.register` chose
+it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class ReferenceCpuPlatform(CpuPlatform):
-    """Runs vLLM's scheduler, KV manager, workers and servers unchanged; layers take their PyTorch paths."""
+    """Runs vLLM's scheduler, KV manager, workers and servers unchanged; layers take their PyTorch
+    paths."""
 
     @classmethod
     def import_kernels(cls) -> None:
@@ -36,15 +38,20 @@ class ReferenceCpuPlatform(CpuPlatform):
         chosen = scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens
         super().check_and_update_config(vllm_config)
         if _is_v4(vllm_config):
-            # The base class turns these off for MLA models on CPUs without AMX; our attention serves them.
+            # The base class turns these off for MLA models on CPUs without AMX; our attention
+            # serves them.
             scheduler.enable_chunked_prefill, cache.enable_prefix_caching, scheduler.max_num_batched_tokens = chosen
-        # Layers' CPU paths call operators of the C++ extension; "none" makes them take their PyTorch ones.
+        # Layers' CPU paths call operators of the C++ extension; "none" makes them take their
+        # PyTorch ones.
         compilation = vllm_config.compilation_config
         compilation.custom_ops = ["none"] + [op for op in compilation.custom_ops if op not in ("all", "none")]
 
     @classmethod
-    def get_attn_backend_cls(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
-        """Backend of models other than V4, whose layers bring their own: plain PyTorch over paged KV."""
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """Backend of models other than V4, whose layers bring their own: plain PyTorch over paged
+        KV."""
         return "dsv4_vllm.cpu_attention.PagedTorchBackend"
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything dsv4 adds to a running vLLM beyond its plugin interfaces. Each entry names its cause and its end."""
+"""Everything dsv4 adds to a running vLLM beyond its plugin interfaces. Each entry names its cause
+and its end."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ _CPU_OPS = torch.library.Library("_C", "FRAGMENT")
 
 
 def define_cpu_ops() -> None:
-    """Give the stock wheel the operators that its Python code calls on every CPU and only CPU builds carry.
+    """Give the stock wheel the operators that its Python code calls on every CPU and only CPU
+    builds carry.
 
-    Until the published wheel contains its CPU extension; then delete. An operator that exists is left alone.
+    Until the published wheel contains its CPU extension; then delete. An operator that exists is
+    left alone.
     """
     _define("init_cpu_memory_env(int[] nodes) -> ()", lambda nodes: None)
     _define("greedy_argmax(Tensor logits) -> Tensor", lambda logits: logits.argmax(-1).view(-1))
@@ -43,10 +46,13 @@ def _gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
     return (logprobs - race.log()).argmax(-1)
 
 
-def _slot_mapping(query_start_loc: Tensor, positions: Tensor, block_table: Tensor, slot_mapping: Tensor, block_size: int) -> None:
+def _slot_mapping(
+    query_start_loc: Tensor, positions: Tensor, block_table: Tensor, slot_mapping: Tensor, block_size: int
+) -> None:
     """slot = block * block_size + offset per token; -1 beyond the last token.
 
-    Groups with one block per request get no meaningful slots: the V1 runner asks for them all the same.
+    Groups with one block per request get no meaningful slots: the V1 runner asks for them all the
+    same.
     """
     num_tokens = int(query_start_loc[-1])
     lens = query_start_loc.diff().long()
@@ -76,7 +82,8 @@ def _slot_mapping_kernel(
 
 
 def repair_slot_mapping() -> None:
-    """vLLM 0.32: the slot-mapping kernel lost two parameters that its CPU stand-in kept, so arguments shift.
+    """vLLM 0.32: the slot-mapping kernel lost two parameters that its CPU stand-in kept, so
+    arguments shift.
 
     Fixed in 0.33; delete when 0.32 leaves the supported range.
     """
@@ -89,7 +96,8 @@ def repair_slot_mapping() -> None:
 
 
 def keep_plain_linears() -> None:
-    """Half-precision weights stay as PyTorch reads them: on a CPU with AMX vLLM would repack them with its C++ extension.
+    """Half-precision weights stay as PyTorch reads them: on a CPU with AMX vLLM would repack them
+    with its C++ extension.
 
     Until the published wheel contains its CPU extension; then delete.
     """
@@ -100,10 +108,12 @@ def keep_plain_linears() -> None:
 
 
 def add_status() -> None:
-    """Let a server prove who serves V4: a worker method, and `GET /dsv4/status` that asks every worker.
+    """Let a server prove who serves V4: a worker method, and `GET /dsv4/status` that asks every
+    worker.
 
-    vLLM's own endpoint plugins stay off unless VLLM_PLUGINS names them, which would silence every other plugin; the route
-    therefore joins the router that serves /version. Delete when endpoint plugins can be on by default.
+    vLLM's own endpoint plugins stay off unless VLLM_PLUGINS names them, which would silence every
+    other plugin; the route therefore joins the router that serves /version. Delete when endpoint
+    plugins can be on by default.
     """
     from vllm.v1.worker.worker_base import WorkerBase
 

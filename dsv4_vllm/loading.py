@@ -17,10 +17,13 @@ from dsv4.model.config import V4Config
 _EXPERTS = ".routed_experts."  # vLLM's FusedMoE holds the routed experts' parameters in a module of its own
 
 
-def load_weights(model: nn.Module, config: V4Config, path: str, weights: Iterable[tuple[str, Tensor]], tp_rank: int) -> set[str]:
+def load_weights(
+    model: nn.Module, config: V4Config, path: str, weights: Iterable[tuple[str, Tensor]], tp_rank: int
+) -> set[str]:
     """Load every tensor of the backbone that belongs to this pipeline rank. See `load_released`.
 
-    A local folder is validated by its headers first, so that nothing is loaded from a checkpoint that does not fit its config.
+    A local folder is validated by its headers first, so that nothing is loaded from a checkpoint
+    that does not fit its config.
     """
     if Path(path).is_dir():
         validate(path, config)

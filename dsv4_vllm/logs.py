@@ -9,7 +9,8 @@ LOGGERS = ("dsv4", "dsv4_vllm")
 
 
 def join_engine_log() -> None:
-    """Give our loggers vLLM's handlers and level. vLLM configures its own logger alone, so ours would reach nobody."""
+    """Give our loggers vLLM's handlers and level. vLLM configures its own logger alone, so ours
+    would reach nobody."""
     import vllm.logger  # noqa: F401  configures logging when it is imported
 
     engine = logging.getLogger("vllm")

@@ -46,25 +46,35 @@ class SummaryMetadata(AttentionMetadata):
 
 
 class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
-    """Turns vLLM's per-group batch description into the plan of one cache role, without a host synchronisation."""
+    """Turns vLLM's per-group batch description into the plan of one cache role, without a host
+    synchronisation."""
 
-    def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.buffers = plan.GraphBuffers()
         self.max_tokens = max(
-            vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         self.max_reqs = vllm_config.scheduler_config.max_num_seqs
         self.max_model_len = vllm_config.model_config.max_model_len
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """References read lengths on the host, so only a step made of kernels alone can be captured."""
+        """References read lengths on the host, so only a step made of kernels alone can be
+        captured."""
         return AttentionCGSupport.UNIFORM_BATCH if _captures(vllm_config) else AttentionCGSupport.NEVER
 
     def batch_view(self, common: CommonAttentionMetadata) -> BatchView:
         return BatchView(
-            common.query_start_loc, common.seq_lens, common.num_actual_tokens, common.num_reqs, common.max_seq_len, common.max_query_len
+            common.query_start_loc,
+            common.seq_lens,
+            common.num_actual_tokens,
+            common.num_reqs,
+            common.max_seq_len,
+            common.max_query_len,
         )
 
     def copy_tokens(self, name: str, value: Tensor) -> Tensor:
@@ -72,37 +82,51 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
         return self.buffers.copy_in(name, value, (self.max_tokens, *value.shape[1:]))
 
     def block_table(self, common: CommonAttentionMetadata) -> Tensor:
-        # Places beyond a request's blocks may hold -1; clamping keeps address arithmetic inside the pool.
+        # Places beyond a request's blocks may hold -1; clamping keeps address arithmetic inside the
+        # pool.
         return common.block_table_tensor.clamp_(min=0)
 
 
 class WindowBuilder(V4MetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> plan.WindowPlan:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> plan.WindowPlan:
         tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
         window = plan.plan_window(table, tokens, self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window)
         return window.copied(self.copy_tokens)
 
 
 class EntryBuilder(V4MetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> plan.EntryPlan:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> plan.EntryPlan:
         batch, table = self.batch_view(common_attn_metadata), self.block_table(common_attn_metadata)
         ratio, max_tokens = int(self.kv_cache_spec.tokens_per_state), min(batch.max_seq_len, self.max_model_len)
         entries = plan.plan_entries(table, plan.plan_tokens(batch), self.kv_cache_spec.block_size, ratio, max_tokens)
         slots = entries.request_slots
         if slots is not None and entries.max_entries:
             slots = self.buffers.copy_in("request_slots", slots, (self.max_reqs, self.max_model_len // ratio))
-        slot_mapping, lens = self.copy_tokens("slot_mapping", entries.slot_mapping), self.copy_tokens("lens", entries.lens)
+        slot_mapping, lens = (
+            self.copy_tokens("slot_mapping", entries.slot_mapping),
+            self.copy_tokens("lens", entries.lens),
+        )
         return replace(entries, slot_mapping=slot_mapping, lens=lens, request_slots=slots)
 
 
 class StateBuilder(V4MetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> StateMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> StateMetadata:
         tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
-        return StateMetadata(table, self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size)))
+        return StateMetadata(
+            table, self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size))
+        )
 
 
 class SummaryBuilder(V4MetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> SummaryMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SummaryMetadata:
         return SummaryMetadata(self.batch_view(common_attn_metadata), self.block_table(common_attn_metadata)[:, 0])
 
 
@@ -145,7 +169,8 @@ class EntryBackend(V4Backend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
-        # The platform reads the deployment's block size from here; 256 keeps prefix hits at multiples of both ratios.
+        # The platform reads the deployment's block size from here; 256 keeps prefix hits at
+        # multiples of both ratios.
         return [PAGE_TOKENS]
 
 
@@ -165,11 +190,13 @@ class SummaryBackend(V4Backend):
         return "DSV4_SUMMARY"
 
 
-# Operators that the model does not call on a GPU: experts run in the engine, and the two halves of compressor.update.
+# Operators that the model does not call on a GPU: experts run in the engine, and the two halves of
+# compressor.update.
 NEVER_CALLED_OPS = frozenset({"moe.experts", "moe.experts_mxfp4", "compressor.save_state", "compressor.compress_store"})
 
 
 def _captures(vllm_config: VllmConfig) -> bool:
-    """Whether a decode step is made of kernels alone; the operators of the state mapping that is not in use do not count."""
+    """Whether a decode step is made of kernels alone; the operators of the state mapping that is
+    not in use do not count."""
     unused = {"summary.compress"} if state_mapping(vllm_config) is StateMapping.PAGED else {"compressor.update"}
     return registry.all_kernels(torch.device(vllm_config.device_config.device_type), NEVER_CALLED_OPS | unused)

@@ -72,16 +72,27 @@ class V4Moe(nn.Module):
 
     def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        self.gate = GateLinear(config.hidden_size, config.n_routed_experts, out_dtype=torch.float32, prefix=f"{prefix}.gate")
+        self.gate = GateLinear(
+            config.hidden_size, config.n_routed_experts, out_dtype=torch.float32, prefix=f"{prefix}.gate"
+        )
         self.gate.tid2eid = self.gate.e_score_correction_bias = None
         if layer.routing is Routing.HASH:
-            # Not torch.empty: with --load-format dummy garbage ids would address experts that do not exist.
-            table = torch.randint(0, config.n_routed_experts, (config.vocab_size, config.num_experts_per_tok), dtype=torch.int32)
+            # Not torch.empty: with --load-format dummy garbage ids would address experts that do
+            # not exist.
+            table = torch.randint(
+                0, config.n_routed_experts, (config.vocab_size, config.num_experts_per_tok), dtype=torch.int32
+            )
             self.gate.tid2eid = nn.Parameter(table, requires_grad=False)
         else:
-            self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False)
+            self.gate.e_score_correction_bias = nn.Parameter(
+                torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+            )
         self.shared_experts = V4Mlp(config, vllm_config, f"{prefix}.shared_experts")
-        router = V4Router(config, self.gate.e_score_correction_bias, self.gate.tid2eid) if current_platform.is_cpu() else None
+        router = (
+            V4Router(config, self.gate.e_score_correction_bias, self.gate.tid2eid)
+            if current_platform.is_cpu()
+            else None
+        )
         self.experts = FusedMoEFactory(
             num_experts=config.n_routed_experts,
             top_k=config.num_experts_per_tok,
@@ -107,13 +118,19 @@ class V4Moe(nn.Module):
 
 
 class V4Compressor(nn.Module):
-    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index keys."""
+    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index
+    keys."""
 
     def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
         super().__init__()
         width = layer.overlap * dim
         self.fused_wkv_wgate = MergedColumnParallelLinear(
-            config.hidden_size, [width, width], bias=False, quant_config=None, disable_tp=True, prefix=f"{prefix}.fused_wkv_wgate"
+            config.hidden_size,
+            [width, width],
+            bias=False,
+            quant_config=None,
+            disable_tp=True,
+            prefix=f"{prefix}.fused_wkv_wgate",
         )
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
@@ -135,7 +152,11 @@ class V4Indexer(nn.Module):
         super().__init__()
         self.topk, self.num_heads, self.dim = config.index_topk, config.index_n_heads, config.index_head_dim
         self.wq_b = ReplicatedLinear(
-            config.q_lora_rank, self.num_heads * self.dim, bias=False, quant_config=vllm_config.quant_config, prefix=f"{prefix}.wq_b"
+            config.q_lora_rank,
+            self.num_heads * self.dim,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.wq_b",
         )
         self.weights_proj = ReplicatedLinear(
             config.hidden_size, self.num_heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj"
@@ -144,16 +165,21 @@ class V4Indexer(nn.Module):
         self.keys = keys
         self.max_entries = vllm_config.model_config.max_model_len // layer.compress_ratio
 
-    def forward(self, inputs: IndexInputs, tokens: TokenPlan, plan: EntryPlan, entries: PageTable, cos_sin: Tensor) -> Selection:
+    def forward(
+        self, inputs: IndexInputs, tokens: TokenPlan, plan: EntryPlan, entries: PageTable, cos_sin: Tensor
+    ) -> Selection:
         """plan: of the index keys; entries: what is selected."""
         query = indexer.prepare_query(inputs.q, inputs.weights, cos_sin, self.keys.formats.index)
         keys = plan.table(self.keys.pages)
-        return indexer.select(query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk)
+        return indexer.select(
+            query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk
+        )
 
 
 @dataclass(frozen=True)
 class IndexInputs:
-    """q: [T, Hi, 128]; weights: [T, Hi]; kv_gate: [T, 2 * overlap * 128] fp32, what the index keys are pooled from."""
+    """q: [T, Hi, 128]; weights: [T, Hi]; kv_gate: [T, 2 * overlap * 128] fp32, what the index keys
+    are pooled from."""
 
     q: Tensor
     weights: Tensor
@@ -187,7 +213,8 @@ class LayerInputs:
 
 
 class V4Attention(nn.Module):
-    """Window, compressed entries and sink; heads are sharded over tensor-parallel ranks, caches are replicated."""
+    """Window, compressed entries and sink; heads are sharded over tensor-parallel ranks, caches are
+    replicated."""
 
     def __init__(self, config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -206,7 +233,11 @@ class V4Attention(nn.Module):
         self.q_norm = RMSNorm(config.q_lora_rank, eps)
         self.kv_norm = RMSNorm(config.head_dim, eps)
         self.wq_b = ColumnParallelLinear(
-            config.q_lora_rank, config.num_attention_heads * config.head_dim, bias=False, quant_config=quant, prefix=f"{prefix}.wq_b"
+            config.q_lora_rank,
+            config.num_attention_heads * config.head_dim,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.wq_b",
         )
         self.attn_sink = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32), requires_grad=False)
         self.wo_a = ColumnParallelLinear(
@@ -217,7 +248,11 @@ class V4Attention(nn.Module):
             prefix=f"{prefix}.wo_a",
         )
         self.wo_b = RowParallelLinear(
-            config.o_groups * config.o_lora_rank, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.wo_b"
+            config.o_groups * config.o_lora_rank,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.wo_b",
         )
         caches = self._caches(vllm_config, prefix)
         self.window = caches[CacheRole.WINDOW]
@@ -277,8 +312,9 @@ class V4Attention(nn.Module):
     ) -> None:
         """Attend as `_attend` does; the result goes to `out` [T, H, 512].
 
-        Mixed batches run it eagerly between captured graph segments, so that it reads the step's own metadata. Its tensors
-        are loose: vLLM holds on to those in a container, and with them to the graph's memory.
+        Mixed batches run it eagerly between captured graph segments, so that it reads the step's
+        own metadata. Its tensors are loose: vLLM holds on to those in a container, and with them to
+        the graph's memory.
         """
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a profile or warm-up run has no caches yet
@@ -299,7 +335,9 @@ class V4Attention(nn.Module):
             check.enter_layer(self.prefix, step.tokens.request_of_token)
         rope, norm, window = inputs.rope, self.kv_norm, self.window.pages
         table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
-        q = attention.norm_rope_store(inputs.q, inputs.kv, norm.weight, norm.variance_epsilon, table, step.written(window))
+        q = attention.norm_rope_store(
+            inputs.q, inputs.kv, norm.weight, norm.variance_epsilon, table, step.written(window)
+        )
         entries = self._entries(inputs, step.tokens, metadata)
         return attention.sparse_attention(q, step.read(window), entries, self.attn_sink, table)[0]
 
@@ -328,7 +366,8 @@ class V4Attention(nn.Module):
         )
 
     def _take_memory(self, q: Tensor) -> None:
-        """Allocate a step's workspace during vLLM's memory profile; the KV pool gets what is left."""
+        """Allocate a step's workspace during vLLM's memory profile; the KV pool gets what is
+        left."""
         logits_bytes = 0 if self.indexer is None else indexer.workspace_bytes(q.shape[0], self.indexer.max_entries)
         _ = torch.empty_like(q), torch.empty(logits_bytes, dtype=torch.uint8, device=q.device)
 
@@ -364,7 +403,9 @@ class V4Model(nn.Module):
         first, last = get_pp_group().is_first_rank, get_pp_group().is_last_rank
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size) if first else PPMissingLayer()
         self.start_layer, self.end_layer, self.layers = make_layers(
-            config.num_hidden_layers, lambda prefix: V4DecoderLayer(config, vllm_config, prefix), prefix=f"{prefix}.layers"
+            config.num_hidden_layers,
+            lambda prefix: V4DecoderLayer(config, vllm_config, prefix),
+            prefix=f"{prefix}.layers",
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else PPMissingLayer()
         self.hc_head = HyperConnection(config, is_head=True) if last else PPMissingLayer()
@@ -373,7 +414,11 @@ class V4Model(nn.Module):
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True, device=device), persistent=False)
 
     def forward(
-        self, input_ids: Tensor | None, positions: Tensor, intermediate: IntermediateTensors | None, inputs_embeds: Tensor | None
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate: IntermediateTensors | None,
+        inputs_embeds: Tensor | None,
     ) -> Tensor | IntermediateTensors:
         c = self.config
         if get_pp_group().is_first_rank:
@@ -395,7 +440,11 @@ class V4Model(nn.Module):
 class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
     """DeepSeek-V4-Flash and -Pro in vLLM."""
 
-    packed_modules_mapping: ClassVar = {"gate_up_proj": ["w1", "w3"], "fused_wqa_wkv": ["wq_a", "wkv"], "fused_wkv_wgate": ["wkv", "wgate"]}
+    packed_modules_mapping: ClassVar = {
+        "gate_up_proj": ["w1", "w3"],
+        "fused_wqa_wkv": ["wq_a", "wkv"],
+        "fused_wkv_wgate": ["wkv", "wgate"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -405,13 +454,17 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
         last = get_pp_group().is_last_rank
         self.lm_head = (
-            ParallelLMHead(self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+            ParallelLMHead(
+                self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
             if last
             else PPMissingLayer()
         )
         self.logits_processor = LogitsProcessor(self.v4_config.vocab_size)
 
-    def make_empty_intermediate_tensors(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
         width = self.v4_config.hc_mult * self.v4_config.hidden_size
         return IntermediateTensors({"hidden_states": torch.zeros(batch_size, width, dtype=dtype, device=device)})
 

@@ -15,8 +15,9 @@ _PACKED_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_ds_mla")
 def cache_formats(vllm_config: VllmConfig) -> CacheFormats:
     """The storage formats that --kv-cache-dtype and --attention-config.indexer_kv_dtype ask for.
 
-    auto and the model's own dtype store plain rows; fp8, fp8_e4m3 and fp8_ds_mla store the native 584-byte rows with
-    fp8 index keys (or mxfp4 ones on request). Raises Dsv4Error for anything else.
+    auto and the model's own dtype store plain rows; fp8, fp8_e4m3 and fp8_ds_mla store the native
+    584-byte rows with fp8 index keys (or mxfp4 ones on request). Raises Dsv4Error for anything
+    else.
     """
     itemsize = vllm_config.model_config.dtype.itemsize
     dtype, index = vllm_config.cache_config.cache_dtype, getattr(vllm_config.attention_config, "indexer_kv_dtype", None)
@@ -30,12 +31,15 @@ def cache_formats(vllm_config: VllmConfig) -> CacheFormats:
 def state_mapping(vllm_config: VllmConfig) -> StateMapping:
     """DSV4_STATE, where auto takes the summaries wherever they are possible; asks no device.
 
-    Raises Dsv4Error for summaries on the V1 runner of a GPU, whose slot-mapping kernel would read past a request's one block.
+    Raises Dsv4Error for summaries on the V1 runner of a GPU, whose slot-mapping kernel would read
+    past a request's one block.
     """
     chosen, device_type = env.get("DSV4_STATE"), vllm_config.device_config.device_type
     possible = device_type == "cpu" or vllm_config.use_v2_model_runner
     if chosen == "summary" and not possible:
-        raise Dsv4Error("DSV4_STATE=summary needs model runner V2 on a GPU: leave VLLM_USE_V2_MODEL_RUNNER unset, or set DSV4_STATE=paged")
+        raise Dsv4Error(
+            "DSV4_STATE=summary needs model runner V2 on a GPU: leave VLLM_USE_V2_MODEL_RUNNER unset, or set DSV4_STATE=paged"
+        )
     if chosen != "auto":
         return StateMapping(chosen)
     return StateMapping.SUMMARY if possible else StateMapping.PAGED

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How V4's FP8 and FP4 weights become vLLM layers.
 
-On a GPU the engine's own methods serve (block FP8 linears, MXFP4 experts); here is what they lack: a CPU method for
-each, which dequantises once after loading, and wo_a, whose grouped product needs plain weights on every device.
+On a GPU the engine's own methods serve (block FP8 linears, MXFP4 experts); here is what they lack:
+a CPU method for each, which dequantises once after loading, and wo_a, whose grouped product needs
+plain weights on every device.
 """
 
 from __future__ import annotations
@@ -73,9 +74,15 @@ class DequantizedLinearMethod(LinearMethodBase):
         loader = extra_weight_attrs.get("weight_loader")
         layer.logical_widths, layer.orig_dtype = output_partition_sizes, params_dtype
         layer.weight_block_size = self.block
-        validate_fp8_block_shape(layer, input_size, output_size, input_size_per_partition, output_partition_sizes, self.block)
-        layer.register_parameter("weight", create_fp8_weight_parameter(sum(output_partition_sizes), input_size_per_partition, loader))
-        scale = create_fp8_scale_parameter(BlockQuantScaleParameter, output_partition_sizes, input_size_per_partition, self.block, loader)
+        validate_fp8_block_shape(
+            layer, input_size, output_size, input_size_per_partition, output_partition_sizes, self.block
+        )
+        layer.register_parameter(
+            "weight", create_fp8_weight_parameter(sum(output_partition_sizes), input_size_per_partition, loader)
+        )
+        scale = create_fp8_scale_parameter(
+            BlockQuantScaleParameter, output_partition_sizes, input_size_per_partition, self.block, loader
+        )
         layer.register_parameter("weight_scale_inv", scale)
 
     def process_weights_after_loading(self, layer: PackedLinear) -> None:
@@ -88,7 +95,8 @@ class DequantizedLinearMethod(LinearMethodBase):
 
 
 class DequantizedExpertsMethod(FusedMoEMethodBase):
-    """Routed experts, FP4 or block FP8, loaded packed and kept as plain weights of the model's dtype."""
+    """Routed experts, FP4 or block FP8, loaded packed and kept as plain weights of the model's
+    dtype."""
 
     def __init__(self, moe_config: FusedMoEConfig) -> None:
         super().__init__(moe_config)
@@ -148,7 +156,8 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
 
 
 class V4Router(BaseRouter):
-    """sqrtsoftplus routing by score or by token id, through our operators; vLLM's own router needs its C++ extension."""
+    """sqrtsoftplus routing by score or by token id, through our operators; vLLM's own router needs
+    its C++ extension."""
 
     def __init__(self, config: V4Config, bias: Tensor | None, tid2eid: Tensor | None) -> None:
         super().__init__(top_k=config.num_experts_per_tok, global_num_experts=config.n_routed_experts)
@@ -159,7 +168,12 @@ class V4Router(BaseRouter):
         return RoutingMethodType.DeepseekV4
 
     def _compute_routing(
-        self, hidden_states: Tensor, router_logits: Tensor, indices_type: torch.dtype | None, *, input_ids: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.bias is not None:
             weights, ids = moe.route_topk(router_logits, self.bias, self.top_k, self.scaling_factor)

@@ -17,7 +17,8 @@ MODEL = "dsv4_vllm.model:DeepseekV4ForCausalLM"
 
 
 def register_model() -> None:
-    """Put our model in place of vLLM's own where it should serve. Raises what makes that impossible."""
+    """Put our model in place of vLLM's own where it should serve. Raises what makes that
+    impossible."""
     decision = admission.admit("vllm")
     if decision.serve:
         admission.check_structure("vllm")
@@ -40,7 +41,8 @@ def _register() -> None:
 
 
 def _checked(base: Any) -> Any:
-    """vLLM's own V4 config hook, followed by our refusals, in the first process and before anything is started."""
+    """vLLM's own V4 config hook, followed by our refusals, in the first process and before anything
+    is started."""
 
     class V4ConfigCheck(base):
         @staticmethod

@@ -46,6 +46,7 @@ def add_route() -> None:
     async def dsv4_status(request: Request) -> JSONResponse:
         return JSONResponse(answer("vllm", await request.app.state.engine_client.collective_rpc(STATUS_RPC)))
 
-    # FastAPI resolves annotations in the module's globals, where this function's local import is not visible.
+    # FastAPI resolves annotations in the module's globals, where this function's local import is
+    # not visible.
     dsv4_status.__annotations__ = {"request": Request, "return": JSONResponse}
     router.add_api_route(STATUS_ROUTE, dsv4_status, methods=["GET"], response_model=None)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a vLLM deployment dsv4 can serve exactly; everything else is refused before a weight is read."""
+"""What of a vLLM deployment dsv4 can serve exactly; everything else is refused before a weight is
+read."""
 
 from __future__ import annotations
 
@@ -11,14 +12,25 @@ from dsv4_vllm.options import cache_formats, state_mapping
 
 
 def check_deployment(vllm_config: VllmConfig) -> V4Config:
-    """The model's config, after refusing what cannot be served. Raises Dsv4Error with the flag and the way out."""
-    config = V4Config.from_dict(vllm_config.model_config.hf_config.to_dict(), f"{vllm_config.model_config.model}/config.json")
+    """The model's config, after refusing what cannot be served. Raises Dsv4Error with the flag and
+    the way out."""
+    config = V4Config.from_dict(
+        vllm_config.model_config.hf_config.to_dict(), f"{vllm_config.model_config.model}/config.json"
+    )
     parallel = vllm_config.parallel_config
     if reason := config.why_not_sharded(parallel.tensor_parallel_size):
         raise DeploymentError(f"--tensor-parallel-size {reason}")
     refusals = (
-        (vllm_config.speculative_config is not None, "--speculative-config", "dsv4 0.1 has no draft model; leave it out"),
-        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size", "the caches are replicated; use 1"),
+        (
+            vllm_config.speculative_config is not None,
+            "--speculative-config",
+            "dsv4 0.1 has no draft model; leave it out",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "--decode-context-parallel-size",
+            "the caches are replicated; use 1",
+        ),
         (parallel.enable_eplb, "--enable-eplb", "expert load balancing is not wired; leave it out"),
         (vllm_config.lora_config is not None, "--enable-lora", "LoRA is not wired; leave it out"),
         (

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small DeepSeek-V4 through a real engine's server on this machine: one chat question, and proof of who answered."""
+"""A small DeepSeek-V4 through a real engine's server on this machine: one chat question, and proof
+of who answered."""
 
 from __future__ import annotations
 
@@ -32,7 +33,12 @@ def main(engine: Engine) -> int | str:
             with Server(engine.command(folder)) as server:
                 console.print(f"{engine.name} serve: ready after {server.ready_s:.0f} s at {server.url}")
                 worker = server.get("/dsv4/status")["workers"][0]
-                chat = {"model": "tiny", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 16, "temperature": 0}
+                chat = {
+                    "model": "tiny",
+                    "messages": [{"role": "user", "content": "Who are you?"}],
+                    "max_tokens": 16,
+                    "temperature": 0,
+                }
                 message = server.post("/v1/chat/completions", chat)["choices"][0]["message"]
                 worst, count = _compare(engine, server, folder)
         except RuntimeError as error:  # the server's own words
@@ -41,17 +47,25 @@ def main(engine: Engine) -> int | str:
     table.add_row("served class", worker["model_class"])
     table.add_row("attention backends", ", ".join(worker["attention_backends"]))
     table.add_row("operators", ", ".join(sorted({op["impl"] for op in worker["ops"].values()})))
-    table.add_row("reply (random weights)", repr(next(filter(None, map(message.get, ("content", "reasoning", "reasoning_content"))), None)))
-    table.add_row("prompt log-probabilities", f"{count} compared with the fp32 reference, largest difference {worst:.1e}")
+    table.add_row(
+        "reply (random weights)",
+        repr(next(filter(None, map(message.get, ("content", "reasoning", "reasoning_content"))), None)),
+    )
+    table.add_row(
+        "prompt log-probabilities", f"{count} compared with the fp32 reference, largest difference {worst:.1e}"
+    )
     console.print(table)
     if not worker["served_by_dsv4"] or worst > TOLERANCE:
         return f"FAILED: served_by_dsv4={worker['served_by_dsv4']}, difference {worst:.1e} (allowed {TOLERANCE:.0e})"
-    console.print(f"[green]OK: dsv4 answered, and its log-probabilities equal the fp32 reference within {TOLERANCE:.0e}")
+    console.print(
+        f"[green]OK: dsv4 answered, and its log-probabilities equal the fp32 reference within {TOLERANCE:.0e}"
+    )
     return 0
 
 
 def _compare(engine: Engine, server: Server, folder: Path) -> tuple[float, int]:
-    """Largest difference of a prompt's log-probabilities between the server and the fp32 reference, and how many."""
+    """Largest difference of a prompt's log-probabilities between the server and the fp32 reference,
+    and how many."""
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids
     got = torch.tensor(engine.prompt_logprobs(server, ids))
     want = ReferenceModel.from_folder(folder).logprobs(ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)

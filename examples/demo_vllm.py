@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small DeepSeek-V4 through the real `vllm serve`. `make demo` runs it; no GPU and no network are needed."""
+"""A small DeepSeek-V4 through the real `vllm serve`. `make demo` runs it; no GPU and no network are
+needed."""
 
 import sys
 

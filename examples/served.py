@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in a process of its own, on loopback: started, waited for, asked, and stopped. For demos, tests, benchmarks."""
+"""A server in a process of its own, on loopback: started, waited for, asked, and stopped. For
+demos, tests, benchmarks."""
 
 from __future__ import annotations
 
@@ -19,17 +20,46 @@ from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 # A machine without a GPU: eager mode, and a KV pool of a size instead of a share of all memory.
-VLLM_CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20), "--max-model-len", "4096", "--max-num-seqs", "16")
+VLLM_CPU_ARGS = (
+    "--enforce-eager",
+    "--kv-cache-memory-bytes",
+    str(512 << 20),
+    "--max-model-len",
+    "4096",
+    "--max-num-seqs",
+    "16",
+)
 VLLM_CHAT_ARGS = (
-    "--tokenizer-mode", "deepseek_v4", "--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice", "--reasoning-parser", "deepseek_v4",
-)  # fmt: skip
+    "--tokenizer-mode",
+    "deepseek_v4",
+    "--tool-call-parser",
+    "deepseek_v4",
+    "--enable-auto-tool-choice",
+    "--reasoning-parser",
+    "deepseek_v4",
+)
 
 SGLANG_CPU_ARGS = (
-    "--device", "cpu", "--context-length", "1200", "--max-running-requests", "16", "--max-total-tokens", "32768", "--swa-full-tokens-ratio", "0.5",
-    "--chunked-prefill-size", "512",
-)  # fmt: skip
+    "--device",
+    "cpu",
+    "--context-length",
+    "1200",
+    "--max-running-requests",
+    "16",
+    "--max-total-tokens",
+    "32768",
+    "--swa-full-tokens-ratio",
+    "0.5",
+    "--chunked-prefill-size",
+    "512",
+)
 SGLANG_CHAT_ARGS = ("--tool-call-parser", "deepseekv4", "--reasoning-parser", "deepseek-v4")
 
 
@@ -40,21 +70,37 @@ def free_port() -> int:
 
 
 def vllm_serve(folder: str | Path, *args: str, dtype: str = "float32") -> list[str]:
-    """The `vllm serve` command line for a tiny checkpoint, with the executable of this environment."""
-    return [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--dtype", dtype, *VLLM_CPU_ARGS, *VLLM_CHAT_ARGS, *args]
+    """The `vllm serve` command line for a tiny checkpoint, with the executable of this
+    environment."""
+    return [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(folder),
+        "--dtype",
+        dtype,
+        *VLLM_CPU_ARGS,
+        *VLLM_CHAT_ARGS,
+        *args,
+    ]
 
 
 def sglang_serve(folder: str | Path, *args: str, dtype: str = "float32") -> list[str]:
-    """The `sglang serve` command line for a tiny checkpoint, with the executable of this environment."""
+    """The `sglang serve` command line for a tiny checkpoint, with the executable of this
+    environment."""
     sglang = str(Path(sys.executable).with_name("sglang"))
     return [sglang, "serve", "--model-path", str(folder), "--dtype", dtype, *SGLANG_CPU_ARGS, *SGLANG_CHAT_ARGS, *args]
 
 
 class Server:
-    """`with Server(command) as server:`; the command gets --host and --port. Its log is kept in a temporary file."""
+    """`with Server(command) as server:`; the command gets --host and --port. Its log is kept in a
+    temporary file."""
 
     def __init__(
-        self, command: Sequence[str], env: dict[str, str] | None = None, ready_timeout_s: float = 240, health: str = "/health"
+        self,
+        command: Sequence[str],
+        env: dict[str, str] | None = None,
+        ready_timeout_s: float = 240,
+        health: str = "/health",
     ) -> None:
         self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
@@ -81,10 +127,13 @@ class Server:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self.started = time.monotonic()
         # Its own process group, so that nothing it starts outlives a failed test.
-        self.process = subprocess.Popen(self.command, stdout=self._log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command, stdout=self._log, stderr=subprocess.STDOUT, env=self.env, start_new_session=True
+        )
 
     def wait_ready(self) -> None:
-        """Return once `health` answers. Raises RuntimeError with the log's end when the server ends or stays silent."""
+        """Return once `health` answers. Raises RuntimeError with the log's end when the server ends
+        or stays silent."""
         while time.monotonic() - self.started < self.ready_timeout_s:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with exit code {self.process.returncode}:\n{self.log()[-6000:]}")
@@ -108,7 +157,9 @@ class Server:
 
     def open(self, path: str, body: dict[str, Any]) -> Any:
         """The response itself, for streams."""
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         return urllib.request.urlopen(request, timeout=300)
 
     def log(self) -> str:
@@ -116,7 +167,8 @@ class Server:
         return self._log.read().decode(errors="replace")
 
     def stop(self, timeout_s: float = 60) -> int:
-        """SIGTERM to the server alone, as an orchestrator would; returns its exit code. Kills the group after `timeout_s`."""
+        """SIGTERM to the server alone, as an orchestrator would; returns its exit code. Kills the
+        group after `timeout_s`."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(timeout_s)
@@ -145,13 +197,19 @@ def _vllm_logprobs(server: Server, ids: list[int]) -> list[float]:
 
 
 def _sglang_logprobs(server: Server, ids: list[int]) -> list[float]:
-    body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1, "temperature": 0}, "return_logprob": True, "logprob_start_len": 0}
+    body = {
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
     return [logprob for logprob, _, _ in server.post("/generate", body)["meta_info"]["input_token_logprobs"][1:]]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine is started, with a checkpoint's folder and further arguments, and asked for a prompt's log-probabilities."""
+    """How an engine is started, with a checkpoint's folder and further arguments, and asked for a
+    prompt's log-probabilities."""
 
     name: str
     serve: Callable[..., list[str]]

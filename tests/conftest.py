@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before torch is imported: engines and oracles run beside each other on few cores, where OpenMP threads that spin for
-# their partners cost far more than they bring (measured: 20 times slower on two busy cores).
+# Before torch is imported: engines and oracles run beside each other on few cores, where OpenMP
+# threads that spin for their partners cost far more than they bring (measured: 20 times slower on
+# two busy cores).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -16,9 +17,12 @@ import torch
 from dsv4.reference.tiny import write_tiny
 
 # Shared checks explain a failure as a test's own assert does.
-pytest.register_assert_rewrite(*(f"tests.support.{name}" for name in ("comparison", "refusal_checks", "replay", "serve_checks")))
+pytest.register_assert_rewrite(
+    *(f"tests.support.{name}" for name in ("comparison", "refusal_checks", "replay", "serve_checks"))
+)
 
-# Tensors here are small: a second thread gains nothing, and triples the time as soon as something else runs.
+# Tensors here are small: a second thread gains nothing, and triples the time as soon as something
+# else runs.
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,15 +30,19 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def tiny_flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with Flash's layer mix: two sliding layers, then CSA and HCA in turn, and an MTP draft."""
+    """A tiny checkpoint with Flash's layer mix: two sliding layers, then CSA and HCA in turn, and
+    an MTP draft."""
     return write_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny-flash", "flash")
 
 
 @pytest.fixture(scope="session")
 def tiny_pro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with Pro's layer mix: two HCA layers, then CSA and HCA in turn, and an MTP draft."""
+    """A tiny checkpoint with Pro's layer mix: two HCA layers, then CSA and HCA in turn, and an MTP
+    draft."""
     return write_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny-pro", "pro")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--schedules", type=int, default=15, help="random schedules per KV mapping in tests/e2e/test_vllm_schedules.py")
+    parser.addoption(
+        "--schedules", type=int, default=15, help="random schedules per KV mapping in tests/e2e/test_vllm_schedules.py"
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents say is held to the code: pictures, sizes, sections that sources point to, and links."""
+"""What the documents say is held to the code: pictures, sizes, sections that sources point to, and
+links."""
 
 from __future__ import annotations
 
@@ -54,16 +55,22 @@ def test_every_section_that_a_source_points_to_exists() -> None:
     pointed = {
         (number, file.name)
         for file in SOURCES
-        for text in re.findall(r"docs/model\.md,? ((?:[0-9]+(?:\.[0-9]+)?(?:, | and )?)+)", file.read_text(encoding="utf-8"))
+        for text in re.findall(
+            r"docs/model\.md,? ((?:[0-9]+(?:\.[0-9]+)?(?:, | and )?)+)", file.read_text(encoding="utf-8")
+        )
         for number in re.findall(r"[0-9]+(?:\.[0-9]+)?", text)
     }
     assert len(pointed) > 20
     assert {where for where in pointed if where[0] not in sections} == set()
-    outside = [f.name for f in SOURCES if re.search(r"\bspec(ification)? (section )?[0-9]", f.read_text(encoding="utf-8"))]
+    outside = [
+        f.name for f in SOURCES if re.search(r"\bspec(ification)? (section )?[0-9]", f.read_text(encoding="utf-8"))
+    ]
     assert outside == [], "these cite a specification that is not in the repository"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{f.name}" for f in sorted(DOCS.glob("*.md")))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{f.name}" for f in sorted(DOCS.glob("*.md")))]
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith("http")]

@@ -16,7 +16,8 @@ FLOORS = ("machine", "model", "planning")  # the contract in pyproject.toml name
 
 
 def light_modules() -> list[str]:
-    """Every module of the floors that need no torch, and what `dsv4 plan`, `check` and `doctor` add to them."""
+    """Every module of the floors that need no torch, and what `dsv4 plan`, `check` and `doctor` add
+    to them."""
     files = [file for floor in FLOORS for file in (ROOT / "dsv4" / floor).rglob("*.py")]
     files += [file for file in (ROOT / "dsv4" / "cli").glob("*.py") if file.stem != "tiny"]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
@@ -25,7 +26,9 @@ def light_modules() -> list[str]:
 
 def test_the_light_floors_pull_in_neither_torch_nor_triton_nor_an_engine():
     modules = light_modules()
-    assert {"dsv4.machine.env", "dsv4.model.kv_layout", "dsv4.planning.memory.proof", "dsv4.cli.planning"} <= set(modules)
+    assert {"dsv4.machine.env", "dsv4.model.kv_layout", "dsv4.planning.memory.proof", "dsv4.cli.planning"} <= set(
+        modules
+    )
     code = f"import importlib, json, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert set(json.loads(done.stdout)) & set(HEAVY) == set()

@@ -17,7 +17,11 @@ def params(*names: str, shape: tuple[int, ...] = (2,)) -> dict[str, nn.Parameter
 
 def test_a_head_per_rank_of_the_sink_and_the_whole_of_the_norm():
     ours = params(SINK, NORM)
-    released = {"layers.0.attn.attn_sink": torch.arange(4.0), "norm.weight": torch.tensor([5.0, 6.0]), "mtp.0.norm.weight": torch.ones(2)}
+    released = {
+        "layers.0.attn.attn_sink": torch.arange(4.0),
+        "norm.weight": torch.tensor([5.0, 6.0]),
+        "mtp.0.norm.weight": torch.ones(2),
+    }
     assert load_released(ours, released.items(), tp_rank=1) == {SINK, NORM}
     assert ours[SINK].tolist() == [2.0, 3.0]
     assert ours[NORM].tolist() == [5.0, 6.0]
@@ -26,7 +30,8 @@ def test_a_head_per_rank_of_the_sink_and_the_whole_of_the_norm():
 def test_what_is_missing_and_what_is_unknown_is_named():
     released = {"norm.weight": torch.ones(2), "layers.0.attn.wq_c.weight": torch.ones(2)}
     with pytest.raises(
-        CheckpointError, match=r"no parameter for \['layers.0.attn.wq_c.weight'\], no tensor for \['model.layers.0.attn.attn_sink'\]"
+        CheckpointError,
+        match=r"no parameter for \['layers.0.attn.wq_c.weight'\], no tensor for \['model.layers.0.attn.attn_sink'\]",
     ):
         load_released(params(SINK, NORM), released.items(), tp_rank=0)
     with pytest.raises(CheckpointError, match="attn_sink"):
@@ -34,7 +39,11 @@ def test_what_is_missing_and_what_is_unknown_is_named():
 
 
 def test_tensors_of_another_stage_are_left_to_it():
-    released = {"norm.weight": torch.ones(2), "layers.7.attn.attn_sink": torch.ones(2), "layers.7.ffn.experts.0.w1.weight": torch.ones(2)}
+    released = {
+        "norm.weight": torch.ones(2),
+        "layers.7.attn.attn_sink": torch.ones(2),
+        "layers.7.ffn.experts.0.w1.weight": torch.ones(2),
+    }
     assert load_released(params(NORM), released.items(), 0, lambda name: name.startswith("model.layers.7.")) == {NORM}
 
 

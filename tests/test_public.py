@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What semantic versioning covers, pinned: a change here is a change of the major version, or an addition."""
+"""What semantic versioning covers, pinned: a change here is a change of the major version, or an
+addition."""
 
 from __future__ import annotations
 
@@ -20,17 +21,26 @@ if sys.version_info >= (3, 11):
 
 def test_names() -> None:
     assert dsv4.__all__ == [
-        "Dsv4Error", "Question", "Recipe", "V4Config", "diagnose", "dsv4_version", "find_checkpoint", "find_gpu", "find_recipe",
-        "plan", "read_recipe", "validate", "write_tiny",
-    ]  # fmt: skip
+        "Dsv4Error",
+        "Question",
+        "Recipe",
+        "V4Config",
+        "diagnose",
+        "dsv4_version",
+        "find_checkpoint",
+        "find_gpu",
+        "find_recipe",
+        "plan",
+        "read_recipe",
+        "validate",
+        "write_tiny",
+    ]
     assert all(getattr(dsv4, name).__name__ == name for name in dsv4.__all__)
     assert dir(dsv4) == dsv4.__all__
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
-    code = (
-        "import sys; before = set(sys.modules); import dsv4; print(sorted(m for m in set(sys.modules) - before if m.startswith('dsv4.')))"
-    )
+    code = "import sys; before = set(sys.modules); import dsv4; print(sorted(m for m in set(sys.modules) - before if m.startswith('dsv4.')))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -40,7 +50,14 @@ def test_commands() -> None:
 
 
 def test_variables() -> None:
-    assert set(VARIABLES) == {"DSV4_MODE", "DSV4_OPS", "DSV4_CHECK", "DSV4_STATE", "DSV4_CPU_PLATFORM", "DSV4_ALLOW_UNTESTED"}
+    assert set(VARIABLES) == {
+        "DSV4_MODE",
+        "DSV4_OPS",
+        "DSV4_CHECK",
+        "DSV4_STATE",
+        "DSV4_CPU_PLATFORM",
+        "DSV4_ALLOW_UNTESTED",
+    }
 
 
 def test_entry_points() -> None:
@@ -54,10 +71,16 @@ def test_entry_points() -> None:
 
 def test_the_wheel_is_typed_and_holds_its_data(tmp_path: Path) -> None:
     code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True, cwd=ROOT
+    )
     names = set(zipfile.ZipFile(tmp_path / done.stdout.strip().splitlines()[-1]).namelist())
     assert {f"{package}/py.typed" for package in ("dsv4", "dsv4_sglang", "dsv4_vllm")} <= names
-    assert {"dsv4/_recipes/hardware.yaml", "dsv4/_recipes/checkpoints.yaml", "dsv4/_recipes/recipe.schema.json"} <= names
+    assert {
+        "dsv4/_recipes/hardware.yaml",
+        "dsv4/_recipes/checkpoints.yaml",
+        "dsv4/_recipes/recipe.schema.json",
+    } <= names
     shipped = {f"dsv4/_recipes/{p.relative_to(ROOT / 'recipes')}" for p in (ROOT / "recipes").rglob("*.yaml")}
     assert shipped <= names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/"))]

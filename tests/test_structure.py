@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the house, computed from the sources: which file imports which, and how long calls and kernels are."""
+"""The shape of the house, computed from the sources: which file imports which, and how long calls
+and kernels are."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ HOST = (*PACKAGES, "benchmarks", "examples")
 MOST_POSITIONAL = 6
 MOST_KERNEL_PARAMETERS = 25
 FOREIGN = ("torch.ops.", "library.")  # operators of vendors' libraries take nothing by name
-# Lowest first; a module may import from its own floor and from those below. The contracts in pyproject.toml say the same.
+# Lowest first; a module may import from its own floor and from those below. The contracts in
+# pyproject.toml say the same.
 FLOORS = (
     ("errors",),
     ("data",),
@@ -61,7 +63,8 @@ def imports() -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Paths that come back to where they start: one for each such place that a walk in depth meets."""
+    """Paths that come back to where they start: one for each such place that a walk in depth
+    meets."""
     done: set[str] = set()
     found: list[list[str]] = []
 
@@ -103,7 +106,9 @@ def test_no_import_goes_upwards() -> None:
 
 def test_a_circle_and_an_upward_arrow_would_be_seen() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c", "a"]]
-    assert upward({"dsv4.model.config": {"dsv4.ops.moe"}, "dsv4.ops.moe": {"dsv4.model.config"}}) == ["dsv4.model.config -> dsv4.ops.moe"]
+    assert upward({"dsv4.model.config": {"dsv4.ops.moe"}, "dsv4.ops.moe": {"dsv4.model.config"}}) == [
+        "dsv4.model.config -> dsv4.ops.moe"
+    ]
 
 
 def is_kernel(node: ast.AST) -> bool:

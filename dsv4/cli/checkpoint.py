@@ -14,7 +14,9 @@ from dsv4.errors import CheckpointError
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--config", type=click.Path(exists=True, path_type=Path), help="Another config.json than the folder's own.")
+@click.option(
+    "--config", type=click.Path(exists=True, path_type=Path), help="Another config.json than the folder's own."
+)
 @click.option("--require-draft", is_flag=True, help="Fail when the speculative draft (mtp.*) is absent.")
 @json_option
 def check(folder: Path, config: Path | None, require_draft: bool, as_json: bool) -> None:

@@ -42,7 +42,10 @@ def _print(result: Diagnosis) -> None:
             f"{name:<9} {report.version} ({mark}); {'dsv4 would serve V4' if report.serves else 'dsv4 would not serve V4'}: {report.reason}"
         )
     changed = {n: v for n, v in result.environment.items() if v != env.VARIABLES[n].default}
-    out.print("settings  " + (", ".join(f"{n}={v}" for n, v in changed.items()) if changed else "all DSV4_* at their defaults"))
+    out.print(
+        "settings  "
+        + (", ".join(f"{n}={v}" for n, v in changed.items()) if changed else "all DSV4_* at their defaults")
+    )
     if result.server is not None:
         _print_server(result.server)
     for note in result.notes:
@@ -59,9 +62,13 @@ def _print_server(server: ServerReport) -> None:
         return
     out = console()
     verdict = "dsv4 is serving" if server.serving else "dsv4 is NOT serving"
-    out.print(f"server    {server.url}: {verdict} ({status.engine} {status.engine_version}, dsv4 {status.dsv4_version})")
+    out.print(
+        f"server    {server.url}: {verdict} ({status.engine} {status.engine_version}, dsv4 {status.dsv4_version})"
+    )
     for worker in status.workers:
         out.print(f"  rank {worker.rank}: {worker.model_class}, quantisation {worker.quant_method}")
-        out.print(f"    attention {', '.join(worker.attention_backends)}; KV {worker.kv_format}, index {worker.index_format}")
+        out.print(
+            f"    attention {', '.join(worker.attention_backends)}; KV {worker.kv_format}, index {worker.index_format}"
+        )
         for op, chosen in sorted(worker.ops.items()):
             out.print(f"    {op:<22} {chosen.impl}: {chosen.reason}")

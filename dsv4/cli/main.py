@@ -21,7 +21,10 @@ from dsv4.machine.compat import dsv4_version
 
 # name: (where the command is, its line in `dsv4 --help`)
 COMMANDS = {
-    "plan": ("dsv4.cli.planning:plan", "Prove that a checkpoint, a context and a machine fit, and print the launch command."),
+    "plan": (
+        "dsv4.cli.planning:plan",
+        "Prove that a checkpoint, a context and a machine fit, and print the launch command.",
+    ),
     "launch": ("dsv4.cli.planning:launch", "Print how to start an engine from a recipe."),
     "recipes": ("dsv4.cli.planning:recipes", "List and check the shipped recipes."),
     "check": ("dsv4.cli.checkpoint:check", "Validate a checkpoint folder from its safetensors headers alone."),
@@ -43,7 +46,9 @@ class LazyGroup(click.Group):
         try:
             command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as e:
-            raise click.ClickException(f"{cmd_name} needs {e.name}, which is not installed; pip install {_provider(e.name)}") from e
+            raise click.ClickException(
+                f"{cmd_name} needs {e.name}, which is not installed; pip install {_provider(e.name)}"
+            ) from e
         assert isinstance(command, click.Command)
         return command
 

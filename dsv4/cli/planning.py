@@ -40,19 +40,42 @@ class _Command(click.Command):
 
 
 @click.command("plan", cls=_Command)
-@click.option("--model", default="flash", show_default=True, help="flash, flash-0731, pro, pro-0813, or the repository.")
+@click.option(
+    "--model", default="flash", show_default=True, help="flash, flash-0731, pro, pro-0813, or the repository."
+)
 @click.option("--gpu", help="Card, as h200 or a100-80g; detected when left out.")
 @click.option("--count", type=int, help="GPUs in all; detected, or one node, when left out.")
 @click.option("--nodes", type=int, help="Nodes they are in; as few as possible when left out.")
 @click.option("--context", default="1m", show_default=True, help="Tokens per request, as 800k or 819200.")
 @click.option("--concurrency", type=int, default=1, show_default=True, help="Requests of that length at once.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Both when left out.")
-@click.option("--max-num-batched-tokens", type=int, default=DEFAULT_STEP_TOKENS, show_default=True, help="Tokens per step and replica.")
-@click.option("--state", type=click.Choice(["auto", "paged", "summary"]), default="auto", show_default=True,
-              help="Compressor state in vLLM (DSV4_STATE); auto: summary where dsv4's plugin serves, paged where native does.")  # fmt: skip
-@click.option("--prefer", type=click.Choice(["latency", "throughput"]), default="throughput", show_default=True, help="What ranks first.")
+@click.option(
+    "--max-num-batched-tokens",
+    type=int,
+    default=DEFAULT_STEP_TOKENS,
+    show_default=True,
+    help="Tokens per step and replica.",
+)
+@click.option(
+    "--state",
+    type=click.Choice(["auto", "paged", "summary"]),
+    default="auto",
+    show_default=True,
+    help="Compressor state in vLLM (DSV4_STATE); auto: summary where dsv4's plugin serves, paged where native does.",
+)
+@click.option(
+    "--prefer",
+    type=click.Choice(["latency", "throughput"]),
+    default="throughput",
+    show_default=True,
+    help="What ranks first.",
+)
 @click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw context against concurrency into an .svg or .png.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw context against concurrency into an .svg or .png.",
+)
 @json_option
 def plan(
     model: str,
@@ -169,13 +192,20 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
 
 
 def _terms_json(proof: Proof) -> list[dict[str, Any]]:
-    return [{"name": t.name, "gib": [round(t.low / GIB, 2), round(t.high / GIB, 2)], "source": t.source} for t in proof.terms]
+    return [
+        {"name": t.name, "gib": [round(t.low / GIB, 2), round(t.high / GIB, 2)], "source": t.source}
+        for t in proof.terms
+    ]
 
 
 @click.command("launch", cls=_Command)
 @click.argument("recipe")
-@click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Take the recipe of the same plan for this engine.")
-@click.option("--format", "output", type=click.Choice(["shell", "compose", "k8s", "argv"]), default="shell", show_default=True)
+@click.option(
+    "--engine", type=click.Choice(["vllm", "sglang"]), help="Take the recipe of the same plan for this engine."
+)
+@click.option(
+    "--format", "output", type=click.Choice(["shell", "compose", "k8s", "argv"]), default="shell", show_default=True
+)
 @json_option
 def launch(recipe: str, engine: str | None, output: str, as_json: bool) -> None:
     """Print how to start RECIPE (an id, or a YAML file). Nothing is executed."""
@@ -195,10 +225,16 @@ def _other_engine(recipe: Recipe, engine: str | None) -> Recipe:
     if engine is None or engine == recipe.engine.name:
         return recipe
     for other in shipped_recipes(recipe.hardware.gpu):
-        same = (other.checkpoint.id, other.hardware.count, other.plan) == (recipe.checkpoint.id, recipe.hardware.count, recipe.plan)
+        same = (other.checkpoint.id, other.hardware.count, other.plan) == (
+            recipe.checkpoint.id,
+            recipe.hardware.count,
+            recipe.plan,
+        )
         if same and other.engine.name == engine and other.can_work:
             return other
-    raise RecipeError(f"{recipe.id}: has no counterpart for {engine}; see dsv4 recipes list --gpu {recipe.hardware.gpu} --engine {engine}")
+    raise RecipeError(
+        f"{recipe.id}: has no counterpart for {engine}; see dsv4 recipes list --gpu {recipe.hardware.gpu} --engine {engine}"
+    )
 
 
 @click.group("recipes")
@@ -223,7 +259,9 @@ def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json
         if (checkpoint is None or r.checkpoint.id == checkpoint) and (engine is None or r.engine.name == engine)
     ]
     if as_json:
-        print_json({"recipes": [{"id": r.id, "title": r.title, "status": r.status, "evidence": _kinds(r)} for r in rows]})
+        print_json(
+            {"recipes": [{"id": r.id, "title": r.title, "status": r.status, "evidence": _kinds(r)} for r in rows]}
+        )
         return
     width = max((len(r.id) for r in rows), default=0)
     for r in rows:
@@ -250,14 +288,24 @@ def show(recipe: str, as_json: bool) -> None:
 
 @recipes.command("check", cls=_Command)
 @click.argument("recipe", nargs=-1)
-@click.option("--engine-path", "engine_paths", multiple=True, type=click.Path(file_okay=False, exists=True, path_type=Path),
-              help="Folder with an unpacked engine wheel to check against; repeatable.")  # fmt: skip
+@click.option(
+    "--engine-path",
+    "engine_paths",
+    multiple=True,
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder with an unpacked engine wheel to check against; repeatable.",
+)
 @click.option("--no-engines", is_flag=True, help="Leave the engine rungs out.")
 @click.option("--write-proofs", is_flag=True, help="Rewrite memory.proof in the files first.")
 @click.option("--write-schema", is_flag=True, help="Rewrite recipe.schema.json first.")
 @json_option
 def check(
-    recipe: tuple[str, ...], engine_paths: tuple[Path, ...], no_engines: bool, write_proofs: bool, write_schema: bool, as_json: bool
+    recipe: tuple[str, ...],
+    engine_paths: tuple[Path, ...],
+    no_engines: bool,
+    write_proofs: bool,
+    write_schema: bool,
+    as_json: bool,
 ) -> None:
     """Run the ladder: schema, rules, memory, and each tested engine that is at hand. Exit 1 when a
     rung fails.

@@ -14,11 +14,17 @@ from dsv4.reference.tiny import Variant, write_tiny
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--variant", type=click.Choice(["flash", "pro"]), default="flash", show_default=True, help="Layer mix to imitate.")
+@click.option(
+    "--variant", type=click.Choice(["flash", "pro"]), default="flash", show_default=True, help="Layer mix to imitate."
+)
 @click.option("--layers", type=click.IntRange(1, 64), default=6, show_default=True, help="Decoder layers.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Same seed, same bytes.")
-@click.option("--experts", type=click.Choice(["fp4", "fp8"]), default="fp4", show_default=True, help="Storage of routed experts.")
-@click.option("--draft", type=click.Choice(["mtp", "dspark", "none"]), default="mtp", show_default=True, help="Speculative draft.")
+@click.option(
+    "--experts", type=click.Choice(["fp4", "fp8"]), default="fp4", show_default=True, help="Storage of routed experts."
+)
+@click.option(
+    "--draft", type=click.Choice(["mtp", "dspark", "none"]), default="mtp", show_default=True, help="Speculative draft."
+)
 @json_option
 def tiny(out: Path, variant: Variant, layers: int, seed: int, experts: str, draft: str, as_json: bool) -> None:
     """Write a small random checkpoint in the released format to the new folder OUT."""
@@ -33,8 +39,15 @@ def tiny(out: Path, variant: Variant, layers: int, seed: int, experts: str, draf
     )
     report = validate(folder)
     if as_json:
-        facts = {"folder": str(folder), "tensors": len(report.headers), "bytes": report.total_bytes, "shards": len(report.files)}
+        facts = {
+            "folder": str(folder),
+            "tensors": len(report.headers),
+            "bytes": report.total_bytes,
+            "shards": len(report.files),
+        }
         print_json(facts)
     else:
         size = f"{report.total_bytes / 1e6:.1f} MB in {len(report.files)} shards"
-        console().print(f"{folder}: wrote {len(report.headers)} tensors, {size}; {variant}, {layers} layers, {experts} experts")
+        console().print(
+            f"{folder}: wrote {len(report.headers)} tensors, {size}; {variant}, {layers} layers, {experts} experts"
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each plugin asks before it touches its engine: does dsv4 serve V4 here, and may it run on this engine?"""
+"""What each plugin asks before it touches its engine: does dsv4 serve V4 here, and may it run on
+this engine?"""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from dsv4.machine.decide import Decision
 
 
 def admit(engine: Engine) -> Decision:
-    """Who serves V4 on this machine. When dsv4 does, the installed engine has a version that it was tested with.
+    """Who serves V4 on this machine. When dsv4 does, the installed engine has a version that it was
+    tested with.
 
-    Imports nothing of the engine. Raises EnvError for a bad DSV4_* variable, UnsupportedDeviceError for a device that
-    serves no V4, CompatError for an engine outside the tested range.
+    Imports nothing of the engine. Raises EnvError for a bad DSV4_* variable, UnsupportedDeviceError
+    for a device that serves no V4, CompatError for an engine outside the tested range.
     """
     env.check_environ()
     decision = decide.decide(env.get("DSV4_MODE"), decide.weakest(decide.detect_devices()))
@@ -23,11 +25,13 @@ def admit(engine: Engine) -> Decision:
 
 
 def check_structure(engine: Engine) -> None:
-    """Raises CompatError naming what dsv4 uses of `engine` and the installed version lacks. Imports parts of the engine."""
+    """Raises CompatError naming what dsv4 uses of `engine` and the installed version lacks. Imports
+    parts of the engine."""
     compat.check_structure(engine, compat.installed_version(engine) or "(not installed)")
 
 
 def wants_cpu_platform() -> bool:
-    """Whether dsv4's CPU platform takes the engine: where no accelerator is, or as DSV4_CPU_PLATFORM=on|off says."""
+    """Whether dsv4's CPU platform takes the engine: where no accelerator is, or as
+    DSV4_CPU_PLATFORM=on|off says."""
     mode = env.get("DSV4_CPU_PLATFORM")
     return mode == "on" or (mode == "auto" and not decide.has_accelerator_node())

@@ -24,10 +24,12 @@ from dsv4.errors import CompatError
 Engine = Literal["vllm", "sglang"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang")
 
-# The one table of engine versions, oldest first. The supported range, the recipes' ranges and the checker follow from it;
-# pyproject.toml's extras and the Makefile repeat it, and a test compares them.
+# The one table of engine versions, oldest first. The supported range, the recipes' ranges and the
+# checker follow from it; pyproject.toml's extras and the Makefile repeat it, and a test compares
+# them.
 TESTED_VERSIONS: dict[Engine, tuple[str, ...]] = {"vllm": ("0.32.0", "0.33.0"), "sglang": ("0.5.22", "0.5.23")}
-# Parts of a version that name a tested line: every 0.33.x of vLLM is taken for 0.33, SGLang's lines are its patch releases.
+# Parts of a version that name a tested line: every 0.33.x of vLLM is taken for 0.33, SGLang's lines
+# are its patch releases.
 _LINE_PARTS: dict[Engine, int] = {"vllm": 2, "sglang": 3}
 
 
@@ -38,7 +40,9 @@ def _range(tested: tuple[str, ...], parts: int) -> str:
     return f">={'.'.join(map(str, first))},<{'.'.join(map(str, end))}"
 
 
-SUPPORTED: dict[Engine, str] = {engine: _range(tested, _LINE_PARTS[engine]) for engine, tested in TESTED_VERSIONS.items()}
+SUPPORTED: dict[Engine, str] = {
+    engine: _range(tested, _LINE_PARTS[engine]) for engine, tested in TESTED_VERSIONS.items()
+}
 _PRODUCT: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
@@ -110,21 +114,52 @@ PROBES: dict[Engine, tuple[Probe, ...]] = {
         Probe(
             "vllm.v1.attention.backend:AttentionBackend",
             "attribute",
-            ("get_name", "get_builder_cls", "get_impl_cls", "get_supported_kernel_block_sizes", "supported_kv_cache_layouts"),
+            (
+                "get_name",
+                "get_builder_cls",
+                "get_impl_cls",
+                "get_supported_kernel_block_sizes",
+                "supported_kv_cache_layouts",
+            ),
         ),
         Probe("vllm.v1.attention.backend:AttentionMetadataBuilder", "attribute", ("build",)),
         Probe(
             "vllm.v1.attention.backend:CommonAttentionMetadata",
             "field",
-            ("query_start_loc", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len", "block_table_tensor", "slot_mapping"),
+            (
+                "query_start_loc",
+                "seq_lens",
+                "num_reqs",
+                "num_actual_tokens",
+                "max_query_len",
+                "block_table_tensor",
+                "slot_mapping",
+            ),
         ),
         Probe("vllm.v1.attention.backend:AttentionCGSupport", "attribute", ("UNIFORM_BATCH",)),
-        Probe("vllm.model_executor.layers.attention_layer_base:AttentionLayerBase", "attribute", ("get_kv_cache_spec", "get_attn_backend")),
+        Probe(
+            "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
+            "attribute",
+            ("get_kv_cache_spec", "get_attn_backend"),
+        ),
         Probe(
             "vllm.model_executor.layers.fused_moe.layer:FusedMoEFactory",
             "parameter",
-            ("num_experts", "top_k", "hidden_size", "intermediate_size", "quant_config", "prefix", "router", "scoring_func",
-             "routed_scaling_factor", "swiglu_limit", "e_score_correction_bias", "hash_indices_table", "shared_experts"),
+            (
+                "num_experts",
+                "top_k",
+                "hidden_size",
+                "intermediate_size",
+                "quant_config",
+                "prefix",
+                "router",
+                "scoring_func",
+                "routed_scaling_factor",
+                "swiglu_limit",
+                "e_score_correction_bias",
+                "hash_indices_table",
+                "shared_experts",
+            ),
         ),
         Probe("vllm.model_executor.layers.quantization", "attribute", ("register_quantization_config",)),
         Probe("vllm.model_executor.models.registry:ModelRegistry", "attribute", ("register_model",)),
@@ -159,7 +194,12 @@ PROBES: dict[Engine, tuple[Probe, ...]] = {
         Probe(
             "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
             "attribute",
-            ("init_forward_metadata", "init_forward_metadata_out_graph", "get_cuda_graph_seq_len_fill_value", "init_cuda_graph_state"),
+            (
+                "init_forward_metadata",
+                "init_forward_metadata_out_graph",
+                "get_cuda_graph_seq_len_fill_value",
+                "init_cuda_graph_state",
+            ),
         ),
         Probe("sglang.srt.arg_groups.choices", "attribute", ("ATTENTION_BACKEND_CHOICES",)),
         Probe("sglang.srt.arg_groups.model_override_base", "attribute", ("register_model_override", "resolving_view")),
@@ -167,15 +207,28 @@ PROBES: dict[Engine, tuple[Probe, ...]] = {
         Probe(
             "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.__init__",
             "parameter",
-            ("num_experts", "top_k", "hidden_size", "intermediate_size", "layer_id", "reduce_results", "quant_config", "prefix",
-             "swiglu_limit"),
+            (
+                "num_experts",
+                "top_k",
+                "hidden_size",
+                "intermediate_size",
+                "layer_id",
+                "reduce_results",
+                "quant_config",
+                "prefix",
+                "swiglu_limit",
+            ),
         ),
-        Probe("sglang.srt.layers.linear:MergedColumnParallelLinear.__init__", "parameter", ("output_sizes", "quant_config", "parallel_group")),
+        Probe(
+            "sglang.srt.layers.linear:MergedColumnParallelLinear.__init__",
+            "parameter",
+            ("output_sizes", "quant_config", "parallel_group"),
+        ),
         Probe("sglang.srt.model_executor.forward_context", "attribute", ("get_attn_backend",)),
         Probe("sglang.srt.managers.scheduler:Scheduler", "attribute", ("get_internal_state",)),
         Probe("sglang.srt.platforms.interface", "attribute", ("PlatformCapabilities", "SRTPlatform")),
     ),
-}  # fmt: skip
+}
 
 
 def missing_symbols(probes: Sequence[Probe]) -> list[str]:

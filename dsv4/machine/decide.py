@@ -18,7 +18,8 @@ from dsv4.errors import UnsupportedDeviceError
 
 DeviceKind = Literal["cpu", "cuda", "rocm"]
 
-# Families whose attention kernels (FlashMLA, DeepGEMM or FlashInfer) native V4 has: sm90, sm100 and sm103, sm120 and sm121.
+# Families whose attention kernels (FlashMLA, DeepGEMM or FlashInfer) native V4 has: sm90, sm100 and
+# sm103, sm120 and sm121.
 NATIVE_CUDA_MAJORS = (9, 10, 12)
 OLDEST_CAPABILITY = (8, 0)  # bf16 matrix instructions and asynchronous copies, which our kernels need
 
@@ -142,7 +143,10 @@ def _nvml_gpus() -> list[tuple[str, Device]]:
             except pynvml.NVMLError:
                 mib = 0  # unified memory: the driver does not say
             found.append(
-                (str(pynvml.nvmlDeviceGetUUID(handle)), Device("cuda", str(pynvml.nvmlDeviceGetName(handle)), (major, minor), mib))
+                (
+                    str(pynvml.nvmlDeviceGetUUID(handle)),
+                    Device("cuda", str(pynvml.nvmlDeviceGetName(handle)), (major, minor), mib),
+                )
             )
         return found
     finally:

@@ -36,25 +36,38 @@ VARIABLES = {
     v.name: v
     for v in (
         Variable(
-            "DSV4_MODE", "auto", ("auto", "on", "off"),
+            "DSV4_MODE",
+            "auto",
+            ("auto", "on", "off"),
             "who serves DeepSeek-V4: auto = dsv4 where the engine's own V4 cannot run or is slower, on = always dsv4, off = never",
         ),
         Variable(
-            "DSV4_OPS", "auto", ("auto", "triton", "reference"),
+            "DSV4_OPS",
+            "auto",
+            ("auto", "triton", "reference"),
             "implementation of the operators: auto = the fastest that runs here, or force one",
         ),
-        Variable("DSV4_CHECK", _OFF, (_OFF, _ON), "check operators' slots, lengths and ids before each call; slow, without CUDA graphs, for debugging"),
         Variable(
-            "DSV4_STATE", "auto", ("auto", "summary", "paged"),
+            "DSV4_CHECK",
+            _OFF,
+            (_OFF, _ON),
+            "check operators' slots, lengths and ids before each call; slow, without CUDA graphs, for debugging",
+        ),
+        Variable(
+            "DSV4_STATE",
+            "auto",
+            ("auto", "summary", "paged"),
             "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary, but on the V1 runner of a GPU",
         ),
         Variable(
-            "DSV4_CPU_PLATFORM", "auto", ("auto", "on", "off"),
+            "DSV4_CPU_PLATFORM",
+            "auto",
+            ("auto", "on", "off"),
             "the CPU reference platform: auto = only where no accelerator is present, on = even beside one, off = never",
         ),
         Variable("DSV4_ALLOW_UNTESTED", _OFF, (_OFF, _ON), "try engine versions outside the tested range"),
     )
-}  # fmt: skip
+}
 
 
 def get(name: str, environ: Mapping[str, str] | None = None) -> str:

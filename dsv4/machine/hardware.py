@@ -71,7 +71,9 @@ class Machine:
 @functools.cache
 def all_gpus() -> tuple[Gpu, ...]:
     """Every card in recipes/hardware.yaml, in file order."""
-    return tuple(Gpu(**{**entry, "aliases": tuple(entry["aliases"])}) for entry in read_yaml(data_folder() / "hardware.yaml"))
+    return tuple(
+        Gpu(**{**entry, "aliases": tuple(entry["aliases"])}) for entry in read_yaml(data_folder() / "hardware.yaml")
+    )
 
 
 def find_gpu(name: str) -> Gpu:
@@ -104,7 +106,10 @@ def detect_machine() -> Machine:
 def match_device(name: str, mib: int) -> Gpu:
     """The card that NVML describes by `name` and total memory. Raises HardwareError."""
     for gpu in all_gpus():
-        if _words(gpu) <= set(name.lower().replace("-", " ").split()) and abs(mib - gpu.visible_mib) <= _MEMORY_TOLERANCE * gpu.visible_mib:
+        if (
+            _words(gpu) <= set(name.lower().replace("-", " ").split())
+            and abs(mib - gpu.visible_mib) <= _MEMORY_TOLERANCE * gpu.visible_mib
+        ):
             return gpu
     known = ", ".join(gpu.id for gpu in all_gpus())
     raise HardwareError(f"this machine's {name} ({mib} MiB) is not in dsv4's table ({known})")

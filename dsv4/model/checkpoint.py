@@ -75,11 +75,15 @@ def read_headers(folder: str | Path) -> dict[str, TensorHeader]:
     index = _read_index(folder)
     files = sorted(set(index.values())) if index is not None else sorted(f.name for f in folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: holds neither {INDEX_FILE} nor a *.safetensors file; is the download complete?")
+        raise CheckpointError(
+            f"{folder}: holds neither {INDEX_FILE} nor a *.safetensors file; is the download complete?"
+        )
     _refuse_absent(folder, files)
     headers, problems = _read_shards(folder, files)
     if problems:
-        raise CheckpointError(_list(f"{folder}: {len(problems)} of {len(files)} shards cannot be read; download them again", problems))
+        raise CheckpointError(
+            _list(f"{folder}: {len(problems)} of {len(files)} shards cannot be read; download them again", problems)
+        )
     _check_index(folder, index or {}, headers)
     return headers
 
@@ -107,7 +111,8 @@ def _read_shards(folder: Path, files: Sequence[str]) -> tuple[dict[str, TensorHe
     problems: list[str] = []
     for file in files:
         try:
-            # "numpy" keeps torch out; get_slice reads the header only, so dtypes numpy lacks are fine.
+            # "numpy" keeps torch out; get_slice reads the header only, so dtypes numpy lacks are
+            # fine.
             with safe_open(folder / file, framework="numpy") as shard:
                 names = list(shard.keys())
                 for name in names:
@@ -122,13 +127,15 @@ def _read_shards(folder: Path, files: Sequence[str]) -> tuple[dict[str, TensorHe
 
 
 def _check_index(folder: Path, index: Mapping[str, str], headers: Mapping[str, TensorHeader]) -> None:
-    lost = [f"{name}: not in {shard}" for name, shard in index.items() if name not in headers or headers[name].file != shard]
+    lost = [
+        f"{name}: not in {shard}" for name, shard in index.items() if name not in headers or headers[name].file != shard
+    ]
     if lost:
         title = f"{folder / INDEX_FILE}: {len(lost)} of {len(index)} tensors are not in the shard it names; download the shards again"
         raise CheckpointError(_list(title, lost))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # The comparison
 
 
@@ -160,7 +167,9 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
     )
 
 
-def _compare(folder: Path, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]) -> None:
+def _compare(
+    folder: Path, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]
+) -> None:
     missing = [name for name in specs if name not in headers]
     extra = [name for name in headers if name not in specs]
     shape, dtype = [], []
@@ -177,7 +186,9 @@ def _compare(folder: Path, config: V4Config, specs: Mapping[str, TensorSpec], he
         return
     counts = f"{len(missing)} missing, {len(extra)} extra, {len(shape)} misshapen, {len(dtype)} mis-typed of {len(specs)} tensors"
     hint = _hint(config, specs, headers, missing, extra, len(shape))
-    lines = _group([(n, "is missing") for n in missing] + [(n, "is not a tensor of this model") for n in extra] + shape + dtype)
+    lines = _group(
+        [(n, "is missing") for n in missing] + [(n, "is not a tensor of this model") for n in extra] + shape + dtype
+    )
     raise CheckpointError(_list(f"{folder}: {counts}; {hint}", lines))
 
 
@@ -197,7 +208,11 @@ def _hint(
     if embed is not None and len(embed.shape) == 2 and embed.shape[1] != config.hidden_size:
         got, want = embed.shape[1], config.hidden_size
         families = _FAMILY_OF_HIDDEN_SIZE.get(got), _FAMILY_OF_HIDDEN_SIZE.get(want)
-        guess = f"is this a {families[0]} checkpoint with a {families[1]} config?" if all(families) else "do the two belong together?"
+        guess = (
+            f"is this a {families[0]} checkpoint with a {families[1]} config?"
+            if all(families)
+            else "do the two belong together?"
+        )
         return f"its hidden size is {got}, config.json says {want}: {guess}"
     if any(name.startswith("model.") for name in extra):
         return "these are HF transformers' names; use the released checkpoint"

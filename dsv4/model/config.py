@@ -137,7 +137,8 @@ class V4Config:
         return self.num_attention_heads // self.o_groups
 
     def why_not_sharded(self, tp: int) -> str | None:
-        """What stands against `tp` tensor-parallel ranks, which split heads and output groups; None when nothing does."""
+        """What stands against `tp` tensor-parallel ranks, which split heads and output groups; None
+        when nothing does."""
         shares = (("num_attention_heads", self.num_attention_heads), ("o_groups", self.o_groups))
         for what, count in shares:
             if count % tp:
@@ -178,8 +179,12 @@ class V4Config:
 
 
 _LISTS: dict[str, type] = {
-    "architectures": str, "compress_ratios": int, "layer_types": str, "mlp_layer_types": str, "dspark_target_layer_ids": int,
-}  # fmt: skip
+    "architectures": str,
+    "compress_ratios": int,
+    "layer_types": str,
+    "mlp_layer_types": str,
+    "dspark_target_layer_ids": int,
+}
 _OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters", "compress_rates")
 _COUNTS = ("num_hash_layers", "num_nextn_predict_layers", "dspark_block_size", "dspark_markov_rank", "vision_n_layers")
 
@@ -192,7 +197,9 @@ def _check_types(raw: Mapping[str, Any], where: str) -> None:
     for key, kind in _LISTS.items():
         value = present.get(key, [])
         if not isinstance(value, list | tuple) or any(not isinstance(v, kind) or isinstance(v, bool) for v in value):
-            raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a list of {'words' if kind is str else 'whole numbers'}")
+            raise ConfigError(
+                f"{where}: field {key!r} is {value!r}, expected a list of {'words' if kind is str else 'whole numbers'}"
+            )
     for key in _OBJECTS:
         if not isinstance(present.get(key, {}), Mapping):
             raise ConfigError(f"{where}: field {key!r} is {present[key]!r}, expected an object")
@@ -238,7 +245,9 @@ def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _number(raw: Mapping[str, Any], key: str, where: str) -> Any:
     value = _need(raw, key, where)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _TOO_LARGE:  # refuses nan and inf too
+    if (
+        isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _TOO_LARGE
+    ):  # refuses nan and inf too
         raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a positive number")
     return value
 
@@ -265,7 +274,8 @@ def _read(raw: Mapping[str, Any], where: str) -> V4Config:
         )
     }  # fmt: skip
     floats: dict[str, Any] = {
-        key: float(_number(raw, key, where)) for key in ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
+        key: float(_number(raw, key, where))
+        for key in ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
     }
     config = V4Config(
         **ints,
@@ -275,7 +285,9 @@ def _read(raw: Mapping[str, Any], where: str) -> V4Config:
         compress_rope_theta=float(_number(raw, "compress_rope_theta", where)),
         yarn=_yarn(raw, where),
         expert_dtype=_expert_dtype(raw, where),
-        layers=tuple(LayerSpec(i, kind, routing) for i, (kind, routing) in enumerate(zip(kinds, routings, strict=True))),
+        layers=tuple(
+            LayerSpec(i, kind, routing) for i, (kind, routing) in enumerate(zip(kinds, routings, strict=True))
+        ),
         draft=draft,
         num_draft_layers=num_draft_layers,
         dspark_markov_rank=int(raw.get("dspark_markov_rank") or 0),
@@ -304,7 +316,9 @@ def _layer_kinds(raw: Mapping[str, Any], num_layers: int, where: str) -> tuple[l
         raise ConfigError(f"{where}: compress_ratios has {len(ratios)} entries for num_hidden_layers={num_layers}")
     for i, ratio in enumerate(ratios):
         if ratio not in _KIND_OF_RATIO:
-            raise ConfigError(f"{where}: compress_ratios[{i}] is {ratio!r}; dsv4 knows 0 (window), 4 (CSA) and 128 (HCA)")
+            raise ConfigError(
+                f"{where}: compress_ratios[{i}] is {ratio!r}; dsv4 knows 0 (window), 4 (CSA) and 128 (HCA)"
+            )
     return [_KIND_OF_RATIO[r] for r in ratios[:num_layers]], len(ratios) - num_layers
 
 
@@ -322,7 +336,8 @@ def _routings(raw: Mapping[str, Any], num_layers: int, where: str) -> list[Routi
 
 
 def _draft(raw: Mapping[str, Any], draft_slots: int) -> tuple[DraftKind, int]:
-    # num_nextn_predict_layers still says 1 in DSpark checkpoints: the dspark_* keys decide (docs/model.md, 1.3).
+    # num_nextn_predict_layers still says 1 in DSpark checkpoints: the dspark_* keys decide
+    # (docs/model.md, 1.3).
     if raw.get("dspark_block_size"):
         return "dspark", draft_slots or DRAFT_STAGES_DSPARK
     num_mtp = int(raw.get("num_nextn_predict_layers") or 0)
@@ -381,6 +396,10 @@ def _check(raw: Mapping[str, Any], c: V4Config, where: str) -> None:
             f" dsv4 reads fp8 with [{FP8_BLOCK}, {FP8_BLOCK}]"
         )
     if c.num_attention_heads % c.o_groups:
-        raise ConfigError(f"{where}: num_attention_heads {c.num_attention_heads} is not a multiple of o_groups {c.o_groups}")
+        raise ConfigError(
+            f"{where}: num_attention_heads {c.num_attention_heads} is not a multiple of o_groups {c.o_groups}"
+        )
     if c.qk_rope_head_dim >= c.head_dim or c.qk_rope_head_dim % 2:
-        raise ConfigError(f"{where}: qk_rope_head_dim {c.qk_rope_head_dim} must be even and below head_dim {c.head_dim}")
+        raise ConfigError(
+            f"{where}: qk_rope_head_dim {c.qk_rope_head_dim} must be even and below head_dim {c.head_dim}"
+        )

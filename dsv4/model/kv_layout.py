@@ -16,7 +16,9 @@ from dsv4.model.config import LayerKind, LayerSpec, V4Config
 
 KV_QUANT_GROUP = 64  # e4m3 values that share one ue8m0 scale
 INDEX_MXFP4_GROUP = 32  # e2m1 values that share one ue8m0 scale
-PAGE_TOKENS = 256  # tokens of a compressed or index page, of a window page beside rings, and the step of prefix-cache hits
+PAGE_TOKENS = (
+    256  # tokens of a compressed or index page, of a window page beside rings, and the step of prefix-cache hits
+)
 WINDOW_PAGE_TOKENS = 64  # tokens of a window page beside PAGED or SUMMARY state
 STATE_PAGE_TOKENS = {LayerKind.CSA: 4, LayerKind.HCA: 8}  # of PAGED state
 
@@ -218,7 +220,9 @@ def layer_caches(
     return tuple(caches)
 
 
-def _state_cache(layer: LayerSpec, role: CacheRole, head_dim: int, formats: CacheFormats, mapping: StateMapping) -> CacheSpec:
+def _state_cache(
+    layer: LayerSpec, role: CacheRole, head_dim: int, formats: CacheFormats, mapping: StateMapping
+) -> CacheSpec:
     if mapping is StateMapping.SUMMARY:
         return CacheSpec(
             role=role,

@@ -72,7 +72,9 @@ class TensorSpec:
         return ".ffn.experts." in self.name
 
 
-def tensor_specs(config: V4Config, fp8_scale_dtype: ScaleDtype = "F8_E8M0", include_draft: bool = True) -> dict[str, TensorSpec]:
+def tensor_specs(
+    config: V4Config, fp8_scale_dtype: ScaleDtype = "F8_E8M0", include_draft: bool = True
+) -> dict[str, TensorSpec]:
     """Every tensor of `config`'s checkpoint by name, backbone first, then the draft.
 
     fp8_scale_dtype: dtype of the block scales when experts are FP8 (Base checkpoints exist with
@@ -175,7 +177,9 @@ def _ffn(c: V4Config, layer: LayerSpec, p: str) -> Iterator[TensorSpec]:
     d, i = c.hidden_size, c.moe_intermediate_size
     yield TensorSpec(p + "gate.weight", (c.n_routed_experts, d), "BF16", Component.ROUTER)
     if layer.routing is Routing.HASH:
-        yield TensorSpec(p + "gate.tid2eid", (c.vocab_size, c.num_experts_per_tok), "I64", Component.TID2EID, None, ("I32",))
+        yield TensorSpec(
+            p + "gate.tid2eid", (c.vocab_size, c.num_experts_per_tok), "I64", Component.TID2EID, None, ("I32",)
+        )
     else:
         yield TensorSpec(p + "gate.bias", (c.n_routed_experts,), "F32", Component.ROUTER)
     for name, rows, columns, axis in (("w1", i, d, 0), ("w3", i, d, 0), ("w2", d, i, 1)):
@@ -196,7 +200,9 @@ def _routed(p: str, rows: int, columns: int, dtype: ExpertDtype, axis: int) -> t
     )
 
 
-def _fp8(p: str, rows: int, columns: int, component: Component, axis: int | None = None) -> tuple[TensorSpec, TensorSpec]:
+def _fp8(
+    p: str, rows: int, columns: int, component: Component, axis: int | None = None
+) -> tuple[TensorSpec, TensorSpec]:
     blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     return (
         TensorSpec(p + ".weight", (rows, columns), "F8_E4M3", component, axis),

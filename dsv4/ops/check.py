@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DSV4_CHECK=1: look at slots, lengths and ids before an operator runs, and say which request and layer held bad ones.
+"""DSV4_CHECK=1: look at slots, lengths and ids before an operator runs, and say which request and
+layer held bad ones.
 
-Operators mask what is out of range and go on, since a served batch must not die of one bad slot. In this mode the registry
-puts `guard` around whatever serves an operator, kernel or reference. It reads the values on the host, so it is slow, stops
-the device and cannot be captured into a CUDA graph. Without it nothing here runs.
+Operators mask what is out of range and go on, since a served batch must not die of one bad slot. In
+this mode the registry puts `guard` around whatever serves an operator, kernel or reference. It
+reads the values on the host, so it is slow, stops the device and cannot be captured into a CUDA
+graph. Without it nothing here runs.
 
-What must hold follows from types: every `Selection` and `SlotMapping` that an operator is given, in a container or in another
-dataclass too, is checked. Bare tensors that index memory have rules by name, in `RULES`.
+What must hold follows from types: every `Selection` and `SlotMapping` that an operator is given, in
+a container or in another dataclass too, is checked. Bare tensors that index memory have rules by
+name, in `RULES`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def enabled() -> bool:
     return env.flag("DSV4_CHECK")
 
 
-# ---- where we are ----------------------------------------------------------------------------------------------------
+# ---- where we are --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ _place: _Place | None = None
 
 
 def enter_layer(layer: str, request_of_token: Tensor) -> None:
-    """Say whose operators run from here on, for messages: a model calls it in each layer where `enabled()`.
+    """Say whose operators run from here on, for messages: a model calls it in each layer where
+    `enabled()`.
 
     request_of_token: [T] int, of the step.
     """
@@ -55,7 +59,7 @@ def enter_layer(layer: str, request_of_token: Tensor) -> None:
     _place = _Place(layer, request_of_token)
 
 
-# ---- what must hold --------------------------------------------------------------------------------------------------
+# ---- what must hold ------------------------------------------------------------------------
 
 
 def _check_selection(op: str, selection: Selection, given: Arguments) -> None:
@@ -77,7 +81,14 @@ def _check_slots(op: str, slots: Tensor, pages: Pages, counted: Tensor | None, g
     bad = (slots < -1) | (slots >= pages.num_slots)
     if counted is not None:
         bad &= counted
-    _report(op, "slot", slots, bad, f"-1 or 0 .. {pages.num_slots - 1} ({pages.data.shape[0]} pages of {pages.rows} rows)", given)
+    _report(
+        op,
+        "slot",
+        slots,
+        bad,
+        f"-1 or 0 .. {pages.num_slots - 1} ({pages.data.shape[0]} pages of {pages.rows} rows)",
+        given,
+    )
 
 
 def _check_range(op: str, what: str, values: Tensor, most: int, given: Arguments, of_requests: bool = False) -> None:
@@ -94,7 +105,8 @@ CHECK_OF_TYPE: Mapping[type, Callable[[str, Any, Arguments], None]] = {
 
 @dataclass(frozen=True)
 class Within:
-    """Every value of the argument `values`, [T] int or one of each request, is in 0 .. bound(arguments)."""
+    """Every value of the argument `values`, [T] int or one of each request, is in 0 ..
+    bound(arguments)."""
 
     values: str
     what: str
@@ -107,7 +119,8 @@ class Within:
 
 @dataclass(frozen=True)
 class Each:
-    """The rules hold for every element of the argument `items`, a sequence of dataclasses, whose fields they name."""
+    """The rules hold for every element of the argument `items`, a sequence of dataclasses, whose
+    fields they name."""
 
     items: str
     rules: tuple[Within, ...]
@@ -119,9 +132,15 @@ class Each:
 
 
 RULES: Mapping[str, tuple[Within | Each, ...]] = {
-    "summary.compress": (Each("states", (Within("state_page", "state page", lambda a: a["summaries"].shape[0] - 1, of_requests=True),)),),
+    "summary.compress": (
+        Each("states", (Within("state_page", "state page", lambda a: a["summaries"].shape[0] - 1, of_requests=True),)),
+    ),
     "indexer.logits": (
-        Within("entry_lens", "number of entries", lambda a: min(a["max_entries"], a["keys"].block_table.shape[1] * a["keys"].pages.rows)),
+        Within(
+            "entry_lens",
+            "number of entries",
+            lambda a: min(a["max_entries"], a["keys"].block_table.shape[1] * a["keys"].pages.rows),
+        ),
     ),
     "indexer.topk": (Within("entry_lens", "number of entries", lambda a: a["logits"].shape[1]),),
     "moe.route_hash": (Within("input_ids", "token id", lambda a: a["tid2eid"].shape[0] - 1),),
@@ -129,7 +148,8 @@ RULES: Mapping[str, tuple[Within | Each, ...]] = {
 
 
 def applies(op: str, reference: Callable[..., Any]) -> bool:
-    """Whether anything that `op` is given is checked, by the types of its reference's parameters or by name."""
+    """Whether anything that `op` is given is checked, by the types of its reference's parameters or
+    by name."""
     return op in RULES or any(_mentions(hint) for name, hint in get_type_hints(reference).items() if name != "return")
 
 
@@ -152,7 +172,8 @@ def _checked_in(value: Any) -> Iterator[Any]:
 def guard(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which serves `op`, behind the checks of what it is given.
 
-    It raises OpInputError for what breaks a rule, and CheckImpossibleError while a CUDA graph is captured.
+    It raises OpInputError for what breaks a rule, and CheckImpossibleError while a CUDA graph is
+    captured.
     """
     rules = RULES.get(op, ())
     parameters = inspect.signature(function)
@@ -175,7 +196,9 @@ def guard(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _report(op: str, what: str, rows: Tensor, bad: Tensor, allowed: str, given: Arguments, of_requests: bool = False) -> None:
+def _report(
+    op: str, what: str, rows: Tensor, bad: Tensor, allowed: str, given: Arguments, of_requests: bool = False
+) -> None:
     """Raise when anything in bad [N, K] is true, naming the first few of rows [N, K]."""
     at = bad.nonzero().tolist()
     if not at:

@@ -17,7 +17,8 @@ import torch
 from dsv4.machine.decide import OLDEST_CAPABILITY
 
 KERNEL_MODULES = tuple(
-    f"dsv4.ops.{family}.triton" for family in ("attention", "compressor.paged", "compressor.summary", "indexer", "mhc", "moe", "quant")
+    f"dsv4.ops.{family}.triton"
+    for family in ("attention", "compressor.paged", "compressor.summary", "indexer", "mhc", "moe", "quant")
 )
 
 AMD_ARCHS = ("gfx942", "gfx950")  # the ones the kernels are compiled for in CI
@@ -38,7 +39,9 @@ def refuse_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu":
-        return None if interpreting() else "Triton has no CPU compiler; TRITON_INTERPRET=1 interprets its kernels, slowly"
+        return (
+            None if interpreting() else "Triton has no CPU compiler; TRITON_INTERPRET=1 interprets its kernels, slowly"
+        )
     if interpreting():
         return "TRITON_INTERPRET=1 is for tests on a CPU; unset it"
     if device.type != "cuda":
@@ -47,7 +50,8 @@ def refuse_triton(device: torch.device) -> str | None:
 
 
 def refuse_mxfp4_experts(device: torch.device) -> str | None:
-    """Why the mxfp4 experts do not run on `device`; on NVIDIA targets they would spill kilobytes of registers."""
+    """Why the mxfp4 experts do not run on `device`; on NVIDIA targets they would spill kilobytes of
+    registers."""
     if device.type == "cuda" and not on_amd():
         return "the engines serve mxfp4 experts on NVIDIA GPUs by Marlin"
     return refuse_triton(device)
@@ -58,7 +62,11 @@ def _refuse_gpu(index: int) -> str | None:
     properties = torch.cuda.get_device_properties(index)
     if on_amd():
         arch = properties.gcnArchName.partition(":")[0]
-        return None if arch in AMD_ARCHS else f"{properties.name} is {arch}; the kernels are built for {' and '.join(AMD_ARCHS)}"
+        return (
+            None
+            if arch in AMD_ARCHS
+            else f"{properties.name} is {arch}; the kernels are built for {' and '.join(AMD_ARCHS)}"
+        )
     capability = (properties.major, properties.minor)
     if capability >= OLDEST_CAPABILITY:
         return None
@@ -86,7 +94,8 @@ def packed_decode(device: torch.device) -> bool:
 def register_limit(device: torch.device, num_warps: int) -> dict[str, int]:
     """Launch options that give every thread all the registers there are.
 
-    Without them ptxas settles on 128 registers or fewer once a kernel spills, although 255 are allowed.
+    Without them ptxas settles on 128 registers or fewer once a kernel spills, although 255 are
+    allowed.
     """
     return {"maxnreg": min(255, 65536 // (32 * num_warps))} if packed_decode(device) else {}
 
@@ -113,15 +122,17 @@ class Argument:
 
 @dataclass(frozen=True)
 class Shipped:
-    """One configuration that serves, for `make kernels`: compiled for every target, with its resources bounded.
+    """One configuration that serves, for `make kernels`: compiled for every target, with its
+    resources bounded.
 
     types: "*bf16", "i32", ... by argument name, where `_type_of`'s rules do not give it
     constants: values of the constexpr arguments
-    spill: bytes of registers a lane may spill by target, 0 for the others; what was measured, not a wish
-    vendor: nvidia or amd for a configuration that serves only there
+    spill: bytes of registers a lane may spill by target, 0 for the others; what was measured, not a
+    wish vendor: nvidia or amd for a configuration that serves only there
 
-    A kernel that takes a group of values takes a NamedTuple. Its type is the same NamedTuple filled with types; what is no
-    string in it is a constant, which a kernel must use in place (`keys.rows`): assigned to a variable, it is one no more.
+    A kernel that takes a group of values takes a NamedTuple. Its type is the same NamedTuple filled
+    with types; what is no string in it is a constant, which a kernel must use in place
+    (`keys.rows`): assigned to a variable, it is one no more.
 
         class Keys(NamedTuple):
             pages: Any
@@ -173,7 +184,11 @@ def _is_group(given: Any) -> bool:
 def _leaves(path: tuple[int, ...], name: str, given: Any, constant: bool) -> list[Argument]:
     if _is_group(given) and not constant:
         elements = enumerate(zip(given._fields, given, strict=True))
-        return [leaf for at, (of, element) in elements for leaf in _leaves((*path, at), of, element, not isinstance(element, (str, tuple)))]
+        return [
+            leaf
+            for at, (of, element) in elements
+            for leaf in _leaves((*path, at), of, element, not isinstance(element, (str, tuple)))
+        ]
     return [Argument(path, name, "constexpr", given) if constant else Argument(path, name, given)]
 
 

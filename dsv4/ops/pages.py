@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4.model.kv_layout import INDEX_MXFP4_GROUP, KV_QUANT_GROUP, CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
+from dsv4.model.kv_layout import (
+    INDEX_MXFP4_GROUP,
+    KV_QUANT_GROUP,
+    CacheFormats,
+    CacheRole,
+    CacheSpec,
+    IndexFormat,
+    KvFormat,
+)
 from dsv4.ops.quant.reference import decode_row, encode_row
 
 RowsFormat = KvFormat | IndexFormat
@@ -19,8 +27,9 @@ KV_ROPE_DIM = 64  # the rotated channels of an attention row; fp8_ds_mla keeps t
 class Pages:
     """One cache's memory.
 
-    data: plain rows [P, rows, D], or packed bytes uint8 [P, >= rows * row_bytes]; the page stride `data.stride(0)` is
-    free, the inside of a page is contiguous. rows: rows per page. A row's flat slot is `page * rows + row`; -1 is none.
+    data: plain rows [P, rows, D], or packed bytes uint8 [P, >= rows * row_bytes]; the page stride
+    `data.stride(0)` is free, the inside of a page is contiguous. rows: rows per page. A row's flat
+    slot is `page * rows + row`; -1 is none.
     """
 
     data: Tensor
@@ -37,7 +46,8 @@ class Pages:
 
 
 def row_storage(role: CacheRole, formats: CacheFormats, model_dtype: torch.dtype) -> tuple[RowsFormat, torch.dtype]:
-    """How rows of a role are stored, and the dtype of their memory: compressor state is fp32, packed rows are bytes."""
+    """How rows of a role are stored, and the dtype of their memory: compressor state is fp32,
+    packed rows are bytes."""
     if role in (CacheRole.STATE, CacheRole.INDEX_STATE):
         return KvFormat.PLAIN, torch.float32
     row_format: RowsFormat = formats.index if role is CacheRole.INDEX_KEY else formats.kv
@@ -77,7 +87,8 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows of one cache that each token attends: the first lens[t] places of a list; slots outside the cache are skipped.
+    """Rows of one cache that each token attends: the first lens[t] places of a list; slots outside
+    the cache are skipped.
 
     slots: [N, K] int32, the lists
     lens: [T] int32
@@ -99,8 +110,8 @@ class BatchView:
     """One engine step, as the core sees it. Padding tokens come last and belong to no request.
 
     query_start_loc: [R+1] int32; seq_lens: [R] int32, context including this step's tokens.
-    num_tokens, num_reqs, max_seq_len, max_query_len: host integers; num_tokens counts padding, the last two may be upper
-    bounds, of the context and of the step's tokens of a request.
+    num_tokens, num_reqs, max_seq_len, max_query_len: host integers; num_tokens counts padding, the
+    last two may be upper bounds, of the context and of the step's tokens of a request.
     """
 
     query_start_loc: Tensor
@@ -111,7 +122,7 @@ class BatchView:
     max_query_len: int
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Rows, in plain PyTorch
 
 
@@ -125,7 +136,8 @@ def row_widths(pages: Pages, row_dim: int, rope_dim: int) -> tuple[int, int]:
 def store_rows(pages: Pages, slots: Tensor, rows: Tensor, rope_dim: int) -> None:
     """Write rows into their slots; slot -1 writes nothing.
 
-    slots: [T] int; rows: [T, D]. Plain pages store the page's dtype; packed pages store `encode_row`'s bytes.
+    slots: [T] int; rows: [T, D]. Plain pages store the page's dtype; packed pages store
+    `encode_row`'s bytes.
     """
     keep = slots >= 0
     slots, rows = slots[keep].long(), rows[keep]

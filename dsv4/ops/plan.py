@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step's batch and block tables mean for the operators: slots, lengths and rotary tables.
 
-Everything is computed on the batch's device without a host synchronisation and copied into buffers that live as long
-as the engine, so that captured CUDA graphs read the values of the step being replayed.
+Everything is computed on the batch's device without a host synchronisation and copied into buffers
+that live as long as the engine, so that captured CUDA graphs read the values of the step being
+replayed.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ class TokenPlan:
 
     def copied(self, copy: Callable[[str, Tensor], Tensor]) -> TokenPlan:
         """The same in the buffers that `copy` returns for a name and a value."""
-        return TokenPlan(copy("request", self.request_of_token), copy("positions", self.positions), copy("valid", self.valid))
+        return TokenPlan(
+            copy("request", self.request_of_token), copy("positions", self.positions), copy("valid", self.valid)
+        )
 
 
 def plan_tokens(batch: BatchView) -> TokenPlan:
-    """Which request each token belongs to, and its position. Padding tokens get the last request and are not valid."""
+    """Which request each token belongs to, and its position. Padding tokens get the last request
+    and are not valid."""
     index = torch.arange(batch.num_tokens, device=batch.seq_lens.device, dtype=torch.int32)
     ends = batch.query_start_loc[1 : batch.num_reqs + 1]
     request = torch.searchsorted(ends, index, right=True).clamp_(max=batch.num_reqs - 1)
@@ -86,7 +90,10 @@ class WindowPlan:
     def copied(self, copy: Callable[[str, Tensor], Tensor]) -> WindowPlan:
         """The same in the buffers that `copy` returns for a name and a value."""
         return WindowPlan(
-            self.tokens.copied(copy), copy("slot_mapping", self.slot_mapping), copy("slots", self.slots), copy("lens", self.lens)
+            self.tokens.copied(copy),
+            copy("slot_mapping", self.slot_mapping),
+            copy("slots", self.slots),
+            copy("lens", self.lens),
         )
 
 
@@ -97,7 +104,8 @@ def plan_window(block_table: Tensor, tokens: TokenPlan, page_tokens: int, window
 
 
 def entry_slot_mapping(block_table: Tensor, tokens: TokenPlan, rows_per_page: int, ratio: int) -> Tensor:
-    """The slot of the entry that each token completes: [T] int32, -1 for tokens that complete none."""
+    """The slot of the entry that each token completes: [T] int32, -1 for tokens that complete
+    none."""
     entry = tokens.positions // ratio
     page = block_table[tokens.request_of_token.long(), entry // rows_per_page]
     completes = tokens.valid & ((tokens.positions + 1) % ratio == 0)
@@ -105,18 +113,21 @@ def entry_slot_mapping(block_table: Tensor, tokens: TokenPlan, rows_per_page: in
 
 
 def entry_lens(tokens: TokenPlan, ratio: int) -> Tensor:
-    """Visible entries of each token: [T] int32; entry j is visible to position t when j < (t + 1) // ratio."""
+    """Visible entries of each token: [T] int32; entry j is visible to position t when j < (t + 1)
+    // ratio."""
     return torch.where(tokens.valid, (tokens.positions + 1) // ratio, 0).int()
 
 
 def request_entry_slots(block_table: Tensor, rows_per_page: int, max_entries: int) -> Tensor:
-    """Slots of every entry of every request: [R, max_entries] int32; only the first entry_lens places mean anything."""
+    """Slots of every entry of every request: [R, max_entries] int32; only the first entry_lens
+    places mean anything."""
     entry = torch.arange(max_entries, device=block_table.device)
     return block_table[:, entry // rows_per_page] * rows_per_page + (entry % rows_per_page).int()
 
 
 def topk_slots(topk_indices: Tensor, entries: PageTable, request_of_token: Tensor) -> Tensor:
-    """Slots of entries: topk_indices [T, K] int32, relative to the token's request; [T, K] int32, -1 is kept."""
+    """Slots of entries: topk_indices [T, K] int32, relative to the token's request; [T, K] int32,
+    -1 is kept."""
     at, rows = topk_indices.clamp(min=0).long(), entries.pages.rows
     page = entries.block_table[request_of_token.long()[:, None], at // rows]
     return torch.where(topk_indices >= 0, page * rows + (at % rows).int(), -1)
@@ -129,7 +140,8 @@ class EntryPlan:
     block_table: [R, n] int32
     slot_mapping: [T] int32, where the entry that each token completes goes
     lens: [T] int32, visible entries; max_entries: host bound on them
-    request_slots: [R, E] int32, where every entry is attended (HCA); None where an indexer chooses, as E is 262,144 there
+    request_slots: [R, E] int32, where every entry is attended (HCA); None where an indexer chooses,
+    as E is 262,144 there
     """
 
     block_table: Tensor
@@ -162,8 +174,9 @@ def plan_entries(block_table: Tensor, tokens: TokenPlan, page_tokens: int, ratio
 
 @dataclass(frozen=True)
 class RopeTables:
-    """cos/sin rows of a step, [T, rope_dim] fp32 each: at the token's position with the frequencies of window-only and
-    of compressed layers, and at the first position of the entry that the token belongs to, per ratio."""
+    """cos/sin rows of a step, [T, rope_dim] fp32 each: at the token's position with the frequencies
+    of window-only and of compressed layers, and at the first position of the entry that the token
+    belongs to, per ratio."""
 
     window: Tensor
     compressed: Tensor
@@ -175,24 +188,30 @@ class RopeTables:
 
 
 def rope_tables(positions: Tensor, window_freq: Tensor, compressed_freq: Tensor) -> RopeTables:
-    """positions: [T]; window_freq, compressed_freq: [rope_dim / 2] fp32, of the two kinds of layers."""
+    """positions: [T]; window_freq, compressed_freq: [rope_dim / 2] fp32, of the two kinds of
+    layers."""
     entry = {m: cos_sin(positions // m * m, compressed_freq) for m in (CSA_RATIO, HCA_RATIO)}
     return RopeTables(cos_sin(positions, window_freq), cos_sin(positions, compressed_freq), entry)
 
 
 class GraphBuffers:
-    """Buffers that keep their address and shape from step to step, as a captured CUDA graph needs."""
+    """Buffers that keep their address and shape from step to step, as a captured CUDA graph
+    needs."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy_in(self, name: str, value: Tensor, capacity: tuple[int, ...]) -> Tensor:
-        """Copy `value` into the buffer `name` of shape `capacity`; return the buffer's first value.shape[0] rows.
+        """Copy `value` into the buffer `name` of shape `capacity`; return the buffer's first
+        value.shape[0] rows.
 
-        Columns beyond the value's keep what earlier steps left there. Raises ValueError when the value does not fit.
+        Columns beyond the value's keep what earlier steps left there. Raises ValueError when the
+        value does not fit.
         """
         if any(have > room for have, room in zip(value.shape, capacity, strict=True)):
-            raise ValueError(f"{name}: {tuple(value.shape)} does not fit the buffer {capacity} planned for this deployment")
+            raise ValueError(
+                f"{name}: {tuple(value.shape)} does not fit the buffer {capacity} planned for this deployment"
+            )
         buffer = self._buffers.get(name)
         if buffer is None:
             buffer = self._buffers[name] = value.new_zeros(capacity)

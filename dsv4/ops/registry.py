@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators, and which implementation of each runs here: chosen once per operator and device, logged once, with the reason.
+"""Operators, and which implementation of each runs here: chosen once per operator and device,
+logged once, with the reason.
 
 An operator is declared once, in its family's `__init__`, on its reference:
 
@@ -90,11 +91,13 @@ class Operator(Generic[P, R]):
 OPERATORS: dict[str, Operator[..., Any]] = {}
 
 
-def operator(name: str, reference: Callable[P, R], *, triton: str | None = None, refuse: Refusal = refuse_triton) -> Operator[P, R]:
+def operator(
+    name: str, reference: Callable[P, R], *, triton: str | None = None, refuse: Refusal = refuse_triton
+) -> Operator[P, R]:
     """Declare the operator `name` on its plain-PyTorch `reference`.
 
-    triton: "module:function" of its kernel, which has the same signature; refuse: why that kernel cannot run on a device.
-    Raises ValueError for a name that is taken.
+    triton: "module:function" of its kernel, which has the same signature; refuse: why that kernel
+    cannot run on a device. Raises ValueError for a name that is taken.
     """
     if name in OPERATORS:
         raise ValueError(f"{name}: declared twice")
@@ -151,6 +154,7 @@ def forget_choices() -> None:
 
 
 def all_kernels(device: torch.device, without: frozenset[str] = frozenset()) -> bool:
-    """True when no operator but those in `without` reads device values on the host, as references and DSV4_CHECK do."""
+    """True when no operator but those in `without` reads device values on the host, as references
+    and DSV4_CHECK do."""
     used = (op for name, op in OPERATORS.items() if name not in without)
     return not check.enabled() and all(op.choice(device).impl != "reference" for op in used)

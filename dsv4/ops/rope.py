@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rotary embedding on the last `rope_dim` channels, with YaRN on compressed layers. Source: docs/model.md, 3.3."""
+"""Interleaved rotary embedding on the last `rope_dim` channels, with YaRN on compressed layers.
+Source: docs/model.md, 3.3."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from dsv4.model.config import V4Config
 def inv_freq(config: V4Config, compressed: bool, device: torch.device | None = None) -> Tensor:
     """Angular frequencies, [rope_dim / 2] fp32.
 
-    compressed: the frequencies of CSA and HCA layers (compress_rope_theta and YaRN) instead of window-only layers'.
-    YaRN scales frequencies only: cos and sin are never multiplied by its attention factor.
+    compressed: the frequencies of CSA and HCA layers (compress_rope_theta and YaRN) instead of
+    window-only layers'. YaRN scales frequencies only: cos and sin are never multiplied by its
+    attention factor.
     """
     dim = config.qk_rope_head_dim
     theta = config.compress_rope_theta if compressed else config.rope_theta
@@ -36,15 +38,16 @@ def inv_freq(config: V4Config, compressed: bool, device: torch.device | None = N
 def cos_sin(positions: Tensor, freq: Tensor) -> Tensor:
     """Table rows for `positions`.
 
-    positions: [T] int; freq: [rope_dim / 2] fp32. Returns [T, rope_dim] fp32: cosines, then sines. The angle is
-    fp32(t) * fp32(f): an fp64 angle differs by 1e-2 near one million tokens.
+    positions: [T] int; freq: [rope_dim / 2] fp32. Returns [T, rope_dim] fp32: cosines, then sines.
+    The angle is fp32(t) * fp32(f): an fp64 angle differs by 1e-2 near one million tokens.
     """
     angle = positions.float()[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 def apply_rope(x: Tensor, table: Tensor, inverse: bool = False, compute_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rotate the last rope_dim channels of `x` by the table's angles (by their negatives when `inverse`).
+    """Rotate the last rope_dim channels of `x` by the table's angles (by their negatives when
+    `inverse`).
 
     x: [T, ..., D]; table: [T, rope_dim] fp32. Returns x's shape and dtype; pairs are (2i, 2i+1).
     """

@@ -105,7 +105,10 @@ def _vllm(d: Deployment, revision: str, role: str) -> list[Arg]:
     if d.attention_backend != "auto":
         args += ["--attention-backend", d.attention_backend]
     if d.has_draft:
-        args += ["--speculative-config", json.dumps({"method": d.speculation.method, "num_speculative_tokens": d.speculation.num_tokens})]
+        args += [
+            "--speculative-config",
+            json.dumps({"method": d.speculation.method, "num_speculative_tokens": d.speculation.num_tokens}),
+        ]
     if d.decode_graphs_only:
         args += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
     args += ["--tokenizer-mode", "deepseek_v4", "--reasoning-parser", "deepseek_v4"]
@@ -124,7 +127,17 @@ def _vllm_nodes(d: Deployment, role: str) -> list[Arg]:
         start: list[Arg] = ["--data-parallel-start-rank", rank] if role == "worker" else []
         return ["--data-parallel-size-local", str(local), *start, "--data-parallel-address", HEAD_ADDR,
                 "--data-parallel-rpc-port", str(DP_RPC_PORT), *headless]  # fmt: skip
-    return ["--nnodes", str(d.nodes), "--node-rank", NODE_RANK, "--master-addr", HEAD_ADDR, "--master-port", str(MASTER_PORT), *headless]
+    return [
+        "--nnodes",
+        str(d.nodes),
+        "--node-rank",
+        NODE_RANK,
+        "--master-addr",
+        HEAD_ADDR,
+        "--master-port",
+        str(MASTER_PORT),
+        *headless,
+    ]
 
 
 def _sglang(d: Deployment, revision: str, role: str) -> list[Arg]:
@@ -138,7 +151,12 @@ def _sglang(d: Deployment, revision: str, role: str) -> list[Arg]:
         args += ["--pp-size", str(d.pp)]
     args += ["--context-length", str(d.max_model_len)]
     # SGLang divides both by the attention replicas.
-    args += ["--chunked-prefill-size", str(d.max_num_batched_tokens * d.dp), "--max-running-requests", str(d.max_num_seqs * d.dp)]
+    args += [
+        "--chunked-prefill-size",
+        str(d.max_num_batched_tokens * d.dp),
+        "--max-running-requests",
+        str(d.max_num_seqs * d.dp),
+    ]
     args += ["--cuda-graph-max-bs-decode", str(d.max_num_seqs)]
     args += ["--mem-fraction-static", str(d.memory_fraction)]
     args += [] if d.async_scheduling else ["--disable-overlap-schedule"]
@@ -166,11 +184,16 @@ def _sglang_speculation(d: Deployment) -> list[Arg]:
         return ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", steps, "--speculative-eagle-topk", "1",
                 "--speculative-num-draft-tokens", str(d.speculation.num_tokens + 1)]  # fmt: skip
     if d.speculation.method == "dspark":
-        return ["--speculative-algorithm", "DSPARK", "--speculative-num-draft-tokens", str(d.speculation.num_tokens + 1)]
+        return [
+            "--speculative-algorithm",
+            "DSPARK",
+            "--speculative-num-draft-tokens",
+            str(d.speculation.num_tokens + 1),
+        ]
     return []
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Formats
 
 
@@ -185,9 +208,14 @@ def _argv(recipe: Recipe) -> str:
 
 
 def _header(recipe: Recipe) -> list[str]:
-    lines = [f"{recipe.id}: {recipe.title}", f"status: {recipe.status}; engine: {recipe.engine.name} {recipe.version_range}"]
+    lines = [
+        f"{recipe.id}: {recipe.title}",
+        f"status: {recipe.status}; engine: {recipe.engine.name} {recipe.version_range}",
+    ]
     if recipe.engine.serves_with == "plugin":
-        lines.append("served by dsv4's plugin: pip install dsv4 beside the engine on every node, then check with dsv4 doctor")
+        lines.append(
+            "served by dsv4's plugin: pip install dsv4 beside the engine on every node, then check with dsv4 doctor"
+        )
     return [f"# {' '.join(line.split())}" for line in lines]  # a title with a newline must stay a comment
 
 
@@ -204,7 +232,9 @@ def _shell(recipe: Recipe) -> str:
     start = ["#!/bin/sh", *_header(recipe), *check, *exports, *worker.prelude()]
     if head.args == worker.args:
         return "\n".join([*start, f"exec {head.shell()}"])
-    return "\n".join([*start, 'if [ "$NODE_RANK" = 0 ]; then', f"  exec {head.shell()}", "else", f"  exec {worker.shell()}", "fi"])
+    return "\n".join(
+        [*start, 'if [ "$NODE_RANK" = 0 ]; then', f"  exec {head.shell()}", "else", f"  exec {worker.shell()}", "fi"]
+    )
 
 
 def _image(recipe: Recipe) -> str:
@@ -234,10 +264,18 @@ def _compose(recipe: Recipe) -> str:
             "shm_size": _shm(recipe),
             "ulimits": {"memlock": -1, "stack": 67108864},
             "volumes": ["${HF_HOME:-~/.cache/huggingface}:/root/.cache/huggingface"],
-            "deploy": {"resources": {"reservations": {"devices": [{"driver": "nvidia", "count": per_node, "capabilities": ["gpu"]}]}}},
+            "deploy": {
+                "resources": {
+                    "reservations": {"devices": [{"driver": "nvidia", "count": per_node, "capabilities": ["gpu"]}]}
+                }
+            },
             **({"profiles": [command.role]} if recipe.hardware.nodes > 1 else {}),
         }
-    note = ["# docker compose --profile head up on node 0, --profile worker up on the others"] if recipe.hardware.nodes > 1 else []
+    note = (
+        ["# docker compose --profile head up on node 0, --profile worker up on the others"]
+        if recipe.hardware.nodes > 1
+        else []
+    )
     return "\n".join([*_header(recipe), *note, _dump({"services": services})])
 
 
@@ -247,7 +285,12 @@ def _k8s(recipe: Recipe) -> str:
     if len(cmds) == 1:
         template = {"metadata": {"labels": labels}, "spec": _pod(recipe, cmds[0])}
         spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
-        workload = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": recipe.id, "labels": labels}, "spec": spec}
+        workload = {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": recipe.id, "labels": labels},
+            "spec": spec,
+        }
         selector = labels
     else:
         group = {
@@ -285,7 +328,10 @@ def _pod(recipe: Recipe, command: Command) -> dict[str, Any]:
         "args": script[2:],
         "env": [{"name": k, "value": v} for k, v in environment(recipe).items()],
         "resources": {"limits": {"nvidia.com/gpu": per_node}},
-        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "models", "mountPath": "/root/.cache/huggingface"}],  # noqa: S108
+        "volumeMounts": [
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+            {"name": "models", "mountPath": "/root/.cache/huggingface"},
+        ],
     }
     if command.role == "head":
         probe = {"httpGet": {"path": "/health", "port": PORT}}

@@ -83,16 +83,22 @@ class Question:
         if not 1 <= count <= MAX_GPUS:
             raise PlanError(f"{count}: impossible; give 1 to {MAX_GPUS} GPUs", "count")
         if nodes < 1 or count % nodes:
-            raise PlanError(f"{count}: does not divide over {nodes} nodes; give a multiple, or another number of nodes", "count")
+            raise PlanError(
+                f"{count}: does not divide over {nodes} nodes; give a multiple, or another number of nodes", "count"
+            )
         if count // nodes > gpu.gpus_per_node:
             need = gpu.nodes_for(count)
-            raise PlanError(f"{nodes}: a {gpu.id} node has at most {gpu.gpus_per_node} GPUs; {count} need {need} nodes", "nodes")
+            raise PlanError(
+                f"{nodes}: a {gpu.id} node has at most {gpu.gpus_per_node} GPUs; {count} need {need} nodes", "nodes"
+            )
         if not 1 <= self.context <= MAX_CONTEXT:
             raise PlanError(f"{self.context}: DeepSeek-V4 has contexts of 1 to {MAX_CONTEXT:,} tokens", "context")
         if not 1 <= self.concurrency <= MAX_REQUESTS:
             raise PlanError(f"{self.concurrency}: give 1 to {MAX_REQUESTS} requests", "concurrency")
         if not STEP_GRAIN <= self.max_num_batched_tokens <= MAX_STEP_TOKENS:
-            raise PlanError(f"{self.max_num_batched_tokens}: give {STEP_GRAIN} to {MAX_STEP_TOKENS}", "max_num_batched_tokens")
+            raise PlanError(
+                f"{self.max_num_batched_tokens}: give {STEP_GRAIN} to {MAX_STEP_TOKENS}", "max_num_batched_tokens"
+            )
         if self.state is StateMapping.RING:
             raise PlanError("ring: is how SGLang keeps state, always; ask for paged, summary or nothing", "state")
         if self.state is StateMapping.SUMMARY and self.engine == "sglang":
@@ -173,7 +179,9 @@ def _together(proof: Proof, concurrency: int) -> list[Knob]:
         if not useful:
             return []
         knob, now = useful[0]
-        texts = [t for t in texts if t.split(" to ")[0] != knob.text.split(" to ")[0]] + [knob.text]  # a value given later replaces
+        texts = [t for t in texts if t.split(" to ")[0] != knob.text.split(" to ")[0]] + [
+            knob.text
+        ]  # a value given later replaces
         if knob.fits:
             return [Knob(" and ".join(texts), knob.frees_bytes, True)]
     return []
@@ -228,7 +236,7 @@ def _changes(d: Deployment, proof: Proof, concurrency: int) -> Iterator[tuple[st
         yield f"cap the context at {cap:,} tokens", replace(d, max_model_len=cap)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Configurations worth naming
 
 
@@ -279,7 +287,8 @@ def shapes(q: Question) -> list[Parallelism]:
     for tp in (t for t in (1, 2, 4, 8, 16) if fabric % t == 0 and q.count % t == 0):
         rest = q.count // tp
         if rest == 1:
-            # Slices of experts keep every rank busy; whole experts only where a slice would break an FP8 block.
+            # Slices of experts keep every rank busy; whole experts only where a slice would break
+            # an FP8 block.
             found.append(Parallelism(tp=tp, ep=bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)))
             continue
         found.append(Parallelism(tp=tp, dp=rest, ep=True))
@@ -314,6 +323,7 @@ def _same_shape(r: Recipe, d: Deployment) -> bool:
 
 def _rank(c: Candidate, prefer: Preference) -> tuple[float, ...]:
     order = 3.0 if c.violations else {Verdict.FITS: 0, Verdict.TIGHT: 1, Verdict.NO: 2}[c.proof.verdict]
-    # A wider attention TP and a draft shorten every step of a request; replicas and no draft hold more requests.
+    # A wider attention TP and a draft shorten every step of a request; replicas and no draft hold
+    # more requests.
     latency = (-c.deployment.tp, -c.deployment.has_draft) if prefer == "latency" else (0, 0)
     return (order, *latency, c.proof.shortfall_bytes, -c.proof.concurrency_low, -c.proof.max_context_low)

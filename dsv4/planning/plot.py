@@ -28,7 +28,9 @@ def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
     try:
         import matplotlib
     except ImportError as e:
-        raise PlanError(f"{path}: needs matplotlib to be drawn, which is not installed; pip install 'dsv4[plan]'") from e
+        raise PlanError(
+            f"{path}: needs matplotlib to be drawn, which is not installed; pip install 'dsv4[plan]'"
+        ) from e
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "dsv4"  # the same plan gives the same file
     from matplotlib import pyplot
@@ -37,7 +39,9 @@ def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
     for c in works:
         _line(axes, c)
     axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="requests at once, all replicas")
-    axes.set_title(f"{question.checkpoint.id} on {question.count} x {question.gpu.id}, steps of {question.max_num_batched_tokens:,} tokens")
+    axes.set_title(
+        f"{question.checkpoint.id} on {question.count} x {question.gpu.id}, steps of {question.max_num_batched_tokens:,} tokens"
+    )
     axes.set_xticks(CONTEXTS, [f"{n // 1024}K" if n < MAX_CONTEXT else "1M" for n in CONTEXTS])
     axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.3)

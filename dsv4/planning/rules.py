@@ -39,7 +39,11 @@ def _topology(d: Deployment) -> Iterator[str]:
 
 def _shards(d: Deployment, env: Mapping[str, str]) -> Iterator[str]:
     c = d.config
-    for name, n in (("attention heads", c.num_attention_heads), ("output groups", c.o_groups), ("index heads", c.index_n_heads)):
+    for name, n in (
+        ("attention heads", c.num_attention_heads),
+        ("output groups", c.o_groups),
+        ("index heads", c.index_n_heads),
+    ):
         if n % d.tp:
             yield f"TP{d.tp} does not divide {n} {name}"
     shard = c.moe_intermediate_size // d.tp

@@ -48,9 +48,15 @@ def describe(q: Question, found: Sequence[Candidate], num_proofs: int) -> str:
         by_reason: dict[str, list[str]] = {}
         for c in fails:
             by_reason.setdefault(_why(c), []).append(_name(c))
-        parts += ["What does not work:", *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()), ""]
+        parts += [
+            "What does not work:",
+            *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()),
+            "",
+        ]
     if q.gpu.needs_plugin:
-        parts.append(f"{q.gpu.id} has no native V4 in either engine: this is served by dsv4's plugin (pip install dsv4 beside the engine).")
+        parts.append(
+            f"{q.gpu.id} has no native V4 in either engine: this is served by dsv4's plugin (pip install dsv4 beside the engine)."
+        )
     return "\n".join(parts).rstrip()
 
 
@@ -106,7 +112,8 @@ def _proof(c: Candidate) -> Iterable[str]:
     if c.step_limit:
         yield f"  stops fitting above max_num_batched_tokens {c.step_limit:,}; longest context {p.max_context_low:,}"
     yield from (
-        f"  start{' ' + command.role if d.nodes > 1 else ''}: {_settings(d)}{command.shell()}" for command in deployment_commands(d)
+        f"  start{' ' + command.role if d.nodes > 1 else ''}: {_settings(d)}{command.shell()}"
+        for command in deployment_commands(d)
     )
 
 
@@ -120,7 +127,11 @@ def _settings(d: Deployment) -> str:
 def _need(p: Proof) -> str:
     d = p.deployment
     if d.engine == "vllm":
-        flight = "async scheduling keeps two steps in flight" if d.async_scheduling and d.pp == 1 else f"{d.pp} stages in flight"
+        flight = (
+            "async scheduling keeps two steps in flight"
+            if d.async_scheduling and d.pp == 1
+            else f"{d.pp} stages in flight"
+        )
         return f"{p.request_bytes / GIB:.2f} per request of {d.max_model_len:,} tokens, of it {p.reserve_bytes / GIB:.2f} window and state ({flight})"
     return f"{p.request_bytes / GIB:.2f} per request of {d.max_model_len:,} tokens, and {p.reserve_bytes / GIB:.2f} request-scoped"
 

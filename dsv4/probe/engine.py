@@ -15,7 +15,19 @@ from typing import Any, NoReturn, get_args
 
 from dsv4.planning.recipe.question import Answer, BlockPools, Case, KvQuestion, TokenPools
 
-FOREIGN_ENV = ("NCCL_", "CUDA_", "GLOO_", "HF_", "OMP_", "PYTORCH_", "TORCH_", "UCX_", "NVSHMEM_", "FLASHINFER_", "DSV4_")
+FOREIGN_ENV = (
+    "NCCL_",
+    "CUDA_",
+    "GLOO_",
+    "HF_",
+    "OMP_",
+    "PYTORCH_",
+    "TORCH_",
+    "UCX_",
+    "NVSHMEM_",
+    "FLASHINFER_",
+    "DSV4_",
+)
 
 
 def symbol(path: str) -> Any:
@@ -112,4 +124,8 @@ class EngineProbe:
     def _one_of(self, args: Sequence[str], flag: str, known: Iterable[str], what: str) -> list[str]:
         value = value_of(args, flag)
         options = sorted(set(known))
-        return [] if value is None or value in options else [f"{flag} {value}: not among {what} ({', '.join(options)[:200]})"]
+        return (
+            []
+            if value is None or value in options
+            else [f"{flag} {value}: not among {what} ({', '.join(options)[:200]})"]
+        )

@@ -50,7 +50,9 @@ class SglangProbe(EngineProbe):
         method = {"none": None, "mtp": "EAGLE", "dspark": "DSPARK"}[q.speculative]
         bags = {
             "get_exec": SimpleNamespace(
-                kernel=SimpleNamespace(dsv4_attn_backend="flashmla", enable_deepseek_v4_fp4_indexer=q.index_dtype is IndexFormat.MXFP4),
+                kernel=SimpleNamespace(
+                    dsv4_attn_backend="flashmla", enable_deepseek_v4_fp4_indexer=q.index_dtype is IndexFormat.MXFP4
+                ),
                 features=SimpleNamespace(enable_encoder_swa_bounded_replay=False, enable_hisparse=False),
             ),
             "get_spec": SimpleNamespace(

@@ -32,7 +32,9 @@ class VllmProbe(EngineProbe):
     def _registries(self, args: Sequence[str]) -> list[str]:
         reasoning = symbol("vllm.reasoning:ReasoningParserManager")
         tools = symbol("vllm.tool_parsers:ToolParserManager vllm.entrypoints.openai.tool_parsers:ToolParserManager")
-        modes = symbol("vllm.tokenizers.registry:_VLLM_TOKENIZERS vllm.tokenizers.registry:TokenizerRegistry.tokenizers")
+        modes = symbol(
+            "vllm.tokenizers.registry:_VLLM_TOKENIZERS vllm.tokenizers.registry:TokenizerRegistry.tokenizers"
+        )
         checks = [
             ("--tokenizer-mode", modes, "tokenizer modes"),
             ("--reasoning-parser", reasoning.list_registered(), "reasoning parsers"),
@@ -40,8 +42,16 @@ class VllmProbe(EngineProbe):
             ("--kv-cache-dtype", literals(symbol("vllm.config.cache:CacheDType")), "cache dtypes"),
             ("--moe-backend", literals(symbol("vllm.config.kernel:MoEBackend")), "MoE backends"),
             ("--all2all-backend", literals(symbol("vllm.config.parallel:All2AllBackend")), "all-to-all backends"),
-            ("--attention-backend", symbol("vllm.v1.attention.backends.registry:AttentionBackendEnum").__members__, "attention backends"),
-            ("--attention-config.indexer_kv_dtype", literals(symbol("vllm.config.attention:IndexerKVDType")), "index key dtypes"),
+            (
+                "--attention-backend",
+                symbol("vllm.v1.attention.backends.registry:AttentionBackendEnum").__members__,
+                "attention backends",
+            ),
+            (
+                "--attention-config.indexer_kv_dtype",
+                literals(symbol("vllm.config.attention:IndexerKVDType")),
+                "index key dtypes",
+            ),
         ]
         errors = [e for flag, known, what in checks for e in self._one_of(args, flag, known, what)]
         speculative = value_of(args, "--speculative-config")
@@ -63,9 +73,16 @@ class VllmProbe(EngineProbe):
         utils = symbol("vllm.v1.core.kv_cache_utils")
         config = self._config(q)
         lead = self._leading_arguments(config)
-        stages = [{name: spec for name, spec in self._specs(q).items() if int(name.split(".")[1]) in range(*stage)} for stage in q.stages]
+        stages = [
+            {name: spec for name, spec in self._specs(q).items() if int(name.split(".")[1]) in range(*stage)}
+            for stage in q.stages
+        ]
         merged = {name: spec for stage in stages for name, spec in stage.items()}
-        groups = planning.get_global_kv_cache_groups(config, stages) if lead[1:] else planning.get_kv_cache_groups(config, dict(merged))
+        groups = (
+            planning.get_global_kv_cache_groups(config, stages)
+            if lead[1:]
+            else planning.get_kv_cache_groups(config, dict(merged))
+        )
         own = [planning._project_kv_cache_groups_to_worker(groups, specs) for specs in stages]
         configs = planning.get_kv_cache_configs(config, stages, list(q.pool_bytes), *([groups] if lead[1:] else []))
         return BlockPools(
@@ -191,6 +208,8 @@ class VllmProbe(EngineProbe):
                 )
                 specs[f"{p}.state"] = state(4, 8, 2 * 2 * q.head_dim) if ratio == 4 else state(8, 128, 2 * q.head_dim)
             if ratio == 4:
-                specs[f"{p}.index"] = interface.MLAAttentionSpec(head_size=index_width, dtype=index_dtype, tokens_per_state=4, **mla)
+                specs[f"{p}.index"] = interface.MLAAttentionSpec(
+                    head_size=index_width, dtype=index_dtype, tokens_per_state=4, **mla
+                )
                 specs[f"{p}.index_state"] = state(4, 8, 2 * 2 * q.index_head_dim)
         return specs

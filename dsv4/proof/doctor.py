@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dsv4 doctor`: what would serve DeepSeek-V4 here and why, and what a running server really uses.
 
-Nothing is guessed about a server: its own workers report through GET /dsv4/status, a route that the plugin adds. Neither an
-engine nor torch is imported, so the doctor works where an engine would crash.
+Nothing is guessed about a server: its own workers report through GET /dsv4/status, a route that the
+plugin adds. Neither an engine nor torch is imported, so the doctor works where an engine would
+crash.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _NO_ANSWER = (urllib.error.URLError, OSError, http.client.HTTPException)  # the 
 
 @dataclass
 class EngineReport:
-    """An installed engine: whether its version is supported, whether it will find the plugin, who would serve V4."""
+    """An installed engine: whether its version is supported, whether it will find the plugin, who
+    would serve V4."""
 
     version: str
     supported: str
@@ -50,7 +52,8 @@ class EngineReport:
 
 @dataclass
 class ServerReport:
-    """A server that was asked. serving: every worker runs dsv4's classes; status: what it told, None when it told nothing."""
+    """A server that was asked. serving: every worker runs dsv4's classes; status: what it told,
+    None when it told nothing."""
 
     url: str
     serving: bool = False
@@ -76,7 +79,8 @@ class Diagnosis:
 
 
 def diagnose(url: str | None = None, environ: Mapping[str, str] | None = None) -> Diagnosis:
-    """Look at this machine, and at the server at `url` when given. Raises Dsv4Error for a malformed url."""
+    """Look at this machine, and at the server at `url` when given. Raises Dsv4Error for a malformed
+    url."""
     environ = os.environ if environ is None else environ
     result = Diagnosis(compat.dsv4_version(), platform.python_version(), list(decide.detect_devices(environ)), {}, {})
     _check_environment(result, environ)
@@ -86,7 +90,9 @@ def diagnose(url: str | None = None, environ: Mapping[str, str] | None = None) -
         if version is not None:
             _check_engine(result, engine, version, decision, environ)
     if not result.engines:
-        result.notes.append("no engine is installed here: planning and checking work, serving needs `pip install 'dsv4[vllm]'`")
+        result.notes.append(
+            "no engine is installed here: planning and checking work, serving needs `pip install 'dsv4[vllm]'`"
+        )
     if url is not None:
         _check_server(result, url)
     return result
@@ -108,7 +114,9 @@ def _decide(result: Diagnosis) -> decide.Decision:
         return decide.Decision(False, str(e))
 
 
-def _check_engine(result: Diagnosis, engine: Engine, version: str, decision: decide.Decision, environ: Mapping[str, str]) -> None:
+def _check_engine(
+    result: Diagnosis, engine: Engine, version: str, decision: decide.Decision, environ: Mapping[str, str]
+) -> None:
     supported = compat.is_supported(engine, version)
     entry_points = {f"{group}:{name}": _entry_point(group, name) for group, name in ENTRY_POINTS[engine]}
     has_plugin = importlib.util.find_spec(f"dsv4_{engine}") is not None
@@ -150,7 +158,9 @@ def _check_vllm_environment(result: Diagnosis, report: EngineReport, environ: Ma
             )
     if environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu":
         report.serves, report.reason = False, "VLLM_TARGET_DEVICE=cpu bypasses the CPU platform"
-        result.problems.append("VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins, so dsv4's CPU platform never starts: unset it")
+        result.problems.append(
+            "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins, so dsv4's CPU platform never starts: unset it"
+        )
 
 
 def _check_sglang_environment(result: Diagnosis, report: EngineReport, environ: Mapping[str, str]) -> None:
@@ -162,14 +172,20 @@ def _check_sglang_environment(result: Diagnosis, report: EngineReport, environ: 
         absent = needed - {name.strip() for name in allowed.split(",")}
         if absent:
             report.serves, report.reason = False, "SGLANG_PLUGINS leaves the plugin out"
-            result.problems.append(f"SGLANG_PLUGINS={allowed} leaves out {', '.join(sorted(absent))}: unset it, or add them to the list")
+            result.problems.append(
+                f"SGLANG_PLUGINS={allowed} leaves out {', '.join(sorted(absent))}: unset it, or add them to the list"
+            )
     chosen = environ.get("SGLANG_PLATFORM")
     if chosen and chosen != "dsv4_cpu":
         report.serves, report.reason = False, "SGLANG_PLATFORM leaves the plugin out"
-        result.problems.append(f"SGLANG_PLATFORM={chosen} makes SGLang skip every other package with a platform, dsv4 with it: unset it")
+        result.problems.append(
+            f"SGLANG_PLATFORM={chosen} makes SGLang skip every other package with a platform, dsv4 with it: unset it"
+        )
     if on_cpu and environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         report.serves, report.reason = False, "SGLANG_USE_CPU_ENGINE=1 wants SGLang's own CPU kernels"
-        result.problems.append("SGLANG_USE_CPU_ENGINE=1 makes SGLang import CPU kernels that its published wheel does not have: unset it")
+        result.problems.append(
+            "SGLANG_USE_CPU_ENGINE=1 makes SGLang import CPU kernels that its published wheel does not have: unset it"
+        )
 
 
 def _entry_point(group: str, name: str) -> str | None:
@@ -179,7 +195,7 @@ def _entry_point(group: str, name: str) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # The server
 
 
@@ -197,7 +213,9 @@ def _check_server(result: Diagnosis, url: str) -> None:
         return
     raw = _parse(body)
     if code != 200 or raw is None:
-        result.problems.append(f"{base}{STATUS_ROUTE} answered HTTP {code} without a status object; read the server's log")
+        result.problems.append(
+            f"{base}{STATUS_ROUTE} answered HTTP {code} without a status object; read the server's log"
+        )
         return
     try:
         status = result.server.status = ServerStatus.from_json(raw)
@@ -237,9 +255,13 @@ def _get(url: str) -> tuple[int, bytes]:
 
 def _unreachable(base: str, reason: object) -> str:
     if isinstance(reason, ConnectionRefusedError):
-        return f"nothing listens at {base} (connection refused): start the server, or wait until its log says it is ready"
+        return (
+            f"nothing listens at {base} (connection refused): start the server, or wait until its log says it is ready"
+        )
     if isinstance(reason, TimeoutError):
-        return f"{base} did not answer within {_TIMEOUT_S:.0f} s: it may still be loading; look at its log and try again"
+        return (
+            f"{base} did not answer within {_TIMEOUT_S:.0f} s: it may still be loading; look at its log and try again"
+        )
     return f"{base} cannot be reached ({reason}): check the address"
 
 

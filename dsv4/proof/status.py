@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running server says of itself at GET /dsv4/status: one type, for both plugins, the doctor and the tests."""
+"""What a running server says of itself at GET /dsv4/status: one type, for both plugins, the doctor
+and the tests."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class WorkerStatus:
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> WorkerStatus:
-        """Raises StatusError for what `to_json` does not write; keys of a newer dsv4 are left out."""
+        """Raises StatusError for what `to_json` does not write; keys of a newer dsv4 are left
+        out."""
         known = _known(WorkerStatus, raw)
         try:
             ops = {str(op): ServedOp(str(v["impl"]), str(v["reason"])) for op, v in raw["ops"].items()}
@@ -82,7 +84,8 @@ class ServerStatus:
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> ServerStatus:
-        """Raises StatusError naming what is missing. Workers that are no objects have not reported yet, and are left out."""
+        """Raises StatusError naming what is missing. Workers that are no objects have not reported
+        yet, and are left out."""
         known = _known(ServerStatus, raw)
         workers = [w for w in raw["workers"] or [] if isinstance(w, Mapping)]
         return ServerStatus(**known | {"workers": tuple(WorkerStatus.from_json(w) for w in workers)})
@@ -96,7 +99,9 @@ class ServerStatus:
 def answer(engine: Engine, workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The body of the route. workers: what each worker's `WorkerStatus.to_json` gave."""
     told = tuple(WorkerStatus.from_json(worker) for worker in workers)
-    return ServerStatus(engine=engine, engine_version=version(engine), dsv4_version=dsv4_version(), workers=told).to_json()
+    return ServerStatus(
+        engine=engine, engine_version=version(engine), dsv4_version=dsv4_version(), workers=told
+    ).to_json()
 
 
 def dotted(instance: object) -> str:
@@ -110,5 +115,7 @@ def _known(kind: type[WorkerStatus] | type[ServerStatus], raw: Mapping[str, Any]
     names = [field.name for field in fields(kind)]
     missing = [name for name in names if name not in raw]
     if missing:
-        raise StatusError(f"a server's status lacks {', '.join(missing)}: it runs another version of dsv4, use that one's doctor")
+        raise StatusError(
+            f"a server's status lacks {', '.join(missing)}: it runs another version of dsv4, use that one's doctor"
+        )
     return {name: raw[name] for name in names}

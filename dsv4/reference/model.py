@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model on one sequence, without paging: the truth for parity tests.
 
-Attention is written densely from the paper's equations, so that it shares no paging, no slots and no state cache with
-the engines' path; the mathematics of single rows comes from the operators' references. Source: docs/model.md, 3.
+Attention is written densely from the paper's equations, so that it shares no paging, no slots and
+no state cache with the engines' path; the mathematics of single rows comes from the operators'
+references. Source: docs/model.md, 3.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from dsv4.ops.rope import apply_rope, cos_sin, inv_freq
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Which of the official quantisations to simulate; all off gives the plain fp32 model. Source: docs/model.md, 4.1.
+    """Which of the official quantisations to simulate; all off gives the plain fp32 model. Source:
+    docs/model.md, 4.1.
 
-    kv: window and compressed rows; index: index queries and keys; linear_inputs: e4m3 1x128 at every FP8 and FP4 linear.
+    kv: window and compressed rows; index: index queries and keys; linear_inputs: e4m3 1x128 at
+    every FP8 and FP4 linear.
     """
 
     kv: KvFormat = KvFormat.PLAIN
@@ -52,7 +55,8 @@ class ReferenceModel:
     """DeepSeek-V4 in fp32 on a CPU, one sequence at a time."""
 
     def __init__(self, config: V4Config, weights: dict[str, Tensor], quantisation: Quantisation | None = None) -> None:
-        """weights: by released names, dequantised to fp32, without their scales (see `load_weights`)."""
+        """weights: by released names, dequantised to fp32, without their scales (see
+        `load_weights`)."""
         self.config = config
         self.weights = weights
         self.quantisation = quantisation or Quantisation()
@@ -94,12 +98,13 @@ class ReferenceModel:
         return self.weights[f"layers.{layer.index}.{name}"]
 
     def _linear(self, layer: LayerSpec, name: str, x: Tensor) -> Tensor:
-        """A linear whose released weight is FP8 or FP4; its input is quantised when that is switched on."""
+        """A linear whose released weight is FP8 or FP4; its input is quantised when that is
+        switched on."""
         if self.quantisation.linear_inputs:
             x = dequantize_e4m3(*quantize_e4m3(x, min(FP8_BLOCK, x.shape[-1])))
         return x @ self._weight(layer, f"{name}.weight").T
 
-    # ---- attention -------------------------------------------------------------------------------------------------
+    # ---- attention --------------------------------------------------------------------------
 
     def _attention(self, layer: LayerSpec, x: Tensor, tokens: Tensor) -> Tensor:
         c = self.config
@@ -109,7 +114,9 @@ class ReferenceModel:
         qr = rms_norm(self._linear(layer, "attn.wq_a", x), self._weight(layer, "attn.q_norm.weight"), eps)
         q = self._linear(layer, "attn.wq_b", qr).unflatten(-1, (c.num_attention_heads, c.head_dim))
         q = apply_rope(head_rms_norm(q, eps), table)
-        kv = apply_rope(rms_norm(self._linear(layer, "attn.wkv", x), self._weight(layer, "attn.kv_norm.weight"), eps), table)
+        kv = apply_rope(
+            rms_norm(self._linear(layer, "attn.wkv", x), self._weight(layer, "attn.kv_norm.weight"), eps), table
+        )
         keys = self._stored(kv, self.quantisation.kv)
         t = torch.arange(num_tokens)
         visible = (t <= t[:, None]) & (t > t[:, None] - c.sliding_window)
@@ -136,7 +143,9 @@ class ReferenceModel:
         num_entries = x.shape[0] // m
         x = x[: num_entries * m]
         kv = (x @ self._weight(layer, f"{name}.wkv.weight").T).unflatten(0, (num_entries, m))  # [E, m, overlap * dim]
-        score = (x @ self._weight(layer, f"{name}.wgate.weight").T).unflatten(0, (num_entries, m)) + self._weight(layer, f"{name}.ape")
+        score = (x @ self._weight(layer, f"{name}.wgate.weight").T).unflatten(0, (num_entries, m)) + self._weight(
+            layer, f"{name}.ape"
+        )
         if layer.overlap == 2:
             # Columns A of the window before, then columns B of the entry's own window.
             kv = torch.cat([_shift(kv[..., :dim], 0.0), kv[..., dim:]], 1)
@@ -166,17 +175,23 @@ class ReferenceModel:
     def _index_query(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor) -> IndexQuery:
         c = self.config
         q = self._linear(layer, "attn.indexer.wq_b", qr).unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        return prepare_query(q, x @ self._weight(layer, "attn.indexer.weights_proj.weight").T, table, self.quantisation.index)
+        return prepare_query(
+            q, x @ self._weight(layer, "attn.indexer.weights_proj.weight").T, table, self.quantisation.index
+        )
 
-    # ---- experts ---------------------------------------------------------------------------------------------------
+    # ---- experts ----------------------------------------------------------------------------
 
     def _ffn(self, layer: LayerSpec, x: Tensor, tokens: Tensor) -> Tensor:
         c = self.config
         logits = x.float() @ self._weight(layer, "ffn.gate.weight").T
         if layer.routing is Routing.HASH:
-            weights, ids = moe.route_hash(logits, self._weight(layer, "ffn.gate.tid2eid"), tokens, c.routed_scaling_factor)
+            weights, ids = moe.route_hash(
+                logits, self._weight(layer, "ffn.gate.tid2eid"), tokens, c.routed_scaling_factor
+            )
         else:
-            weights, ids = moe.route_topk(logits, self._weight(layer, "ffn.gate.bias"), c.num_experts_per_tok, c.routed_scaling_factor)
+            weights, ids = moe.route_topk(
+                logits, self._weight(layer, "ffn.gate.bias"), c.num_experts_per_tok, c.routed_scaling_factor
+            )
         out = self._expert(layer, "ffn.shared_experts", x).float()
         for e in ids.unique().tolist():
             token, k = (ids == e).nonzero(as_tuple=True)
@@ -195,7 +210,8 @@ def _shift(windows: Tensor, fill: float) -> Tensor:
 
 
 def _attend(q: Tensor, keys: Tensor, visible: Tensor, sink: Tensor) -> Tensor:
-    """softmax over the visible keys and the sink: q [T, H, D], keys [K, D] (also the values), visible [T, K] bool."""
+    """softmax over the visible keys and the sink: q [T, H, D], keys [K, D] (also the values),
+    visible [T, K] bool."""
     scores = torch.einsum("thd,kd->htk", q.float(), keys.float()) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~visible, float("-inf"))
     with_sink = torch.cat([scores, sink[:, None, None].expand(-1, q.shape[0], 1)], -1)
@@ -204,7 +220,8 @@ def _attend(q: Tensor, keys: Tensor, visible: Tensor, sink: Tensor) -> Tensor:
 
 
 def load_weights(folder: str | Path) -> dict[str, Tensor]:
-    """A checkpoint's tensors by released name, dequantised to fp32 and without their scales; integers stay as they are."""
+    """A checkpoint's tensors by released name, dequantised to fp32 and without their scales;
+    integers stay as they are."""
     raw: dict[str, Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="pt") as shard:

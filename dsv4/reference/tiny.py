@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small random checkpoint in the released format, to run the real engines without the real weights.
+"""A small random checkpoint in the released format, to run the real engines without the real
+weights.
 
-Format, head_dim, window and compress ratios are V4's own; everything else is small. Weights are random, yet scaled so
-that hidden states stay O(1), logits spread over a few units, and every part of the model shows in the logits.
+Format, head_dim, window and compress ratios are V4's own; everything else is small. Weights are
+random, yet scaled so that hidden states stay O(1), logits spread over a few units, and every part
+of the model shows in the logits.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ from dsv4.model.tensors import ScaleDtype, TensorSpec, tensor_specs
 Variant = Literal["flash", "pro"]
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-# Text that the chat encoding and its parsers use as single tokens. As in the released tokenizer they are no "special"
-# tokens: they must survive skip_special_tokens, or reasoning and tool calls would vanish from the reply.
+# Text that the chat encoding and its parsers use as single tokens. As in the released tokenizer
+# they are no "special" tokens: they must survive skip_special_tokens, or reasoning and tool calls
+# would vanish from the reply.
 CHAT_TOKENS = (
     "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>", "<think>", "</think>", "｜DSML｜",
     "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>", "<｜read_url｜>",
@@ -61,7 +64,8 @@ _SHARD_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class TinyDims:
-    """The sizes that make the checkpoint small; each must suit 128 x 128 blocks at tensor-parallel size 2."""
+    """The sizes that make the checkpoint small; each must suit 128 x 128 blocks at tensor-parallel
+    size 2."""
 
     hidden_size: int = 256
     num_attention_heads: int = 8
@@ -83,8 +87,13 @@ def tiny_config(
     draft: DraftKind = "mtp",
     dims: TinyDims | None = None,
 ) -> dict[str, Any]:
-    """config.json of a tiny checkpoint, in the released flat shape. Raises ConfigError for an unknown choice."""
-    for name, value, known in (("variant", variant, Variant), ("experts", experts, ExpertDtype), ("draft", draft, DraftKind)):
+    """config.json of a tiny checkpoint, in the released flat shape. Raises ConfigError for an
+    unknown choice."""
+    for name, value, known in (
+        ("variant", variant, Variant),
+        ("experts", experts, ExpertDtype),
+        ("draft", draft, DraftKind),
+    ):
         if value not in get_args(known):
             raise ConfigError(f"tiny: {name} is {value!r}; choose one of {', '.join(get_args(known))}")
     if num_layers < 1:
@@ -123,7 +132,13 @@ def tiny_config(
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         },
         "rms_norm_eps": 1e-06,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 16, "original_max_position_embeddings": 65536, "type": "yarn"},
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "type": "yarn",
+        },
         "rope_theta": 10000,
         "routed_scaling_factor": 1.5 if variant == "flash" else 2.5,
         "scoring_func": "sqrtsoftplus",
@@ -138,7 +153,12 @@ def tiny_config(
     }
     if draft == "dspark":
         targets = list(range(max(0, num_layers - 3), num_layers))
-        raw |= {"dspark_block_size": 5, "dspark_noise_token_id": 2, "dspark_target_layer_ids": targets, "dspark_markov_rank": 32}
+        raw |= {
+            "dspark_block_size": 5,
+            "dspark_noise_token_id": 2,
+            "dspark_target_layer_ids": targets,
+            "dspark_markov_rank": 32,
+        }
     return dict(sorted(raw.items()))
 
 
@@ -155,9 +175,9 @@ def write_tiny(
 ) -> Path:
     """Write a tiny checkpoint to the folder `out`, whole or not at all, and return its path.
 
-    variant: layer mix and routed_scaling_factor of Flash or Pro. seed: same seed, same bytes. fp8_scale_dtype: of the
-    block scales when experts are FP8. progress: show a bar. Raises CheckpointError when `out` exists and is not empty,
-    ConfigError for an unknown choice.
+    variant: layer mix and routed_scaling_factor of Flash or Pro. seed: same seed, same bytes.
+    fp8_scale_dtype: of the block scales when experts are FP8. progress: show a bar. Raises
+    CheckpointError when `out` exists and is not empty, ConfigError for an unknown choice.
     """
     out = Path(out).absolute()
     raw = tiny_config(variant, num_layers, experts, draft, dims)
@@ -193,24 +213,29 @@ def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Weights
 
 
 def _write_weights(folder: Path, config: V4Config, seed: int, fp8_scale_dtype: ScaleDtype, progress: bool) -> None:
     specs = tensor_specs(config, fp8_scale_dtype)
     tensors = {
-        spec.name: _random(spec, config, seed) for spec in track(specs.values(), "random weights", disable=not progress, transient=True)
+        spec.name: _random(spec, config, seed)
+        for spec in track(specs.values(), "random weights", disable=not progress, transient=True)
     }
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD_BYTES)
     for file, names in shards.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
     total = sum(spec.nbytes for spec in specs.values())
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.tensor_to_filename.items()))})
+    _write_json(
+        folder / INDEX_FILE,
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.tensor_to_filename.items()))},
+    )
 
 
 def _random(spec: TensorSpec, config: V4Config, seed: int) -> Tensor:
-    """Random contents of one tensor. Seeded by its name, so that layers do not depend on how many there are."""
+    """Random contents of one tensor. Seeded by its name, so that layers do not depend on how many
+    there are."""
     # torch's CPU generator looks at the low 32 bits only, so both go through the checksum
     rng = torch.Generator().manual_seed(zlib.crc32(spec.name.encode(), seed))
     leaf = spec.name.removesuffix(".weight").removesuffix(".scale").rsplit(".", 1)[-1]
@@ -222,11 +247,16 @@ def _random(spec: TensorSpec, config: V4Config, seed: int) -> Tensor:
     if spec.dtype == "F8_E4M3":
         return (_FP8_CODE_STD * torch.randn(spec.shape, generator=rng)).to(torch.float8_e4m3fn)
     if leaf == "tid2eid":
-        return torch.rand(spec.shape[0], config.n_routed_experts, generator=rng).argsort(-1)[:, : spec.shape[1]].contiguous()
+        return (
+            torch.rand(spec.shape[0], config.n_routed_experts, generator=rng)
+            .argsort(-1)[:, : spec.shape[1]]
+            .contiguous()
+        )
     return _plain(spec, leaf, rng).to(_DTYPES[spec.dtype])
 
 
-# Standard deviation of a linear's outputs for inputs of RMS 1 (gain), by the leaf of its name; 1 unless listed.
+# Standard deviation of a linear's outputs for inputs of RMS 1 (gain), by the leaf of its name; 1
+# unless listed.
 _GAIN = {
     "w1": 6.0,  # so that gate and up often leave the clamp's [-10, 10]
     "w3": 6.0,
@@ -273,7 +303,8 @@ def _plain(spec: TensorSpec, leaf: str, rng: torch.Generator) -> Tensor:
         "ape": lambda: 0.5 * noise,
         # Softer than this, attention averages its window and hides a missing key.
         "kv_norm": lambda: 1.5 + 0.15 * noise,
-        # Mixes have RMS 1. Comb logits get RMS ~2.7: below 2 the 20th Sinkhorn iteration would be invisible.
+        # Mixes have RMS 1. Comb logits get RMS ~2.7: below 2 the 20th Sinkhorn iteration would be
+        # invisible.
         "hc_attn_scale": lambda: torch.tensor([1.0, 1.0, 2.5]) + 0.1 * noise,
         "hc_ffn_scale": lambda: torch.tensor([1.0, 1.0, 2.5]) + 0.1 * noise,
         "hc_attn_base": lambda: _hc_base(noise),
@@ -293,12 +324,13 @@ def _hc_base(noise: Tensor) -> Tensor:
     return torch.cat([0.5 * noise[:num_pre_post], noise[num_pre_post:]])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Tokenizer
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer without merges: one token per byte, V4's own tokens, and decode-only letter pairs.
+    """A byte-level BPE tokenizer without merges: one token per byte, V4's own tokens, and
+    decode-only letter pairs.
 
     The pairs fill the vocabulary, so that every id the model can sample decodes to text.
     """
@@ -310,7 +342,9 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     letters = "etaoinshrdlucmfwypvbgkjqxz"
     pairs = [a + b for a in letters for b in letters]
     if not len(names) <= vocab_size <= len(names) + len(pairs):
-        raise ConfigError(f"tiny: vocab_size is {vocab_size}; the tokenizer needs {len(names)} to {len(names) + len(pairs)}")
+        raise ConfigError(
+            f"tiny: vocab_size is {vocab_size}; the tokenizer needs {len(names)} to {len(names) + len(pairs)}"
+        )
     names += pairs[: vocab_size - len(names)]
     tokenizer = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

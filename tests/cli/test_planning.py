@@ -30,9 +30,13 @@ main()
 """
 
 
-def _run(*args: str, cwd: Path | None = None, path: Path = ROOT, program: str = BLOCKER) -> subprocess.CompletedProcess[str]:
+def _run(
+    *args: str, cwd: Path | None = None, path: Path = ROOT, program: str = BLOCKER
+) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("DSV4_")} | {"PYTHONPATH": str(path)}
-    return subprocess.run([sys.executable, "-c", program, *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", program, *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+    )
 
 
 def _examples(page: Path) -> list[str]:
@@ -41,7 +45,9 @@ def _examples(page: Path) -> list[str]:
     return [line for line in lines if re.match(r"dsv4 (plan|launch|recipes)\b", line)]
 
 
-EXAMPLES = [(page.name, line) for page in (ROOT / "README.md", ROOT / "docs" / "planner.md") for line in _examples(page)]
+EXAMPLES = [
+    (page.name, line) for page in (ROOT / "README.md", ROOT / "docs" / "planner.md") for line in _examples(page)
+]
 
 
 @pytest.mark.parametrize(("page", "line"), EXAMPLES)
@@ -97,7 +103,19 @@ def test_plan_as_json_has_terms_with_sources():
 
 
 def test_plan_names_missing_gib_and_the_knob():
-    done = _run("plan", "--model", "pro", "--gpu", "h200", "--count", "8", "--engine", "vllm", "--max-num-batched-tokens", "32768")
+    done = _run(
+        "plan",
+        "--model",
+        "pro",
+        "--gpu",
+        "h200",
+        "--count",
+        "8",
+        "--engine",
+        "vllm",
+        "--max-num-batched-tokens",
+        "32768",
+    )
     assert re.search(r"GiB short; lower max_num_batched_tokens to \d+: frees \d+\.\d GiB and fits", done.stdout)
 
 
@@ -212,7 +230,10 @@ def test_a_shown_recipe_says_its_engine_versions():
 
 def test_the_built_wheel_carries_the_recipes(tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "site"

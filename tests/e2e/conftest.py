@@ -19,7 +19,8 @@ def pro_oracle(tiny_pro: Path) -> Oracle:
 
 @pytest.fixture(scope="session")
 def flash_text(flash_oracle: Oracle) -> list[int]:
-    """1100 random ids on which no choice of the model is a near-tie; its prefixes are prompts of every length."""
+    """1100 random ids on which no choice of the model is a near-tie; its prefixes are prompts of
+    every length."""
     return prompt_without_ties(flash_oracle.model, 1100, margin=TIE_MARGIN)
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bf16, as GPUs serve it, through the whole engine: no further from fp32 than HF transformers' own bf16.
+"""bf16, as GPUs serve it, through the whole engine: no further from fp32 than HF transformers' own
+bf16.
 
-bf16 carries 8 bits, so nothing can be compared value by value. What this catches is a path that does not run in bf16 or
-loses much more than bf16 does. Measured mean errors against HF's fp32: HF's bf16 0.076, vLLM 0.049, SGLang 0.050. It does
-not see one operator in the wrong precision: mixing weights in bf16 give 0.054. The operators' own tests do.
+bf16 carries 8 bits, so nothing can be compared value by value. What this catches is a path that
+does not run in bf16 or loses much more than bf16 does. Measured mean errors against HF's fp32: HF's
+bf16 0.076, vLLM 0.049, SGLang 0.050. It does not see one operator in the wrong precision: mixing
+weights in bf16 give 0.054. The operators' own tests do.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def hf_error(tiny_flash: Path, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("engine", [vllm_engine, sglang_engine], ids=["vllm", "sglang"])
-def test_bf16_is_no_further_from_fp32_than_hf_in_bf16(engine: object, tiny_flash: Path, exact: Tensor, hf_error: float) -> None:
+def test_bf16_is_no_further_from_fp32_than_hf_in_bf16(
+    engine: object, tiny_flash: Path, exact: Tensor, hf_error: float
+) -> None:
     outputs = engine.run(engine.engine_args(tiny_flash, dtype="bfloat16"), PHASES)["phases"][0]  # type: ignore[attr-defined]
     error = float((torch.cat([torch.tensor(o["prompt_logprobs"]) for o in outputs]) - exact).abs().mean())
     print(f"mean error {error:.4f}, HF {hf_error:.4f}")

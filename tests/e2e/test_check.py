@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DSV4_CHECK=1 in the real engines: a sound step passes, and a bad slot ends in a message with its layer and request."""
+"""DSV4_CHECK=1 in the real engines: a sound step passes, and a bad slot ends in a message with its
+layer and request."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def engine(request: pytest.FixtureRequest) -> tuple[ModuleType, str]:
     return ENGINES[request.param]
 
 
-def test_a_sound_run_is_not_bothered(engine: tuple[ModuleType, str], tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
+def test_a_sound_run_is_not_bothered(
+    engine: tuple[ModuleType, str], tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]
+) -> None:
     module, _ = engine
     result = module.run(module.engine_args(tiny_flash), [[request(flash_text[:n], 6) for n in (150, 9)]], env=CHECKED)
     assert_equal(result, flash_oracle)
@@ -39,10 +42,14 @@ def test_a_sound_run_is_not_bothered(engine: tuple[ModuleType, str], tiny_flash:
     assert {op for op, reason in reasons.items() if reason.endswith("; checked")} == set(reasons) & CHECKED_OPS, reasons
 
 
-def test_a_bad_slot_is_reported_with_its_layer_and_request(engine: tuple[ModuleType, str], tiny_flash: Path, flash_text: list[int]) -> None:
+def test_a_bad_slot_is_reported_with_its_layer_and_request(
+    engine: tuple[ModuleType, str], tiny_flash: Path, flash_text: list[int]
+) -> None:
     """Layer 2 is the first that stores entries."""
     module, op = engine
-    done = module.start(module.engine_args(tiny_flash), [[request(flash_text[:n], 6) for n in (150, 9)]], env=CHECKED, mutation=BAD_SLOT)
+    done = module.start(
+        module.engine_args(tiny_flash), [[request(flash_text[:n], 6) for n in (150, 9)]], env=CHECKED, mutation=BAD_SLOT
+    )
     assert done.returncode != 0
     message = rf"OpInputError: {re.escape(op)} in model\.layers\.2\.attn: slot out of range at request 1, token \d+, place 0: 1\d{{6}}"
     assert re.search(message, done.stderr), done.stderr[-6000:]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decode step of the real engines launches, per layer, no more of our kernels than docs/kernels.md says.
+"""A decode step of the real engines launches, per layer, no more of our kernels than
+docs/kernels.md says.
 
-Only what layers launch is counted, without what a step builds once; see `tests/ops/test_launches.py` for which they are.
+Only what layers launch is counted, without what a step builds once; see
+`tests/ops/test_launches.py` for which they are.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def prompts(*lens: int) -> list[list[dict[str, Any]]]:
 
 @pytest.fixture
 def long_selection(tiny_flash: Path, tmp_path: Path) -> Path:
-    """The tiny checkpoint, choosing 128 entries: with the window enough keys for attention to be split and joined."""
+    """The tiny checkpoint, choosing 128 entries: with the window enough keys for attention to be
+    split and joined."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_flash, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -38,15 +41,21 @@ def long_selection(tiny_flash: Path, tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("state", "longest", "split"), [("summary", 130, {"csa", "hca"}), ("paged", 12, {"csa"})])
 def test_vllm(long_selection: Path, state: str, longest: int, split: set[str]) -> None:
-    """A context of 16384 tokens may hold 128 HCA entries, for which vLLM keeps room once there is one: from token 128 on."""
+    """A context of 16384 tokens may hold 128 HCA entries, for which vLLM keeps room once there is
+    one: from token 128 on."""
     engine = vllm_engine.engine_args(long_selection, max_model_len=16_384)
     env = {"DSV4_OPS": "triton", "DSV4_STATE": state, "TRITON_INTERPRET": "1"}
-    assert_decode_limits(vllm_engine.run(engine, prompts(longest, 9), env=env, launches=True)["launches"], requests=2, split=split)
+    assert_decode_limits(
+        vllm_engine.run(engine, prompts(longest, 9), env=env, launches=True)["launches"], requests=2, split=split
+    )
 
 
 @pytest.mark.slow
 def test_sglang(long_selection: Path) -> None:
-    """An eager step of SGLang has room for the entries it has, so that attention is split in CSA layers only."""
+    """An eager step of SGLang has room for the entries it has, so that attention is split in CSA
+    layers only."""
     engine = sglang_engine.engine_args(long_selection, context_length=512, max_total_tokens=2048)
-    result = sglang_engine.run(engine, prompts(12, 9), env={"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}, launches=True)
+    result = sglang_engine.run(
+        engine, prompts(12, 9), env={"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}, launches=True
+    )
     assert_decode_limits(result["counts"]["launches"], requests=2, split={"csa"})

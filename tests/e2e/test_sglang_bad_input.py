@@ -44,7 +44,10 @@ def configure(args):
         ({"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}, ["--enable-lora"]),
         ({"dtype": "float16"}, ["--dtype float16"]),
         ({"device": "cuda", "dtype": "float32"}, ["--dtype float32"]),
-        ({"enable_deepseek_v4_fp4_indexer": True}, ["--enable-deepseek-v4-fp4-indexer requires SM100"]),  # SGLang's own words
+        (
+            {"enable_deepseek_v4_fp4_indexer": True},
+            ["--enable-deepseek-v4-fp4-indexer requires SM100"],
+        ),  # SGLang's own words
     )
     unsupported = ("0.6.0", ">=0.5.22,<0.5.24")
     registered = (
@@ -54,7 +57,8 @@ def configure(args):
     )
 
     def test_what_is_chosen_on_a_gpu(self, tiny_flash: Path) -> None:
-        """Arguments are resolved before a GPU is touched: Marlin for FP4 experts, captured decode steps, eager prefill."""
+        """Arguments are resolved before a GPU is touched: Marlin for FP4 experts, captured decode
+        steps, eager prefill."""
         code = f"""
 import json
 from sglang.srt.plugins import load_plugins

@@ -13,7 +13,8 @@ from tests.support.sglang_engine import engine_args, run
 
 @pytest.mark.slow
 def test_kernels_equal_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
-    """fp32 and plain rows: a prefill past the selection's reach through scratch memory, decode on the rings, two requests."""
+    """fp32 and plain rows: a prefill past the selection's reach through scratch memory, decode on
+    the rings, two requests."""
     engine = engine_args(tiny_flash, context_length=512, max_total_tokens=2048)
     env = {"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}
     result = run(engine, [[request(flash_text[:76], 2), request(flash_text[:9], 2)]], env=env, interpret=True)

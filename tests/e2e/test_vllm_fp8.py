@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fp8_ds_mla pages in the real engine against the reference model with the same quantisation. See `replay`."""
+"""fp8_ds_mla pages in the real engine against the reference model with the same quantisation. See
+`replay`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from tests.support.vllm_engine import engine_args, request, run
     [("flash", 48, "fp8"), ("flash", 2048, "fp8"), ("pro", 48, "fp8"), ("pro", 2048, "fp8"), ("flash", 200, "mxfp4")],
 )
 def test_packed_pages_equal_the_quantised_reference(
-    variant: str, budget: int, index: str, tmp_path: Path, tiny_flash: Path, tiny_pro: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str,
+    budget: int,
+    index: str,
+    tmp_path: Path,
+    tiny_flash: Path,
+    tiny_pro: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = {"flash": tiny_flash, "pro": tiny_pro}[variant]
     record = tmp_path / "recorded.pt"

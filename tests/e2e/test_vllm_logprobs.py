@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real vLLM engine against HF transformers in fp32, on every path that reads or writes a cache."""
+"""The real vLLM engine against HF transformers in fp32, on every path that reads or writes a
+cache."""
 
 from __future__ import annotations
 
@@ -27,13 +28,16 @@ def test_flash_prompts_of_every_boundary_length_in_any_chunking(
 
 
 @pytest.mark.parametrize("budget", [WHOLE, 200, 48, 16])
-def test_pro_prompts_of_every_boundary_length_in_any_chunking(tiny_pro: Path, pro_oracle: Oracle, pro_text: list[int], budget: int) -> None:
+def test_pro_prompts_of_every_boundary_length_in_any_chunking(
+    tiny_pro: Path, pro_oracle: Oracle, pro_text: list[int], budget: int
+) -> None:
     result = run(engine_args(tiny_pro, max_num_batched_tokens=budget), [_prompts(pro_text)])
     assert_equal(result, pro_oracle, least=0.95)
 
 
 def test_decoding_from_one_token_passes_every_length(tiny_flash: Path, flash_oracle: Oracle) -> None:
-    """Eight requests start from one token each and decode to length 1100: each length is compared in at least one."""
+    """Eight requests start from one token each and decode to length 1100: each length is compared
+    in at least one."""
     result = run(engine_args(tiny_flash), [[request([first], 1099, prompt_logprobs=False) for first in range(40, 48)]])
     c = assert_equal(result, flash_oracle, least=0.3)
     assert c.lengths >= set(range(1, 1100))
@@ -42,7 +46,12 @@ def test_decoding_from_one_token_passes_every_length(tiny_flash: Path, flash_ora
 def test_the_comparison_sees_a_wrong_logprob(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
     """The harness itself: a result that is off by one part in a thousand is caught."""
     want, _ = flash_oracle(flash_text[:40])
-    output = {"prompt": flash_text[:30], "tokens": flash_text[30:40], "prompt_logprobs": want[:29].tolist(), "logprobs": want[29:].tolist()}
+    output = {
+        "prompt": flash_text[:30],
+        "tokens": flash_text[30:40],
+        "prompt_logprobs": want[:29].tolist(),
+        "logprobs": want[29:].tolist(),
+    }
     assert compare({"phases": [[output]]}, flash_oracle).worst < 1e-5
     output["logprobs"][3] += 1e-3
     assert compare({"phases": [[output]]}, flash_oracle).worst > 9e-4

@@ -16,13 +16,21 @@ MUTATIONS = {
         "(tokens.positions + 1).clamp(max=window - 1)",
     ),
     "entry RoPE at j instead of j*m": ("dsv4.ops.plan", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
-    "entry visible one token late": ("dsv4.ops.plan", "(tokens.positions + 1) // ratio, 0)", "tokens.positions // ratio, 0)"),
+    "entry visible one token late": (
+        "dsv4.ops.plan",
+        "(tokens.positions + 1) // ratio, 0)",
+        "tokens.positions // ratio, 0)",
+    ),
     "columns of the two windows exchanged": (
         "dsv4.ops.compressor.summary.reference",
         "x[..., :dim], x[..., dim:]",
         "x[..., dim:], x[..., :dim]",
     ),
-    "what came before the step lost": ("dsv4.ops.compressor.summary.reference", "    return _merge(rows, earlier)\n", "    return rows\n"),
+    "what came before the step lost": (
+        "dsv4.ops.compressor.summary.reference",
+        "    return _merge(rows, earlier)\n",
+        "    return rows\n",
+    ),
     "overlap window lost, paged state": (
         "dsv4.ops.compressor.paged.reference",
         "missing = rows_at < 0",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real vLLM engine against HF transformers in fp32, cache hits, preemption, NaN, several ranks, other runners and versions."""
+"""The real vLLM engine against HF transformers in fp32, cache hits, preemption, NaN, several ranks,
+other runners and versions."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ def test_prefix_cache_hits_equal_cold_runs(tiny_flash: Path, flash_oracle: Oracl
     """Hits of 256, 512, 768 and 1024 tokens, each continued differently; unowned pages are NaN."""
     first = [request(flash_text[:1030], 8, prompt_logprobs=False)]
     again = [
-        request(flash_text[:n] + flash_text[30 : 30 + k], 12, prompt_logprobs=False) for n, k in ((300, 5), (513, 40), (800, 1), (1024, 3))
+        request(flash_text[:n] + flash_text[30 : 30 + k], 12, prompt_logprobs=False)
+        for n, k in ((300, 5), (513, 40), (800, 1), (1024, 3))
     ]
-    # vLLM keeps only the last boundary of a prompt by default; here every 256th token, so that every kind of hit occurs.
+    # vLLM keeps only the last boundary of a prompt by default; here every 256th token, so that
+    # every kind of hit occurs.
     result = run(engine_args(tiny_flash, prefix_cache_retention_interval=256), [first, again], poison=True)
     assert [o["cached"] for o in result["phases"][0]] == [0]
     assert [o["cached"] for o in result["phases"][1]] == [256, 512, 768, 1024]
@@ -24,7 +27,8 @@ def test_prefix_cache_hits_equal_cold_runs(tiny_flash: Path, flash_oracle: Oracl
 
 
 def test_preempted_requests_resume_exactly(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
-    """A pool too small for eight growing requests: some are preempted and recomputed; unowned pages are NaN."""
+    """A pool too small for eight growing requests: some are preempted and recomputed; unowned pages
+    are NaN."""
     prompts = [request(flash_text[40 * i : 40 * i + 20 + 10 * i], 250, prompt_logprobs=False) for i in range(8)]
     engine = engine_args(tiny_flash, max_model_len=512, max_num_batched_tokens=32, kv_cache_memory_bytes=24 << 20)
     result = run(engine, [prompts], poison=True)
@@ -34,15 +38,22 @@ def test_preempted_requests_resume_exactly(tiny_flash: Path, flash_oracle: Oracl
 
 
 def test_nan_in_unowned_pages_changes_nothing(tiny_pro: Path, pro_oracle: Oracle, pro_text: list[int]) -> None:
-    """Without prefix caching every free page is poisoned before every step, so each page starts its life as NaN."""
+    """Without prefix caching every free page is poisoned before every step, so each page starts its
+    life as NaN."""
     prompts = [request(pro_text[:n], 30) for n in (1, 3, 70, 129, 260, 400, 515, 700)]
-    result = run(engine_args(tiny_pro, max_num_batched_tokens=48, enable_prefix_caching=False), [prompts, prompts[:3]], poison=True)
+    result = run(
+        engine_args(tiny_pro, max_num_batched_tokens=48, enable_prefix_caching=False),
+        [prompts, prompts[:3]],
+        poison=True,
+    )
     assert result["poisoned_pages"] > 0
     assert_equal(result, pro_oracle)
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["sliced experts", "whole experts"])
-def test_two_tensor_parallel_ranks_equal_one(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], expert_parallel: bool) -> None:
+def test_two_tensor_parallel_ranks_equal_one(
+    tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], expert_parallel: bool
+) -> None:
     engine = engine_args(tiny_flash, tensor_parallel_size=2, enable_expert_parallel=expert_parallel)
     prompts = [request(flash_text[:n], 8) for n in (1, 65, 130, 400, 700)]
     result = run(engine, [prompts], env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
@@ -54,7 +65,9 @@ def test_model_runner_v2_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash
     """The runner GPU users get, here through the Triton interpreter."""
     prompts = [request(flash_text[:n], 6) for n in (1, 64, 129, 300, 520)]
     result = run(engine_args(tiny_flash), [prompts], env=RUNNER_V2)
-    assert result["workers"][0]["model_runner"].startswith("vllm.v1.worker.cpu.model_runner.")  # V1's is cpu_model_runner
+    assert result["workers"][0]["model_runner"].startswith(
+        "vllm.v1.worker.cpu.model_runner."
+    )  # V1's is cpu_model_runner
     assert_equal(result, flash_oracle)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random schedules through one engine: mixed lengths, prompts used again, clients that leave, a pool that is too small.
+"""Random schedules through one engine: mixed lengths, prompts used again, clients that leave, a
+pool that is too small.
 
-Every request must get what a fresh run of it alone gives, which is what HF transformers gives. `make schedules` runs 200
-of them; CI runs a few.
+Every request must get what a fresh run of it alone gives, which is what HF transformers gives.
+`make schedules` runs 200 of them; CI runs a few.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ class Engine:
     def __init__(self, folder: Path, state: str) -> None:
         # Blocks for about two of the largest requests: schedules of five are preempted.
         args = engine_args(
-            folder, max_model_len=640, max_num_batched_tokens=96, max_num_seqs=5, kv_cache_memory_bytes=POOL_BYTES[state],
+            folder,
+            max_model_len=640,
+            max_num_batched_tokens=96,
+            max_num_seqs=5,
+            kv_cache_memory_bytes=POOL_BYTES[state],
             prefix_cache_retention_interval=256,
-        )  # fmt: skip
+        )
         command = [sys.executable, "-m", "tests.support.vllm_schedule_driver"]
         self.log = (folder / "driver.log").open("w+")
         self.process = subprocess.Popen(
@@ -79,13 +84,17 @@ POOL_BYTES = {"summary": 7 << 20, "paged": 16 << 20}
 
 @pytest.fixture(scope="module", params=["summary", "paged"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Oracle]]:
-    folder = write_tiny(tmp_path_factory.mktemp("schedules") / "tiny", "flash", num_layers=4)  # two windows, one CSA, one HCA
+    folder = write_tiny(
+        tmp_path_factory.mktemp("schedules") / "tiny", "flash", num_layers=4
+    )  # two windows, one CSA, one HCA
     engine = Engine(folder, request.param)
     yield engine, Oracle(load_hf(folder))
     engine.close()
 
 
-LENGTHS = st.one_of(st.sampled_from([1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 258, 260, 511, 512, 513, 516]), st.integers(1, 550))
+LENGTHS = st.one_of(
+    st.sampled_from([1, 3, 4, 5, 127, 128, 129, 255, 256, 257, 258, 260, 511, 512, 513, 516]), st.integers(1, 550)
+)
 REQUESTS = st.fixed_dictionaries(
     {
         "step": st.integers(0, 8),
@@ -98,15 +107,24 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-def test_any_schedule_gives_each_request_what_it_gets_alone(engine: tuple[Engine, Oracle], pytestconfig: pytest.Config) -> None:
+def test_any_schedule_gives_each_request_what_it_gets_alone(
+    engine: tuple[Engine, Oracle], pytestconfig: pytest.Config
+) -> None:
     process, oracle = engine
     count = pytestconfig.getoption("--schedules")
 
-    @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.lists(REQUESTS, min_size=1, max_size=5))
     def one(requests: list[dict]) -> None:
         schedule = [
-            {"step": r["step"], "prompt": TEXTS[r["text"]][: r["length"]] + r["own"], "max_tokens": r["max_tokens"], "abort": r["abort"]}
+            {
+                "step": r["step"],
+                "prompt": TEXTS[r["text"]][: r["length"]] + r["own"],
+                "max_tokens": r["max_tokens"],
+                "abort": r["abort"],
+            }
             for r in requests
         ]
         result = process.run(schedule)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites the comparison table of docs/planner.md from memory_points.yaml: `python tests/golden/memory_table.py`."""
+"""Rewrites the comparison table of docs/planner.md from memory_points.yaml: `python
+tests/golden/memory_table.py`."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ from dsv4.planning.memory.weights import stage_weights
 
 GIB = 1 << 30
 PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
-BEGIN, END = "<!-- memory points: python tests/golden/memory_table.py rewrites this -->", "<!-- end of memory points -->"
+BEGIN, END = (
+    "<!-- memory points: python tests/golden/memory_table.py rewrites this -->",
+    "<!-- end of memory points -->",
+)
 
 
 def pool(point: dict[str, Any]) -> VllmPool:
@@ -42,7 +46,8 @@ def pool(point: dict[str, Any]) -> VllmPool:
 
 
 def common_slots_pool(config: V4Config, formats: CacheFormats, num_draft_layers: int) -> VllmPool:
-    """vLLM 0.21 to 0.27: a block has as many (KV + index + HCA) slots as the longest group has layers."""
+    """vLLM 0.21 to 0.27: a block has as many (KV + index + HCA) slots as the longest group has
+    layers."""
     groups = vllm_pool(config, formats, num_draft_layers).groups
     return VllmPool(groups, common_slots_bytes(config, formats, groups))
 
@@ -59,28 +64,51 @@ def common_slots_bytes(config: V4Config, formats: CacheFormats, groups: Sequence
 
 
 def concurrency(point: dict[str, Any]) -> tuple[float, float]:
-    """What the planner predicts for a deployment whose pool no log prints: with the high and the low overheads."""
+    """What the planner predicts for a deployment whose pool no log prints: with the high and the
+    low overheads."""
     formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat(point["index"]))
     checkpoint = find_checkpoint(point["model"])
     d = Deployment(
-        checkpoint=checkpoint, engine="vllm", gpu=find_gpu(point["gpu"]), count=point["tp"], nodes=1, tp=point["tp"], dp=1, ep=True, pp=1,
-        max_model_len=point["max_model_len"], max_num_batched_tokens=point["max_num_batched_tokens"], max_num_seqs=point["max_num_seqs"],
-        memory_fraction=point["fraction"], async_scheduling=False, index=formats.index, state=StateMapping.PAGED,
-    )  # fmt: skip
+        checkpoint=checkpoint,
+        engine="vllm",
+        gpu=find_gpu(point["gpu"]),
+        count=point["tp"],
+        nodes=1,
+        tp=point["tp"],
+        dp=1,
+        ep=True,
+        pp=1,
+        max_model_len=point["max_model_len"],
+        max_num_batched_tokens=point["max_num_batched_tokens"],
+        max_num_seqs=point["max_num_seqs"],
+        memory_fraction=point["fraction"],
+        async_scheduling=False,
+        index=formats.index,
+        state=StateMapping.PAGED,
+    )
     proof = prove(d)
     # That version laid blocks out otherwise, with slots for three draft layers.
     laid_out = common_slots_pool(checkpoint.config, formats, num_draft_layers=3)
-    low, high = (laid_out.max_concurrency(b, d.max_model_len, d.max_num_batched_tokens) for b in (proof.pool_low, proof.pool_high))
+    low, high = (
+        laid_out.max_concurrency(b, d.max_model_len, d.max_num_batched_tokens)
+        for b in (proof.pool_low, proof.pool_high)
+    )
     return low, high
 
 
 def historic_bytes_per_full_token(
-    config: V4Config, swa_full_tokens_ratio: float, speculative: bool, extra_layers: int = 0, hca_state_in_window: bool = False
+    config: V4Config,
+    swa_full_tokens_ratio: float,
+    speculative: bool,
+    extra_layers: int = 0,
+    hca_state_in_window: bool = False,
 ) -> float:
     """bytes_per_full_token of SGLang's builds before 0.5.22, which public logs print.
 
-    They priced rows without page padding and did not inflate for a draft. extra_layers: draft layers counted as window
-    layers. hca_state_in_window: builds of May 2026 priced the ratio-128 state per window page too.
+    They priced rows without page padding and did not inflate for a draft.
+
+    extra_layers: draft layers counted as window layers
+    hca_state_in_window: builds of May 2026 priced the ratio-128 state per window page too
     """
     formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
     row = kv_row(config, formats).row_bytes
@@ -109,7 +137,9 @@ def rows() -> list[tuple[str, str, float, float, str]]:
         total = sum(s.total_bytes for s in stage_weights(c.config, tp=1, dp=1, ep=False, pp=1, with_draft=True))
         found.append((c.repo.split("/")[1], "bytes of all tensors", c.total_bytes, total, "released checkpoint"))
     (rank,) = stage_weights(find_checkpoint("flash").config, tp=8, dp=1, ep=False, pp=1, with_draft=True)
-    found.append(("V4-Flash, TP8", "GiB per rank", 20.06, (rank.total_bytes + rank.wo_a_bytes) / GIB, "public start-up log"))
+    found.append(
+        ("V4-Flash, TP8", "GiB per rank", 20.06, (rank.total_bytes + rank.wo_a_bytes) / GIB, "public start-up log")
+    )
     for p in points["need"]:
         need = pool(p).request_bytes(p["max_model_len"], p["in_flight_tokens"]) / GIB
         found.append((p["what"], "GiB KV needed", p["printed_gib"], need, p["source"]))
@@ -119,7 +149,13 @@ def rows() -> list[tuple[str, str, float, float, str]]:
     found.append((what, "requests of 1M at once", p["printed_concurrency"], (low + high) / 2, p["source"]))
     (p,) = points["vllm_budget"]
     found.append(
-        (p["what"], "GiB", p["printed_available_gib"], p["fraction"] * p["total_gib"] - p["loaded_gib"] - p["activation_gib"], p["source"])
+        (
+            p["what"],
+            "GiB",
+            p["printed_available_gib"],
+            p["fraction"] * p["total_gib"] - p["loaded_gib"] - p["activation_gib"],
+            p["source"],
+        )
     )
     for p in points["sglang_bytes_per_full_token"]:
         config = find_checkpoint(p["model"]).config
@@ -132,7 +168,13 @@ def rows() -> list[tuple[str, str, float, float, str]]:
         found.append((p["source"], "tokens in the pool", p["printed_tokens"], tokens, p["source"]))
     (p,) = points["sglang_minimum_fraction"]
     found.append(
-        (p["what"], "smallest mem_fraction_static", p["printed"], 1 - p["left_gib"] / (p["loaded_gib"] + p["left_gib"]), p["source"])
+        (
+            p["what"],
+            "smallest mem_fraction_static",
+            p["printed"],
+            1 - p["left_gib"] / (p["loaded_gib"] + p["left_gib"]),
+            p["source"],
+        )
     )
     return found
 
@@ -143,7 +185,11 @@ def table() -> str:
     for what, quantity, printed, computed, source in rows():
         digits = 0 if printed > 20_000 else 4 if printed < 1 else 2
         off = abs(computed / printed - 1) * 100
-        link = f"[{source.rsplit('/', 3)[1]} {source.rsplit('/', 1)[1]}]({source})" if source.startswith("http") else source
+        link = (
+            f"[{source.rsplit('/', 3)[1]} {source.rsplit('/', 1)[1]}]({source})"
+            if source.startswith("http")
+            else source
+        )
         what = what if what != source else what.removeprefix("public report, ").removeprefix("public start-up log, ")
         lines.append(f"| {what} | {quantity} | {printed:,.{digits}f} | {computed:,.{digits}f} | {off:.2f} % | {link} |")
     return "\n".join(lines)

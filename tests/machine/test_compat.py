@@ -32,7 +32,9 @@ def test_other_vllm_versions_are_refused_with_found_supported_and_fix(version):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("version", "supported"), [("0.5.21", False), ("0.5.22", True), ("0.5.23.post1", True), ("0.5.24", False)])
+@pytest.mark.parametrize(
+    ("version", "supported"), [("0.5.21", False), ("0.5.22", True), ("0.5.23.post1", True), ("0.5.24", False)]
+)
 def test_sglang_range(version, supported):
     assert compat.is_supported("sglang", version) is supported
 
@@ -53,9 +55,12 @@ def test_the_supported_range_spans_the_tested_lines():
 
 
 def test_the_environment_holds_every_tested_version():
-    """One version of each engine is installed from the lock file, the other is unpacked by the Makefile."""
+    """One version of each engine is installed from the lock file, the other is unpacked by the
+    Makefile."""
     locked = dict(re.findall(r"^(vllm|sglang)==(\S+)", (ROOT / "requirements" / "lock.txt").read_text(), re.MULTILINE))
-    unpacked = dict(re.findall(r"^(VLLM_NEXT|SGLANG_PREV)_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    unpacked = dict(
+        re.findall(r"^(VLLM_NEXT|SGLANG_PREV)_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    )
     held = {"vllm": (locked["vllm"], unpacked["VLLM_NEXT"]), "sglang": (unpacked["SGLANG_PREV"], locked["sglang"])}
     assert {e: tuple(v.partition("+")[0] for v in versions) for e, versions in held.items()} == compat.TESTED_VERSIONS
 
@@ -73,13 +78,22 @@ def test_absent_engine_has_no_version(monkeypatch):
     ("probe", "missing"),
     [
         (Probe("dsv4.model.config:LayerSpec", "field", ("index", "kind")), []),
-        (Probe("dsv4.model.config:LayerSpec", "field", ("index", "compress_ratio")), ["dsv4.model.config:LayerSpec.compress_ratio"]),
+        (
+            Probe("dsv4.model.config:LayerSpec", "field", ("index", "compress_ratio")),
+            ["dsv4.model.config:LayerSpec.compress_ratio"],
+        ),
         (Probe("dsv4.model.config:LayerKind", "attribute", ("SWA", "MLA")), ["dsv4.model.config:LayerKind.MLA"]),
         (Probe("dsv4.model.config", "attribute", ("V4Config", "V5Config")), ["dsv4.model.config:V5Config"]),
-        (Probe("dsv4.machine.compat:check_version", "parameter", ("engine", "strict")), ["dsv4.machine.compat:check_version.strict"]),
+        (
+            Probe("dsv4.machine.compat:check_version", "parameter", ("engine", "strict")),
+            ["dsv4.machine.compat:check_version.strict"],
+        ),
         (Probe("dsv4.model.config:Gone", "field", ("index",)), ["dsv4.model.config:Gone"]),
         (Probe("dsv4.gone", "attribute", ("x",)), ["dsv4.gone (No module named 'dsv4.gone')"]),
-        (Probe("dsv4.machine.compat:check_version", "field", ("engine",)), ["dsv4.machine.compat:check_version.engine"]),
+        (
+            Probe("dsv4.machine.compat:check_version", "field", ("engine",)),
+            ["dsv4.machine.compat:check_version.engine"],
+        ),
     ],
 )
 def test_probe_names_exactly_what_is_missing(probe, missing):
@@ -89,7 +103,8 @@ def test_probe_names_exactly_what_is_missing(probe, missing):
 def test_failed_probe_says_what_is_missing_and_what_to_do(monkeypatch):
     monkeypatch.setitem(compat.PROBES, "vllm", (Probe("dsv4.model.config:LayerKind", "attribute", ("MLA",)),))
     with pytest.raises(
-        CompatError, match=r"vLLM 0.32.0 lacks what dsv4 .* uses: dsv4.model.config:LayerKind.MLA; install a tested version"
+        CompatError,
+        match=r"vLLM 0.32.0 lacks what dsv4 .* uses: dsv4.model.config:LayerKind.MLA; install a tested version",
     ):
         compat.check_structure("vllm", "0.32.0")
 

@@ -36,7 +36,9 @@ def test_auto_leaves_native_where_it_runs_and_nothing_shows_us_as_fast(device):
 @pytest.mark.parametrize("mode", ["auto", "on"])
 @pytest.mark.parametrize("device", [cuda(7, 0), cuda(7, 5)])
 def test_a_gpu_older_than_ampere_is_refused_with_its_name_the_need_and_a_way_out(device, mode):
-    with pytest.raises(UnsupportedDeviceError, match=rf"{device.name} is {device.arch}; .* need sm80 .*: use an A100, .*CUDA_VIS"):
+    with pytest.raises(
+        UnsupportedDeviceError, match=rf"{device.name} is {device.arch}; .* need sm80 .*: use an A100, .*CUDA_VIS"
+    ):
         decide.decide(mode, device)
     assert not decide.decide("off", device).serve
 
@@ -51,7 +53,7 @@ def test_the_weakest_device_decides_on_a_mixed_machine():
     assert weakest([cuda(9, 0), cuda(8, 9)]) == cuda(8, 9)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Detection
 
 

@@ -19,7 +19,9 @@ def test_a_card_is_found_whatever_the_spelling(name):
     assert find_gpu(name).id == "h200"
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("h201", "h200"), ("a100-40g", "a100-80g"), ("4090-24", "rtx-4090"), ("b20", "b200")])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("h201", "h200"), ("a100-40g", "a100-80g"), ("4090-24", "rtx-4090"), ("b20", "b200")]
+)
 def test_an_unknown_card_names_the_nearest(name, nearest):
     with pytest.raises(HardwareError, match=f"unknown GPU; nearest: .*{nearest}") as e:
         find_gpu(name)
@@ -53,7 +55,9 @@ def test_nvml_names_and_sizes_identify_the_card(name, mib, gpu):
     assert match_device(name, mib).id == gpu
 
 
-@pytest.mark.parametrize(("name", "mib"), [("NVIDIA A100-SXM4-40GB", 40_960), ("Tesla T4", 15_360), ("NVIDIA H20", 143_771)])
+@pytest.mark.parametrize(
+    ("name", "mib"), [("NVIDIA A100-SXM4-40GB", 40_960), ("Tesla T4", 15_360), ("NVIDIA H20", 143_771)]
+)
 def test_a_card_outside_the_table_says_so(name, mib):
     with pytest.raises(HardwareError, match="is not in dsv4's table"):
         match_device(name, mib)
@@ -85,4 +89,11 @@ def test_cuda_sees_what_pytorch_reports():
 
 
 def test_exactly_the_cards_below_hopper_need_the_plugin():
-    assert {g.id for g in all_gpus() if g.needs_plugin} == {"a100-80g", "l40s", "l20", "rtx-4090-48g", "rtx-4090", "rtx-3090"}
+    assert {g.id for g in all_gpus() if g.needs_plugin} == {
+        "a100-80g",
+        "l40s",
+        "l20",
+        "rtx-4090-48g",
+        "rtx-4090",
+        "rtx-3090",
+    }

@@ -29,7 +29,7 @@ def first_layers(config: V4Config, num_layers: int) -> V4Config:
     return replace(config, layers=config.layers[:num_layers], draft="none", num_draft_layers=0)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Validation
 
 
@@ -112,7 +112,12 @@ def test_every_problem_is_named_in_one_error(copy):
     edit(copy, "layers.2.ffn.gate.weight", None, new_name="layers.2.ffn.gate.wait")
     message = error_of(copy)
     assert "2 missing, 1 extra, 1 misshapen, 1 mis-typed" in message
-    for name in ("norm.weight is missing", "layers.1.attn.kv_norm.weight has", "layers.2.ffn.gate.weight is", "layers.2.ffn.gate.wait is"):
+    for name in (
+        "norm.weight is missing",
+        "layers.1.attn.kv_norm.weight has",
+        "layers.2.ffn.gate.weight is",
+        "layers.2.ffn.gate.wait is",
+    ):
         assert name in message
 
 
@@ -141,7 +146,11 @@ def stub_checkpoint(folder: Path, specs: list[TensorSpec]) -> Path:
     folder.mkdir()
     header, offset = {}, 0
     for spec in specs:
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
         offset += spec.nbytes
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
@@ -183,7 +192,7 @@ def test_wrong_expert_dtype_in_config_is_explained(tmp_path):
     assert 'set "expert_dtype" to "fp8"' in error_of(folder)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Damaged folders
 
 

@@ -72,11 +72,20 @@ def test_base_checkpoints_have_fp8_experts():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "deepseek_v41", "architectures": ["DeepseekV41ForCausalLM"]}, "DeepSeek-V4.1, another architecture"),
+        (
+            {"model_type": "deepseek_v41", "architectures": ["DeepseekV41ForCausalLM"]},
+            "DeepSeek-V4.1, another architecture",
+        ),
         ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM .* is not DeepSeek-V4"),
         ({"vision_n_layers": 32}, "Vision-Exp checkpoint"),
-        ({"quantization_config": {**FLASH["quantization_config"], "moe_quant_algo": "NVFP4"}}, "routed experts are NVFP4"),
-        ({"quantization_config": {**FLASH["quantization_config"], "weight_block_size": [32, 32]}}, r"weight_block_size \[32, 32\]"),
+        (
+            {"quantization_config": {**FLASH["quantization_config"], "moe_quant_algo": "NVFP4"}},
+            "routed experts are NVFP4",
+        ),
+        (
+            {"quantization_config": {**FLASH["quantization_config"], "weight_block_size": [32, 32]}},
+            r"weight_block_size \[32, 32\]",
+        ),
         ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
     ],
 )
@@ -126,7 +135,12 @@ def test_junk_in_any_field_is_a_config_error_or_harmless(shape):
 
 @pytest.mark.parametrize(
     ("shape", "key"),
-    [(FLASH, "quantization_config"), (FLASH, "rope_scaling"), (hf_shape(), "rope_parameters"), (hf_shape(), "compress_rates")],
+    [
+        (FLASH, "quantization_config"),
+        (FLASH, "rope_scaling"),
+        (hf_shape(), "rope_parameters"),
+        (hf_shape(), "compress_rates"),
+    ],
 )
 def test_junk_inside_nested_objects_is_a_config_error_or_harmless(shape, key):
     for inner in shape[key]:
@@ -140,7 +154,15 @@ def test_junk_inside_nested_objects_is_a_config_error_or_harmless(shape, key):
 
 
 def test_every_required_field_is_named_when_missing():
-    for key in ("num_hidden_layers", "hidden_size", "index_topk", "rope_theta", "hc_mult", "num_hash_layers", "head_dim"):
+    for key in (
+        "num_hidden_layers",
+        "hidden_size",
+        "index_topk",
+        "rope_theta",
+        "hc_mult",
+        "num_hash_layers",
+        "head_dim",
+    ):
         with pytest.raises(ConfigError, match=f"field '{key}' is missing"):
             V4Config.from_dict({k: v for k, v in FLASH.items() if k != key})
 

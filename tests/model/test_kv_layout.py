@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes are those that native vLLM allocates for the real checkpoints, measured in its own allocator."""
+"""Sizes are those that native vLLM allocates for the real checkpoints, measured in its own
+allocator."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def test_a_sliding_layer_has_its_window_only(formats, window):
     assert page_bytes(SWA, formats) == {CacheRole.WINDOW: window}
 
 
-@pytest.mark.parametrize(("formats", "sizes"), [(FP8, (37440, 37440, 32832, 8640, 8640)), (PLAIN, (65536, 65536, 32768, 8704, 8192))])
+@pytest.mark.parametrize(
+    ("formats", "sizes"), [(FP8, (37440, 37440, 32832, 8640, 8640)), (PLAIN, (65536, 65536, 32768, 8704, 8192))]
+)
 def test_pages_of_a_csa_layer_have_native_vllms_size(formats, sizes):
     roles = (CacheRole.WINDOW, CacheRole.COMPRESSED, CacheRole.STATE, CacheRole.INDEX_KEY, CacheRole.INDEX_STATE)
     assert page_bytes(CSA, formats) == dict(zip(roles, sizes, strict=True))
@@ -40,7 +43,8 @@ def test_pages_of_an_hca_layer_have_native_vllms_size(formats, sizes):
 
 
 @pytest.mark.parametrize(
-    ("kv", "index", "row"), [("plain", "plain", (1024, 256)), ("fp8_ds_mla", "mxfp4", (584, 68)), ("plain", "fp8", (1024, 132))]
+    ("kv", "index", "row"),
+    [("plain", "plain", (1024, 256)), ("fp8_ds_mla", "mxfp4", (584, 68)), ("plain", "fp8", (1024, 132))],
 )
 def test_bytes_of_one_row(kv, index, row):
     caches = {c.role: c.row.row_bytes for c in layer_caches(FLASH, CSA, CacheFormats(KvFormat(kv), IndexFormat(index)))}

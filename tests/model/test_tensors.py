@@ -12,7 +12,8 @@ from dsv4.model.config import V4Config
 from dsv4.model.tensors import Component, tensor_specs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# name: (tensors, bytes); published totals of the real checkpoints, see the spec's sections 1.3 and 2.4
+# name: (tensors, bytes); published totals of the real checkpoints, see the spec's sections 1.3 and
+# 2.4
 TOTALS = {
     "DeepSeek-V4-Flash": (69_187, 159_609_485_896),
     "DeepSeek-V4-Pro": (145_116, 864_704_792_696),
@@ -38,7 +39,8 @@ def test_names_shapes_and_dtypes_equal_the_golden_inventory(name):
 
 
 def inventory(config: V4Config) -> str:
-    """Every tensor but the experts after expert 0. Rows: name, shape, dtype, tensor-parallel axis, layers that have it."""
+    """Every tensor but the experts after expert 0. Rows: name, shape, dtype, tensor-parallel axis,
+    layers that have it."""
     layers: dict[str, list[str]] = {}
     for spec in tensor_specs(config).values():
         if ".experts." in spec.name and ".experts.0." not in spec.name:

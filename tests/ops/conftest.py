@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels run in Triton's interpreter here, whatever the machine.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, its own library's functions included. So everything is imported
-here, under the variable, which is then taken away again: engines that other tests start must not inherit it.
+Triton reads TRITON_INTERPRET when a kernel is defined, its own library's functions included. So
+everything is imported here, under the variable, which is then taken away again: engines that other
+tests start must not inherit it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ interpreter_bf16.install()
 
 @pytest.fixture(autouse=True)
 def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every operator is served by its kernel, on one thread, from the same random numbers; torch.empty holds NaN."""
+    """Every operator is served by its kernel, on one thread, from the same random numbers;
+    torch.empty holds NaN."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("DSV4_OPS", "triton")
     registry.forget_choices()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's comparisons run without a GPU, no case ends the run, and its targets are judged as they are meant."""
+"""The benchmark's comparisons run without a GPU, no case ends the run, and its targets are judged
+as they are meant."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def test_a_process_that_cannot_start_fails_every_case_at_once(tmp_path: Path) ->
 def test_without_a_gpu_it_says_so_in_one_line() -> None:
     done = run()
     assert done.returncode == 0
-    assert done.stdout == "bench_ops: no GPU here, so nothing was measured; --interpret compares tiny cases without one\n"
+    assert (
+        done.stdout == "bench_ops: no GPU here, so nothing was measured; --interpret compares tiny cases without one\n"
+    )
 
 
 def judged(kernel: str, sizes: dict[str, int], **measured: object) -> dict[str, bool | None]:
@@ -86,7 +89,8 @@ def judged(kernel: str, sizes: dict[str, int], **measured: object) -> dict[str, 
 
 
 class Clock:
-    """A stand-in for torch.cuda that counts a call as 8 us, a replay as 2 us, and lets nobody read on the host."""
+    """A stand-in for torch.cuda that counts a call as 8 us, a replay as 2 us, and lets nobody read
+    on the host."""
 
     now_us = 0.0
     strict = False
@@ -123,9 +127,12 @@ def bench_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     for name, value in {
-        "Event": Clock, "CUDAGraph": Graph, "graph": lambda graph: contextlib.nullcontext(), "synchronize": lambda: None,
+        "Event": Clock,
+        "CUDAGraph": Graph,
+        "graph": lambda graph: contextlib.nullcontext(),
+        "synchronize": lambda: None,
         "set_sync_debug_mode": lambda mode: setattr(Clock, "strict", mode == "error"),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return bench_ops
 
@@ -155,8 +162,11 @@ def test_a_case_is_timed_like_with_like_and_a_peer_may_be_missing_or_wrong(bench
     }
     case = Case(takes(8.0), takes(40.0, reads=True), bytes_moved=4_000, flops=6_000_000, peers=peers)
     row = bench_ops.measure(case, [torch.ones(3)], {"copy_gb_per_s": 4.0, "bf16_tflops": 6.0})
-    # The kernel is replayed in 2 us; want and first peer read on the host, so that they are compared as called.
-    assert (row["us"], row["eager_us"], row["reference_us"], row["over_reference"]) == pytest.approx((2.0, 8.0, 40.0, 0.2))
+    # The kernel is replayed in 2 us; want and first peer read on the host, so that they are
+    # compared as called.
+    assert (row["us"], row["eager_us"], row["reference_us"], row["over_reference"]) == pytest.approx(
+        (2.0, 8.0, 40.0, 0.2)
+    )
     assert (row["gb_per_s"], row["of_copy_bandwidth"], row["of_matmul"]) == pytest.approx((2.0, 0.5, 0.5))
     assert row["peers"]["same"]["ratio"] == pytest.approx(0.5)
     assert row["peers"]["same"]["wrong"] is None
@@ -196,25 +206,56 @@ OVER_REFERENCE = "time over the reference's"
         ("experts_mxfp4", {"T": 64}, {"over_reference": 9.0, "served": False}, {}),
         ("index.logits decode", {"T": 8, "N": 32_768}, {}, {OVER_REFERENCE: True}),
         (
-            "index.logits decode", {"T": 8, "N": 262_144}, {"of_copy_bandwidth": 0.7, "peers": {"deep_gemm": {"ratio": 1.31, "wrong": None}}},
+            "index.logits decode",
+            {"T": 8, "N": 262_144},
+            {"of_copy_bandwidth": 0.7, "peers": {"deep_gemm": {"ratio": 1.31, "wrong": None}}},
             {OVER_REFERENCE: True, "share of copy bandwidth": True, "time over DeepGEMM's": False},
         ),
         (
-            "index.logits decode", {"T": 1, "N": 262_144}, {"of_copy_bandwidth": 0.69, "peers": {"deep_gemm": {"not_measured": "not there"}}},
+            "index.logits decode",
+            {"T": 1, "N": 262_144},
+            {"of_copy_bandwidth": 0.69, "peers": {"deep_gemm": {"not_measured": "not there"}}},
             {OVER_REFERENCE: True, "share of copy bandwidth": False, "time over DeepGEMM's": None},
         ),
-        ("sparse csa", {"T": 256, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": None}}}, {OVER_REFERENCE: True, "time over FlashMLA's": True}),
-        ("sparse csa", {"T": 64, "K": 512}, {"peers": {"flash_mla": {"ratio": 1.5, "wrong": "bad"}}}, {OVER_REFERENCE: True, "time over FlashMLA's": None}),
+        (
+            "sparse csa",
+            {"T": 256, "K": 512},
+            {"peers": {"flash_mla": {"ratio": 1.5, "wrong": None}}},
+            {OVER_REFERENCE: True, "time over FlashMLA's": True},
+        ),
+        (
+            "sparse csa",
+            {"T": 64, "K": 512},
+            {"peers": {"flash_mla": {"ratio": 1.5, "wrong": "bad"}}},
+            {OVER_REFERENCE: True, "time over FlashMLA's": None},
+        ),
         ("sparse csa", {"T": 4096, "K": 512}, {}, {OVER_REFERENCE: True}),
-        ("topk", {"T": 1, "N": 8192}, {"peers": {"torch.topk": {"ratio": 0.51, "wrong": None}}}, {OVER_REFERENCE: True, "time over torch.topk's": False}),
-        ("norm_rope_store", {"T": 8192}, {"of_copy_bandwidth": 0.6}, {OVER_REFERENCE: True, "share of copy bandwidth": True}),
-        ("compressor.update csa index", {"T": 8192}, {"of_copy_bandwidth": 0.59}, {OVER_REFERENCE: True, "share of copy bandwidth": False}),
+        (
+            "topk",
+            {"T": 1, "N": 8192},
+            {"peers": {"torch.topk": {"ratio": 0.51, "wrong": None}}},
+            {OVER_REFERENCE: True, "time over torch.topk's": False},
+        ),
+        (
+            "norm_rope_store",
+            {"T": 8192},
+            {"of_copy_bandwidth": 0.6},
+            {OVER_REFERENCE: True, "share of copy bandwidth": True},
+        ),
+        (
+            "compressor.update csa index",
+            {"T": 8192},
+            {"of_copy_bandwidth": 0.59},
+            {OVER_REFERENCE: True, "share of copy bandwidth": False},
+        ),
         ("mhc.post", {"T": 8192}, {"of_copy_bandwidth": 0.61}, {OVER_REFERENCE: True, "share of copy bandwidth": True}),
         ("mhc.post_pre", {"T": 1}, {"us": 10.1}, {OVER_REFERENCE: True, "us": False}),
         ("mhc.post_pre", {"T": 64}, {}, {OVER_REFERENCE: True}),
     ],
-)  # fmt: skip
-def test_targets(kernel: str, sizes: dict[str, int], measured: dict[str, object], expected: dict[str, bool | None]) -> None:
+)
+def test_targets(
+    kernel: str, sizes: dict[str, int], measured: dict[str, object], expected: dict[str, bool | None]
+) -> None:
     assert judged(kernel, sizes, **measured) == expected
 
 

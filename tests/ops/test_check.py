@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DSV4_CHECK=1 names the request and layer that held a bad slot, length or id, whoever serves the operator."""
+"""DSV4_CHECK=1 names the request and layer that held a bad slot, length or id, whoever serves the
+operator."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def ints(*values: Any) -> torch.Tensor:
 
 @pytest.fixture(params=["triton", "reference"])
 def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The mode is on, in a layer of a step whose first two tokens are of request 4 and whose third is of request 5."""
+    """The mode is on, in a layer of a step whose first two tokens are of request 4 and whose third
+    is of request 5."""
     monkeypatch.setenv("DSV4_CHECK", "1")
     monkeypatch.setenv("DSV4_OPS", request.param)
     monkeypatch.setattr(check, "_place", None)
@@ -125,7 +127,9 @@ def summarise(state_page: Ints = (1, 0), slots: Ints = (-1, -1, 63)) -> None:
 def select(lens: Ints = (64, 0, 3)) -> None:
     keys = make_pages(IndexFormat.FP8, 2, 64, 128)
     fill_pages(keys, torch.arange(128), torch.randn(128, 128), 0)
-    query = indexer.prepare_query(torch.randn(3, 16, 128).bfloat16(), torch.randn(3, 16), torch.zeros(3, 64), IndexFormat.FP8)
+    query = indexer.prepare_query(
+        torch.randn(3, 16, 128).bfloat16(), torch.randn(3, 16), torch.zeros(3, 64), IndexFormat.FP8
+    )
     table = PageTable(keys, ints([0], [1]))
     indexer.select(query, table, table, ints(0, 0, 1), ints(*lens), max_entries=64, k=16)
 
@@ -141,22 +145,63 @@ def route(ids: Ints = (0, 1, 2, 0)) -> None:
 
 GOOD = [norm_rope_store, sparse, save_state, compress_store, update, summarise, select, choose, route]
 BAD: list[tuple[Callable[..., None], dict[str, Ints], str]] = [
-    (norm_rope_store, {"slots": (0, -1, 64)}, "attention.norm_rope_store in {}: slot out of range at request 5, token 2, place 0: 64"),
-    (norm_rope_store, {"slots": (0, -2, 63)}, "request 4, token 1, place 0: -2; allowed: -1 or 0 .. 63 (1 pages of 64 rows)"),
-    (sparse, {"lens": (3, 3, 0)}, f"attention.sparse in {{}}: slot out of range at request 4, token 0, place 2: {1 << 20}"),
+    (
+        norm_rope_store,
+        {"slots": (0, -1, 64)},
+        "attention.norm_rope_store in {}: slot out of range at request 5, token 2, place 0: 64",
+    ),
+    (
+        norm_rope_store,
+        {"slots": (0, -2, 63)},
+        "request 4, token 1, place 0: -2; allowed: -1 or 0 .. 63 (1 pages of 64 rows)",
+    ),
+    (
+        sparse,
+        {"lens": (3, 3, 0)},
+        f"attention.sparse in {{}}: slot out of range at request 4, token 0, place 2: {1 << 20}",
+    ),
     (sparse, {"lens": (2, 4, 0)}, "length out of range at request 4, token 1, place 0: 4; allowed: 0 .. 3"),
     (sparse, {"lens": (2, 3, -1)}, "length out of range at request 5, token 2, place 0: -1"),
     (sparse, {"entry_lens": (2, 2, 2)}, "slot out of range at request 4, token 0, place 1: 64"),
     (sparse, {"entry_row": (0, 1, 2)}, "row of slots out of range at request 5, token 2, place 0: 2; allowed: 0 .. 1"),
-    (save_state, {"slots": (0, -1, 16)}, "compressor.save_state in {}: slot out of range at request 5, token 2, place 0: 16"),
-    # Given whose tokens they are, an operator says that: a part of a step is counted from its own start.
-    (compress_store, {"slots": (-1, 64, -1)}, "compressor.compress_store in {}: slot out of range at request 1, token 1, place 0: 64"),
-    (update, {"state_slots": (0, 1, 99)}, "compressor.update in {}: slot out of range at request 0, token 2, place 0: 99"),
+    (
+        save_state,
+        {"slots": (0, -1, 16)},
+        "compressor.save_state in {}: slot out of range at request 5, token 2, place 0: 16",
+    ),
+    # Given whose tokens they are, an operator says that: a part of a step is counted from its own
+    # start.
+    (
+        compress_store,
+        {"slots": (-1, 64, -1)},
+        "compressor.compress_store in {}: slot out of range at request 1, token 1, place 0: 64",
+    ),
+    (
+        update,
+        {"state_slots": (0, 1, 99)},
+        "compressor.update in {}: slot out of range at request 0, token 2, place 0: 99",
+    ),
     (update, {"slots": (-1, 64, -1)}, "compressor.update in {}: slot out of range at request 1, token 1, place 0: 64"),
-    (summarise, {"state_page": (1, 2)}, "summary.compress in {}: state page out of range at request 1, place 0: 2; allowed: 0 .. 1"),
-    (summarise, {"slots": (-1, -1, 128)}, "summary.compress in {}: slot out of range at request 1, token 2, place 0: 128"),
-    (select, {"lens": (64, 0, 65)}, "indexer.logits in {}: number of entries out of range at request 1, token 2, place 0: 65"),
-    (choose, {"lens": (9, 0, 3)}, "indexer.topk in {}: number of entries out of range at request 4, token 0, place 0: 9"),
+    (
+        summarise,
+        {"state_page": (1, 2)},
+        "summary.compress in {}: state page out of range at request 1, place 0: 2; allowed: 0 .. 1",
+    ),
+    (
+        summarise,
+        {"slots": (-1, -1, 128)},
+        "summary.compress in {}: slot out of range at request 1, token 2, place 0: 128",
+    ),
+    (
+        select,
+        {"lens": (64, 0, 65)},
+        "indexer.logits in {}: number of entries out of range at request 1, token 2, place 0: 65",
+    ),
+    (
+        choose,
+        {"lens": (9, 0, 3)},
+        "indexer.topk in {}: number of entries out of range at request 4, token 0, place 0: 9",
+    ),
     (route, {"ids": (0, 3, 1, 0)}, "moe.route_hash in {}: token id out of range at request 4, token 1, place 0: 3"),
     (route, {"ids": (0, 1, 1, -1)}, "token id out of range at token 3, place 0: -1"),
 ]
@@ -170,9 +215,13 @@ def test_what_is_in_range_passes(call: Callable[[], None]) -> None:
 
 @pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize(
-    ("call", "bad", "message"), BAD, ids=[f"{call.__name__}-{'-'.join(bad)}-{i}" for i, (call, bad, _) in enumerate(BAD)]
+    ("call", "bad", "message"),
+    BAD,
+    ids=[f"{call.__name__}-{'-'.join(bad)}-{i}" for i, (call, bad, _) in enumerate(BAD)],
 )
-def test_what_is_not_is_reported_with_its_request_and_layer(call: Callable[..., None], bad: dict[str, Ints], message: str) -> None:
+def test_what_is_not_is_reported_with_its_request_and_layer(
+    call: Callable[..., None], bad: dict[str, Ints], message: str
+) -> None:
     with pytest.raises(OpInputError) as raised:
         call(**bad)
     assert message.format(LAYER) in str(raised.value)
@@ -191,7 +240,9 @@ def test_many_bad_slots_are_counted() -> None:
 def test_a_graph_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(CheckImpossibleError, match=r"indexer\.topk: DSV4_CHECK=1 .* --enforce-eager.*--disable-cuda-graph"):
+    with pytest.raises(
+        CheckImpossibleError, match=r"indexer\.topk: DSV4_CHECK=1 .* --enforce-eager.*--disable-cuda-graph"
+    ):
         choose()
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make kernels` fails on what a GPU would refuse, or would run as something else. The compiler needs a process of its own."""
+"""`make kernels` fails on what a GPU would refuse, or would run as something else. The compiler
+needs a process of its own."""
 
 from __future__ import annotations
 
@@ -51,14 +52,18 @@ MOST_PARAMETERS = 25  # of a kernel, constants included; more want a NamedTuple
 
 
 def test_no_kernel_takes_more_parameters_than_a_reader_can() -> None:
-    shipped = [s for m in import_kernels(KERNEL_MODULES) if "compressor" not in m.__name__ for s in getattr(m, "SHIPPED", ())]
+    shipped = [
+        s for m in import_kernels(KERNEL_MODULES) if "compressor" not in m.__name__ for s in getattr(m, "SHIPPED", ())
+    ]
     assert {s.name: len(s.kernel.arg_names) for s in shipped if len(s.kernel.arg_names) > MOST_PARAMETERS} == {}
 
 
 def test_the_gate_names_every_kind_of_failure(tmp_path: Path) -> None:
     script = tmp_path / "gate.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | {
+        "TRITON_CACHE_DIR": str(tmp_path / "cache")
+    }
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     problems = {name: " ".join(found) for name, found in json.loads(done.stdout).items()}

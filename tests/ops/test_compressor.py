@@ -18,7 +18,14 @@ from dsv4.ops.norm import rms_norm
 from dsv4.ops.pages import Pages, RowsFormat, SlotMapping, load_rows, row_widths
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
-from tests.support.kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
+from tests.support.kernel_cases import (
+    assert_bytes_equal,
+    assert_encodes,
+    assert_within,
+    clone_pages,
+    make_pages,
+    memory,
+)
 
 EPS = 1e-6
 FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)
@@ -56,7 +63,8 @@ def cloned(mapping: SlotMapping) -> SlotMapping:
 
 
 def saved(pages: Pages, table: Tensor, weight: Tensor, entry_slots: Tensor, entries: Pages) -> PagedState:
-    """State whose rows are in their pages already: neither kv, gate nor where they would go may be read."""
+    """State whose rows are in their pages already: neither kv, gate nor where they would go may be
+    read."""
     nothing = torch.zeros(0, 0)
     projected, rows = Projected(nothing, nothing, nothing, weight), SlotMapping(pages, nothing)
     return PagedState(projected, rows, table, SlotMapping(entries, entry_slots))
@@ -94,7 +102,8 @@ def bytes_of(pages: Pages, slots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_entries_are_pooled_normalised_rotated_and_stored_as_by_the_reference(case: EntryCase) -> None:
-    """Two requests: one from position 0, whose first CSA entry has half its rows, one in the middle of its life."""
+    """Two requests: one from position 0, whose first CSA entry has half its rows, one in the middle
+    of its life."""
     ratio, overlap, dim, row_format, rows = case
     state_rows = 4 if ratio == 4 else 8
     total = 3 * ratio + 3
@@ -131,7 +140,9 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_by_the_reference(ca
 
     kept = entry_slots >= 0
     where = entry_slots[kept]
-    exact = exact_entries(state, table, request_of_token[kept], positions_t[kept], ratio=ratio, overlap=overlap, dim=dim)
+    exact = exact_entries(
+        state, table, request_of_token[kept], positions_t[kept], ratio=ratio, overlap=overlap, dim=dim
+    )
     exact = apply_rope(rms_norm(exact, weight, EPS), entry_table[kept])
     if row_format in (KvFormat.PLAIN, IndexFormat.PLAIN):
         assert_within(load_rows(cache, where, dim, 64).bfloat16(), exact, load_rows(expected, where, dim, 64))
@@ -139,8 +150,8 @@ def test_entries_are_pooled_normalised_rotated_and_stored_as_by_the_reference(ca
             p.data[where.long() // rows, where.long() % rows] = 0
     else:
         source = hadamard(exact.bfloat16()) if row_format in (IndexFormat.FP8, IndexFormat.MXFP4) else exact
-        # fp32 softmax, pooling and norm differ in some last bits, which may flip one bf16 rounding of an element;
-        # behind the Hadamard sum that is one of 128 addends.
+        # fp32 softmax, pooling and norm differ in some last bits, which may flip one bf16 rounding
+        # of an element; behind the Hadamard sum that is one of 128 addends.
         slack = 2.0**-8 if source is exact else 2.0**-9
         assert_encodes(*bytes_of(cache, where, dim), source, row_format, 64, slack=slack)
         width, scale_width = row_widths(cache, dim, 64)
@@ -213,7 +224,8 @@ def test_slots_and_pages_out_of_range_touch_nothing() -> None:
 )
 @pytest.mark.parametrize("already", [0, 3, 130], ids=["whole", "open-window", "later"])
 def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, RowsFormat]], already: int) -> None:
-    """Two requests and a padding token in one step; entries pool rows of this step, of earlier ones, and of both."""
+    """Two requests and a padding token in one step; entries pool rows of this step, of earlier
+    ones, and of both."""
     overlap, state_rows, new = 2 if ratio == 4 else 1, 4 if ratio == 4 else 8, ratio + 2
     total, rows = already + new, 256 // ratio
     at = torch.arange(total)
@@ -252,7 +264,8 @@ def test_one_launch_writes_the_bytes_of_all(ratio: int, caches: list[tuple[int, 
 
 
 def test_rows_of_another_request_in_the_step_are_not_taken_for_ones_own() -> None:
-    """Request 1 goes on at the position where request 0 stops, so that only the request tells their rows apart."""
+    """Request 1 goes on at the position where request 0 stops, so that only the request tells their
+    rows apart."""
     state, table = state_pages(16, 4, 2, 128)
     earlier = torch.arange(10)
     reference.store_rows(state, table[1, earlier // 4] * 4 + (earlier % 4).int(), torch.randn(10, 512), 0)

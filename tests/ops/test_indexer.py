@@ -32,12 +32,15 @@ def queries(num_tokens: int, num_heads: int, dtype: torch.dtype = torch.bfloat16
 @pytest.mark.parametrize("index_format", list(IndexFormat))
 def test_prepared_queries_are_the_references(num_tokens: int, num_heads: int, index_format: IndexFormat) -> None:
     q, weights, table = queries(num_tokens, num_heads)
-    got, want = (prepare(q, weights, table, index_format) for prepare in (indexer.prepare_query, reference.prepare_query))
+    got, want = (
+        prepare(q, weights, table, index_format) for prepare in (indexer.prepare_query, reference.prepare_query)
+    )
     if index_format is IndexFormat.PLAIN:
         assert_within(got.values, apply_rope(q.float(), table), want.values)
         assert torch.equal(got.weights, want.weights)
         return
-    # A sum of 128 bf16 numbers in another order may round to the neighbouring bf16, which may quantise to another code.
+    # A sum of 128 bf16 numbers in another order may round to the neighbouring bf16, which may
+    # quantise to another code.
     row = hadamard(apply_rope(q, table)).bfloat16().float()
     near = [row * f for f in (1.0, 1 + 2.0**-8, 1 - 2.0**-8)]
     if index_format is IndexFormat.FP8:
@@ -53,11 +56,16 @@ def test_prepared_queries_are_the_references(num_tokens: int, num_heads: int, in
         assert torch.stack([got.values == o for o in options]).any(0).all()
     else:
         ones = torch.full_like(got.scales, 127)
-        assert torch.stack([dequantize_e2m1(got.values, ones) == dequantize_e2m1(o, ones) for o in options]).any(0).all()
+        assert (
+            torch.stack([dequantize_e2m1(got.values, ones) == dequantize_e2m1(o, ones) for o in options]).any(0).all()
+        )
 
 
-def keys_of(index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: torch.dtype = torch.bfloat16) -> PageTable:
-    """Random keys of requests of these lengths on shuffled pages, NaN everywhere else, and the block table [R, n]."""
+def keys_of(
+    index_format: IndexFormat, lens: list[int], rows: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> PageTable:
+    """Random keys of requests of these lengths on shuffled pages, NaN everywhere else, and the
+    block table [R, n]."""
     width = max(1, -(-max(lens) // rows))
     pages = make_pages(index_format, len(lens) * width + 1, rows, 128, dtype)
     table = torch.randperm(len(lens) * width).int().view(len(lens), width) + 1
@@ -72,8 +80,8 @@ def check_scores(query: IndexQuery, keys: PageTable, request: Tensor, lens: Tens
     want = reference.logits(query, keys, request, lens, max_entries)
     valid = torch.arange(max_entries) < lens[:, None]
     assert got.shape == want.shape
-    # Products of quantised numbers are exact in fp32; the two sums (128 channels, then the heads) come in another order:
-    # (128 + Hi) roundings of 2**-24, of the sum of magnitudes.
+    # Products of quantised numbers are exact in fp32; the two sums (128 channels, then the heads)
+    # come in another order: (128 + Hi) roundings of 2**-24, of the sum of magnitudes.
     q = reference.query_values(query)
     bound = torch.zeros_like(want)
     for t in range(lens.shape[0]):
@@ -111,7 +119,8 @@ def test_prefill_scores_share_keys_between_neighbours(index_format: IndexFormat)
 @pytest.mark.parametrize("index_format", list(IndexFormat))
 @pytest.mark.parametrize("requests", [1, 64], ids=["prefill", "decode"])
 def test_scores_of_257_tokens(index_format: IndexFormat, requests: int) -> None:
-    """64 requests are too many for neighbours to share keys. Lengths around page ends, empty rows and rows of one among them."""
+    """64 requests are too many for neighbours to share keys. Lengths around page ends, empty rows
+    and rows of one among them."""
     lens = torch.arange(257, dtype=torch.int32) * 7 % 131
     request = (torch.arange(257) * requests // 257).int()
     keys = keys_of(index_format, [130] * requests)
@@ -144,7 +153,7 @@ def test_block_table_entries_out_of_range_are_not_followed() -> None:
     assert (got[:, 64:90] == 0).all()
 
 
-# ---- selection -------------------------------------------------------------------------------------------------------
+# ---- selection -----------------------------------------------------------------------------
 
 
 def check_topk(scores: Tensor, lens: Tensor, k: int) -> None:
@@ -152,7 +161,9 @@ def check_topk(scores: Tensor, lens: Tensor, k: int) -> None:
     want = reference.topk(scores, lens, k)
     big = 1 << 30
     in_order = torch.where(want < 0, big, want).sort(-1).values
-    assert torch.equal(got, torch.where(in_order == big, -1, in_order)), "another set, or not in index order with -1 last"
+    assert torch.equal(got, torch.where(in_order == big, -1, in_order)), (
+        "another set, or not in index order with -1 last"
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +191,8 @@ def test_257_rows_at_once() -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(20_000, 512), (40_000, 2048), (262_144, 512), (262_144, 1024), (262_145, 1024)])
 def test_long_rows_up_to_a_million_tokens_and_beyond(n: int, k: int) -> None:
-    """The last launch takes 2048, 16,384 or 32,768 candidates; what is more than that is reduced by one launch more."""
+    """The last launch takes 2048, 16,384 or 32,768 candidates; what is more than that is reduced by
+    one launch more."""
     scores = torch.randn(4, n)
     scores[1] = scores[1].round()  # nothing but ties
     scores[2] = 0.0
@@ -226,17 +238,23 @@ def test_a_row_stride_larger_than_the_row() -> None:
 
 
 def test_scores_of_ranks_that_split_a_request_merge_to_the_same_choice() -> None:
-    """Each rank scores whole pages by its part of the block table; the merge keeps ties at the lowest index."""
+    """Each rank scores whole pages by its part of the block table; the merge keeps ties at the
+    lowest index."""
     lens = torch.tensor([300, 200, 70, 10], dtype=torch.int32)
     keys = keys_of(IndexFormat.FP8, [300])
     query = reference.prepare_query(*queries(4, 16), IndexFormat.FP8)
     request, k = torch.zeros(4, dtype=torch.int32), 32
-    score, choose = registry.OPERATORS["indexer.logits"].choice(CPU).function, registry.OPERATORS["indexer.topk"].choice(CPU).function
+    score, choose = (
+        registry.OPERATORS["indexer.logits"].choice(CPU).function,
+        registry.OPERATORS["indexer.topk"].choice(CPU).function,
+    )
     whole = choose(score(query, keys, request, lens, 300), lens, k)
     scores, indices = [], []
     for first, last in ((0, 2), (2, 5)):
         part = (lens - first * 64).clamp(0, (last - first) * 64)
-        logits = score(query, replace(keys, block_table=keys.block_table[:, first:last]), request, part, (last - first) * 64)
+        logits = score(
+            query, replace(keys, block_table=keys.block_table[:, first:last]), request, part, (last - first) * 64
+        )
         chosen = choose(logits, part, k)
         scores.append(logits.gather(1, chosen.clamp(min=0).long()))
         indices.append(torch.where(chosen >= 0, chosen + first * 64, -1))
@@ -244,9 +262,12 @@ def test_scores_of_ranks_that_split_a_request_merge_to_the_same_choice() -> None
 
 
 def entries_of(num_reqs: int, max_entries: int) -> PageTable:
-    """An entry cache where entry j of every request is slot j, so that a selection's slots are indices."""
+    """An entry cache where entry j of every request is slot j, so that a selection's slots are
+    indices."""
     width = -(-max_entries // 64)
-    return PageTable(make_pages(KvFormat.PLAIN, width, 64, 512), torch.arange(width, dtype=torch.int32).repeat(num_reqs, 1))
+    return PageTable(
+        make_pages(KvFormat.PLAIN, width, 64, 512), torch.arange(width, dtype=torch.int32).repeat(num_reqs, 1)
+    )
 
 
 def test_selection_end_to_end() -> None:
@@ -292,7 +313,10 @@ def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.Monk
 def test_selection_as_slots_of_the_entry_cache(n: int) -> None:
     lens = torch.tensor([n, 17, 3, 0], dtype=torch.int32)
     request = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
-    scores, entries = torch.randn(4, n), PageTable(make_pages(KvFormat.PLAIN, 3 * 200, 64, 1), torch.randperm(3 * 200).int().view(3, 200))
+    scores, entries = (
+        torch.randn(4, n),
+        PageTable(make_pages(KvFormat.PLAIN, 3 * 200, 64, 1), torch.randperm(3 * 200).int().view(3, 200)),
+    )
     choose = registry.OPERATORS["indexer.topk"].choice(CPU).function
     got = choose(scores, lens, 16, entries, request)
     want = reference.topk(scores, lens, 16, entries, request)

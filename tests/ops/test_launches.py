@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode launches of our own kernels per layer, counted: at most 12 in a CSA layer, 8 in an HCA layer, 6 in a window layer.
+"""Decode launches of our own kernels per layer, counted: at most 12 in a CSA layer, 8 in an HCA
+layer, 6 in a window layer.
 
-The engine's GEMMs and experts are not counted, nor the rotary tables and slots, which a step builds once for all layers.
+The engine's GEMMs and experts are not counted, nor the rotary tables and slots, which a step builds
+once for all layers.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
     )
     paged, summarised = [], []
     for dim, row_format in caches:
-        kv, ape, cache = torch.randn(T, overlap * dim), torch.randn(ratio, overlap * dim), make_pages(row_format, 2, 64, dim)
+        kv, ape, cache = (
+            torch.randn(T, overlap * dim),
+            torch.randn(ratio, overlap * dim),
+            make_pages(row_format, 2, 64, dim),
+        )
         projected = Projected(kv, kv, ape, torch.ones(dim))
         pages = make_pages(KvFormat.PLAIN, 80, 8, 2 * overlap * dim, torch.float32)
         fill_pages(pages, torch.arange(640), torch.randn(640, 2 * overlap * dim), 0)
@@ -85,18 +91,24 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
 
 
 def decode_layer(kind: str, mapping: StateMapping, max_tokens: int) -> None:
-    """What one layer of the model calls, on one token of each of two requests, with room for a context of max_tokens."""
+    """What one layer of the model calls, on one token of each of two requests, with room for a
+    context of max_tokens."""
     streams = mix_streams(torch.randn(T, 4, DIM).bfloat16())
     q, kv, table = torch.randn(T, HEADS, 512).bfloat16(), torch.randn(T, 512).bfloat16(), torch.randn(T, 64)
     window = make_pages(KvFormat.FP8_DS_MLA, 4, 64, 512)
     fill_pages(window, torch.arange(256), torch.randn(256, 512), 64)
-    q = attention.norm_rope_store(q, kv, torch.ones(512), EPS, table, SlotMapping(window, torch.tensor([5, 200], dtype=torch.int32)))
+    q = attention.norm_rope_store(
+        q, kv, torch.ones(512), EPS, table, SlotMapping(window, torch.tensor([5, 200], dtype=torch.int32))
+    )
     slots, lens = torch.arange(256, dtype=torch.int32).view(2, 128), torch.full((T,), 128, dtype=torch.int32)
     entries, rows = None, torch.arange(T, dtype=torch.int32)
     if kind != "window":
         index = [(128, IndexFormat.FP8)] if kind == "csa" else []
         pool(4 if kind == "csa" else 128, [(512, KvFormat.FP8_DS_MLA), *index], mapping)
-        entry_slots, entry_lens = torch.arange(2 * TOPK, dtype=torch.int32).view(T, TOPK) % 256, torch.tensor([70, 200], dtype=torch.int32)
+        entry_slots, entry_lens = (
+            torch.arange(2 * TOPK, dtype=torch.int32).view(T, TOPK) % 256,
+            torch.tensor([70, 200], dtype=torch.int32),
+        )
         entries = Selection(window, entry_slots, entry_lens, rows)
     if kind == "csa":
         keys = make_pages(IndexFormat.FP8, 20, 64, 128)
@@ -104,9 +116,14 @@ def decode_layer(kind: str, mapping: StateMapping, max_tokens: int) -> None:
         query = indexer.prepare_query(torch.randn(T, 16, 128).bfloat16(), torch.randn(T, 16), table, IndexFormat.FP8)
         pages = torch.arange(20, dtype=torch.int32).view(2, 10)
         entries = indexer.select(
-            query, PageTable(keys, pages), PageTable(window, pages % 4), rows, torch.tensor([600, 70], dtype=torch.int32),
-            max_entries=max_tokens // 4, k=TOPK,
-        )  # fmt: skip
+            query,
+            PageTable(keys, pages),
+            PageTable(window, pages % 4),
+            rows,
+            torch.tensor([600, 70], dtype=torch.int32),
+            max_entries=max_tokens // 4,
+            k=TOPK,
+        )
     o, _ = attention.sparse_attention(q, Selection(window, slots, lens), entries, torch.zeros(HEADS), table)
     attention.output_a(o, None, torch.randn(2, 16, 4 * 512).bfloat16())
     mix_streams(streams)
@@ -117,7 +134,9 @@ LIMIT = {"window": 6, "hca": 8, "csa": 12}
 
 
 def expected(kind: str, mapping: StateMapping, max_tokens: int) -> list[str]:
-    select = ["prepare_query", "decode_logits", "topk", *(["topk"] if max_tokens > 32_768 else [])] if kind == "csa" else []
+    select = (
+        ["prepare_query", "decode_logits", "topk", *(["topk"] if max_tokens > 32_768 else [])] if kind == "csa" else []
+    )
     pooling = [] if kind == "window" else ["compress_store" if mapping is StateMapping.PAGED else "summary"]
     combine = [] if kind == "window" else ["combine"]
     return [*MIX, "norm_rope_store", *pooling, *select, "attend", *combine, *MIX]
@@ -129,7 +148,9 @@ CONTEXTS = [("window", 2400), ("hca", 2400), *(("csa", n) for n in (2400, 32_768
 
 @pytest.mark.parametrize("mapping", list(StateMapping))
 @pytest.mark.parametrize(("kind", "max_tokens"), CONTEXTS)
-def test_a_decode_layer_launches_no_more_than_its_limit(kind: str, max_tokens: int, mapping: StateMapping, launches: list[str]) -> None:
+def test_a_decode_layer_launches_no_more_than_its_limit(
+    kind: str, max_tokens: int, mapping: StateMapping, launches: list[str]
+) -> None:
     decode_layer(kind, mapping, max_tokens)
     assert launches == expected(kind, mapping, max_tokens)
     assert len(launches) <= LIMIT[kind]
@@ -137,7 +158,9 @@ def test_a_decode_layer_launches_no_more_than_its_limit(kind: str, max_tokens: i
 
 @pytest.mark.parametrize("k", [512, 1024])
 @pytest.mark.parametrize(("entries", "count"), [(8192, 1), (8193, 2), (131_073, 2), (262_144, 2)])
-def test_top_k_takes_a_second_launch_from_8193_entries_and_never_a_third(entries: int, count: int, k: int, launches: list[str]) -> None:
+def test_top_k_takes_a_second_launch_from_8193_entries_and_never_a_third(
+    entries: int, count: int, k: int, launches: list[str]
+) -> None:
     """262,144 entries are those of 1,048,576 tokens."""
     topk(torch.randn(1, entries), torch.tensor([1500], dtype=torch.int32), k)
     assert launches == ["topk"] * count

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyper-connections: projection, balancing, collapse, expansion and the head equal the references."""
+"""Hyper-connections: projection, balancing, collapse, expansion and the head equal the
+references."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def double_pending(of: PendingPost) -> PendingPost:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "dim"), [(1, 256), (2, 4096), (1, 7168), (63, 256), (257, 64), pytest.param(63, 7168, marks=pytest.mark.slow)]
+    ("num_tokens", "dim"),
+    [(1, 256), (2, 4096), (1, 7168), (63, 256), (257, 64), pytest.param(63, 7168, marks=pytest.mark.slow)],
 )
 def test_pre_is_the_references(num_tokens: int, dim: int) -> None:
     here = site(dim)

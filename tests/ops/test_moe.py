@@ -63,7 +63,9 @@ def test_swiglu_clamps_both_sides_of_up_and_the_top_of_gate(num_tokens: int, wid
     both = (torch.randn(num_tokens, 2 * width) * 12).bfloat16()
     both[0, 0], both[0, -1] = float("nan"), float("inf")
     gate, up = both.chunk(2, -1)
-    assert_within(moe.swiglu(gate, up, 10.0), reference.swiglu(gate.double(), up.double(), 10.0), reference.swiglu(gate, up, 10.0))
+    assert_within(
+        moe.swiglu(gate, up, 10.0), reference.swiglu(gate.double(), up.double(), 10.0), reference.swiglu(gate, up, 10.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,11 +82,16 @@ def test_swiglu_clamps_both_sides_of_up_and_the_top_of_gate(num_tokens: int, wid
     ],
 )
 def test_experts_from_packed_weights(num_tokens: int, dim: int, inner: int, dtype: torch.dtype) -> None:
-    """Experts with none, one and more than a block of tokens, ids that live elsewhere, and widths that are no multiple of a tile."""
+    """Experts with none, one and more than a block of tokens, ids that live elsewhere, and widths
+    that are no multiple of a tile."""
     num_experts = 6
-    w13, w2 = (torch.randint(0, 256, s, dtype=torch.uint8) for s in ((num_experts, 2 * inner, dim // 2), (num_experts, dim, inner // 2)))
+    w13, w2 = (
+        torch.randint(0, 256, s, dtype=torch.uint8)
+        for s in ((num_experts, 2 * inner, dim // 2), (num_experts, dim, inner // 2))
+    )
     s13, s2 = (
-        torch.randint(118, 124, s, dtype=torch.uint8) for s in ((num_experts, 2 * inner, dim // 32), (num_experts, dim, inner // 32))
+        torch.randint(118, 124, s, dtype=torch.uint8)
+        for s in ((num_experts, 2 * inner, dim // 32), (num_experts, dim, inner // 32))
     )
     x, weights = torch.randn(num_tokens, dim).to(dtype), torch.rand(num_tokens, 3)
     ids = torch.stack([torch.tensor([0, 2, 4]) if t % 3 else torch.tensor([2, -1, 5]) for t in range(num_tokens)]).int()
@@ -92,7 +99,9 @@ def test_experts_from_packed_weights(num_tokens: int, dim: int, inner: int, dtyp
     want = reference.experts_mxfp4(x, *args)
     exact = reference.experts_mxfp4(x.double(), *args)
     if dtype is torch.float32:
-        torch.testing.assert_close(moe.experts_mxfp4(x, *args), want, rtol=1e-5, atol=float(want.abs().max()) * (dim + inner) * 2.0**-24)
+        torch.testing.assert_close(
+            moe.experts_mxfp4(x, *args), want, rtol=1e-5, atol=float(want.abs().max()) * (dim + inner) * 2.0**-24
+        )
     else:
         assert_within(moe.experts_mxfp4(x, *args), exact, want)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own Triton kernels and ours write and read the same bytes: fp8_ds_mla pages and compressor state.
+"""vLLM's own Triton kernels and ours write and read the same bytes: fp8_ds_mla pages and compressor
+state.
 
-vLLM replaces Triton by placeholders where there is no GPU driver, so its kernels' source is taken from the installed
-package and run in the interpreter unchanged.
+vLLM replaces Triton by placeholders where there is no GPU driver, so its kernels' source is taken
+from the installed package and run in the interpreter unchanged.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def native(tmp_path: Path) -> ModuleType:
         ("fused_compress_quant_cache.py", "", "_fused_kv_compress_norm_rope_insert_sparse_attn"),
     ):
         tree = ast.parse((folder / file).read_text())
-        body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == scope) if scope else tree.body
+        body = (
+            next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == scope) if scope else tree.body
+        )
         function = next(n for n in body if isinstance(n, ast.FunctionDef) and n.name == name)
         function.name = f"{scope or 'module'}_{name}".lower()
         function.decorator_list = [ast.parse("triton.jit", mode="eval").body]
@@ -64,7 +67,8 @@ def native_pages(num_pages: int) -> Pages:
 
 
 def test_native_writer_and_our_kernel_write_the_same_page(native: ModuleType) -> None:
-    """Rows of +-1 have a mean square of exactly 1, so that our norm leaves weight * sign and the bytes can be compared."""
+    """Rows of +-1 have a mean square of exactly 1, so that our norm leaves weight * sign and the
+    bytes can be compared."""
     slots = torch.tensor([0, 63, 64, -1, 130], dtype=torch.int64)
     sign = torch.where(torch.rand(5, 512) < 0.5, -1.0, 1.0).bfloat16()
     weight = (torch.randn(512) * torch.linspace(-9, 9, 512).exp2()).bfloat16()
@@ -73,9 +77,21 @@ def test_native_writer_and_our_kernel_write_the_same_page(native: ModuleType) ->
     attention.norm_rope_store(sign[:, None], sign, weight.float(), 0.0, table, SlotMapping(mine, slots.int()))
     rows = (sign.float() * weight.float()).bfloat16()
     native.module_quantize_and_insert_k_kernel[(5,)](
-        rows, slots, theirs.data, 5, input_dim=512, fp8_dim=448, bf16_dim=64, scale_dim=8, quant_block=64, cache_block_size=ROWS,
-        token_data_size=576, block_stride=theirs.data.stride(0), fp8_max=448.0, n_quant_blocks=8,
-    )  # fmt: skip
+        rows,
+        slots,
+        theirs.data,
+        5,
+        input_dim=512,
+        fp8_dim=448,
+        bf16_dim=64,
+        scale_dim=8,
+        quant_block=64,
+        cache_block_size=ROWS,
+        token_data_size=576,
+        block_stride=theirs.data.stride(0),
+        fp8_max=448.0,
+        n_quant_blocks=8,
+    )
     assert torch.equal(memory(mine), memory(theirs))
 
 
@@ -86,13 +102,31 @@ def test_native_reader_reads_what_our_kernel_wrote(native: ModuleType) -> None:
     at = torch.arange(n)
     slots = table[0, at // ROWS] * ROWS + (at % ROWS).int()
     kv = torch.randn(n, 512).bfloat16() * 3
-    attention.norm_rope_store(kv[:, None], kv, torch.rand(512) + 0.5, 1e-6, cos_sin(at, FREQ), SlotMapping(pages, slots))
+    attention.norm_rope_store(
+        kv[:, None], kv, torch.rand(512) + 0.5, 1e-6, cos_sin(at, FREQ), SlotMapping(pages, slots)
+    )
     out = torch.zeros(1, n, 512, dtype=torch.bfloat16)
     native.dequantizeandgatherkcachekernel_kernel[(1, 8)](
-        out, out.stride(0), out.stride(1), pages.data, torch.tensor([n], dtype=torch.int32), table, 0, None,
-        max_blocks_per_seq=2, fp8_dim=448, bf16_dim=64, scale_dim=8, quant_block=64, cache_block_size=ROWS, token_data_size=576,
-        block_stride=pages.data.stride(0), output_dim=512, fp8_max=448.0, n_quant_blocks=8,
-    )  # fmt: skip
+        out,
+        out.stride(0),
+        out.stride(1),
+        pages.data,
+        torch.tensor([n], dtype=torch.int32),
+        table,
+        0,
+        None,
+        max_blocks_per_seq=2,
+        fp8_dim=448,
+        bf16_dim=64,
+        scale_dim=8,
+        quant_block=64,
+        cache_block_size=ROWS,
+        token_data_size=576,
+        block_stride=pages.data.stride(0),
+        output_dim=512,
+        fp8_max=448.0,
+        n_quant_blocks=8,
+    )
     assert torch.equal(out[0].float(), load_rows(pages, slots, 512, 64))
 
 
@@ -102,13 +136,27 @@ def test_our_attention_reads_what_the_native_writer_wrote(native: ModuleType) ->
     slots, rows = torch.randperm(2 * ROWS)[:n], torch.randn(n, 512).bfloat16() * 2
     store_rows(mine, slots, rows, 64)
     native.module_quantize_and_insert_k_kernel[(n,)](
-        rows, slots, theirs.data, n, input_dim=512, fp8_dim=448, bf16_dim=64, scale_dim=8, quant_block=64, cache_block_size=ROWS,
-        token_data_size=576, block_stride=theirs.data.stride(0), fp8_max=448.0, n_quant_blocks=8,
-    )  # fmt: skip
+        rows,
+        slots,
+        theirs.data,
+        n,
+        input_dim=512,
+        fp8_dim=448,
+        bf16_dim=64,
+        scale_dim=8,
+        quant_block=64,
+        cache_block_size=ROWS,
+        token_data_size=576,
+        block_stride=theirs.data.stride(0),
+        fp8_max=448.0,
+        n_quant_blocks=8,
+    )
     q = torch.randn(2, 8, 512).bfloat16()
     window = torch.stack([slots[:64], slots[6:]]).int()
     lens, sink = torch.tensor([64, 50], dtype=torch.int32), torch.randn(8)
-    of_mine, of_theirs = (attention.sparse_attention(q, Selection(pages, window, lens), None, sink) for pages in (mine, theirs))
+    of_mine, of_theirs = (
+        attention.sparse_attention(q, Selection(pages, window, lens), None, sink) for pages in (mine, theirs)
+    )
     for a, b in zip(of_mine, of_theirs, strict=True):
         assert torch.equal(a, b)
 
@@ -129,10 +177,23 @@ def test_native_compressor_and_ours_share_state_and_entries(
     projected = Projected(kv, gate, ape, weight)
     compressor.save_state(projected, positions, SlotMapping(state, slots))
     native.savepartialstateskernel_kernel[(num_tokens,)](
-        kv, kv.stride(0), gate, gate.stride(0), ape, ape.stride(0), positions, native_state.data, native_state.data.stride(0),
-        native_state.data.stride(1), slots, state_rows,
-        HEAD_SIZE=width, TRITON_BLOCK_SIZE=triton.next_power_of_2(width), STATE_WIDTH=width, COMPRESS_RATIO=ratio,
-    )  # fmt: skip
+        kv,
+        kv.stride(0),
+        gate,
+        gate.stride(0),
+        ape,
+        ape.stride(0),
+        positions,
+        native_state.data,
+        native_state.data.stride(0),
+        native_state.data.stride(1),
+        slots,
+        state_rows,
+        HEAD_SIZE=width,
+        TRITON_BLOCK_SIZE=triton.next_power_of_2(width),
+        STATE_WIDTH=width,
+        COMPRESS_RATIO=ratio,
+    )
     assert torch.equal(memory(state), memory(native_state))
 
     entry_slots = torch.where((positions + 1) % ratio == 0, positions // ratio, -1).int()
@@ -149,13 +210,37 @@ def test_native_compressor_and_ours_share_state_and_entries(
     paged = compressor.PagedState(projected, SlotMapping(state, slots), table, SlotMapping(mine, entry_slots))
     compressor.compress_store([paged], step)
     native.module__fused_kv_compress_norm_rope_insert_sparse_attn[(num_tokens,)](
-        state.data, state.data.stride(0), state.data.stride(1), request, positions, slots, table, table.stride(0), state_rows,
-        weight, 1e-6, freq_table, freq_table.stride(0), theirs.data, entry_slots, rows,
-        HEAD_SIZE=512, TRITON_BLOCK_SIZE=512, STATE_WIDTH=width, COMPRESS_RATIO=ratio, OVERLAP=overlap - 1, ROPE_HEAD_DIM=64,
-        FP8_MAX=448.0, QUANT_BLOCK=64, TOKEN_STRIDE=576, SCALE_DIM=8, KV_BLOCK_STRIDE=theirs.data.stride(0), SANITIZE_CACHE_NANS=False,
-    )  # fmt: skip
-    # Theirs is a two-pass softmax, ours a running one: the last bits of fp32 differ, which may flip a bf16 rounding and
-    # with it the nearest e4m3, whose neighbour is 1/8 away.
+        state.data,
+        state.data.stride(0),
+        state.data.stride(1),
+        request,
+        positions,
+        slots,
+        table,
+        table.stride(0),
+        state_rows,
+        weight,
+        1e-6,
+        freq_table,
+        freq_table.stride(0),
+        theirs.data,
+        entry_slots,
+        rows,
+        HEAD_SIZE=512,
+        TRITON_BLOCK_SIZE=512,
+        STATE_WIDTH=width,
+        COMPRESS_RATIO=ratio,
+        OVERLAP=overlap - 1,
+        ROPE_HEAD_DIM=64,
+        FP8_MAX=448.0,
+        QUANT_BLOCK=64,
+        TOKEN_STRIDE=576,
+        SCALE_DIM=8,
+        KV_BLOCK_STRIDE=theirs.data.stride(0),
+        SANITIZE_CACHE_NANS=False,
+    )
+    # Theirs is a two-pass softmax, ours a running one: the last bits of fp32 differ, which may flip
+    # a bf16 rounding and with it the nearest e4m3, whose neighbour is 1/8 away.
     different = memory(mine) != memory(theirs)
     assert different.sum() <= 0.01 * 576 * num_tokens // ratio
     where = entry_slots[entry_slots >= 0]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""q and kv are normalised, rotated and stored as the reference does it, and nothing else in the cache is touched."""
+"""q and kv are normalised, rotated and stored as the reference does it, and nothing else in the
+cache is touched."""
 
 from __future__ import annotations
 
@@ -13,14 +14,24 @@ from dsv4.ops.attention import reference
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.pages import Pages, SlotMapping, load_rows
 from dsv4.ops.rope import apply_rope, cos_sin
-from tests.support.kernel_cases import assert_bytes_equal, assert_encodes, assert_within, clone_pages, make_pages, memory
+from tests.support.kernel_cases import (
+    assert_bytes_equal,
+    assert_encodes,
+    assert_within,
+    clone_pages,
+    make_pages,
+    memory,
+)
 
 EPS = 1e-6
 FREQ = 1e4 ** (-torch.arange(0, 64, 2) / 64)
 
 
-def inputs(num_tokens: int, num_heads: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, kv, its weight, the table and slots: every other token is stored, on both ends of a page among others."""
+def inputs(
+    num_tokens: int, num_heads: int, dtype: torch.dtype, rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, kv, its weight, the table and slots: every other token is stored, on both ends of a page
+    among others."""
     q, kv = torch.randn(num_tokens, num_heads, 512).to(dtype), (torch.randn(num_tokens, 512) * 3).to(dtype)
     positions = torch.randint(0, 1_000_000, (num_tokens,))
     slots = (torch.arange(num_tokens, dtype=torch.int32) * 2 + rows - 1).int()
@@ -36,7 +47,9 @@ def pages_for(row_format: KvFormat, num_tokens: int, rows: int, dtype: torch.dty
     ("num_tokens", "num_heads", "rows"), [(1, 8, 64), (2, 16, 2), (63, 3, 64), (5, 64, 256), (2, 128, 64), (257, 8, 64)]
 )
 @pytest.mark.parametrize("row_format", list(KvFormat))
-def test_rotated_queries_and_stored_rows_are_the_references(num_tokens: int, num_heads: int, rows: int, row_format: KvFormat) -> None:
+def test_rotated_queries_and_stored_rows_are_the_references(
+    num_tokens: int, num_heads: int, rows: int, row_format: KvFormat
+) -> None:
     q, kv, weight, table, slots = inputs(num_tokens, num_heads, torch.bfloat16, rows)
     pages = pages_for(row_format, num_tokens, rows, torch.bfloat16)
     expected_pages = clone_pages(pages)
@@ -49,12 +62,16 @@ def test_rotated_queries_and_stored_rows_are_the_references(num_tokens: int, num
     rows_at = slots[kept]
     if row_format is KvFormat.PLAIN:
         exact_kv = apply_rope(rms_norm(kv.float(), weight, EPS), table)[kept]
-        assert_within(load_rows(pages, rows_at, 512, 64).bfloat16(), exact_kv, load_rows(expected_pages, rows_at, 512, 64))
+        assert_within(
+            load_rows(pages, rows_at, 512, 64).bfloat16(), exact_kv, load_rows(expected_pages, rows_at, 512, 64)
+        )
     else:
         source = apply_rope(rms_norm(kv, weight, EPS), table)[kept].float()
         page, row = rows_at.long() // rows, rows_at.long() % rows
         values = torch.stack([pages.data[p, r * 576 : (r + 1) * 576] for p, r in zip(page, row, strict=True)])
-        scales = torch.stack([pages.data[p, rows * 576 + r * 8 : rows * 576 + (r + 1) * 8] for p, r in zip(page, row, strict=True)])
+        scales = torch.stack(
+            [pages.data[p, rows * 576 + r * 8 : rows * 576 + (r + 1) * 8] for p, r in zip(page, row, strict=True)]
+        )
         # kv is rounded to bf16 twice before; a flip of the first moves the result by one bf16 ulp.
         assert_encodes(values, scales, source, row_format, 64, slack=2.0**-8)
     # Blank the rows that were meant to be written: every other byte is as it was.
@@ -89,9 +106,13 @@ def test_fp32_rows_for_the_cpu_platform() -> None:
     expected = clone_pages(pages)
     out = attention.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(pages, slots))
     want = reference.norm_rope_store(q, kv, weight, EPS, table, SlotMapping(expected, slots))
-    torch.testing.assert_close(out, want, rtol=4 * 2.0**-23, atol=4 * 2.0**-23)  # four fp32 roundings: rms, norm, two products
+    torch.testing.assert_close(
+        out, want, rtol=4 * 2.0**-23, atol=4 * 2.0**-23
+    )  # four fp32 roundings: rms, norm, two products
     kept = slots[slots >= 0]
-    torch.testing.assert_close(load_rows(pages, kept, 512, 64), load_rows(expected, kept, 512, 64), rtol=5 * 2.0**-23, atol=2.0**-20)
+    torch.testing.assert_close(
+        load_rows(pages, kept, 512, 64), load_rows(expected, kept, 512, 64), rtol=5 * 2.0**-23, atol=2.0**-20
+    )
 
 
 def test_slots_beyond_the_pages_write_nothing() -> None:
@@ -112,7 +133,10 @@ def test_no_tokens_is_no_launch() -> None:
 @pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 128), (2, 64), (63, 8), (257, 16)])
 def test_outputs_rotate_back_before_the_grouped_product(num_tokens: int, num_heads: int) -> None:
     """Groups of 8 heads, as in both models."""
-    o, wo_a = torch.randn(num_tokens, num_heads, 512).bfloat16(), (torch.randn(num_heads // 8, 16, 8 * 512) / 64).bfloat16()
+    o, wo_a = (
+        torch.randn(num_tokens, num_heads, 512).bfloat16(),
+        (torch.randn(num_heads // 8, 16, 8 * 512) / 64).bfloat16(),
+    )
     table = cos_sin(torch.randint(0, 1000, (num_tokens,)), FREQ)
     exact = reference.output_a(o.float(), table, wo_a.float())
     assert_within(attention.output_a(o, table, wo_a), exact, reference.output_a(o, table, wo_a))

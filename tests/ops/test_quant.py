@@ -49,12 +49,15 @@ CODES = torch.arange(256, dtype=torch.uint8)
 
 
 def boundaries(values: Tensor) -> Tensor:
-    """Every number of a format, every midpoint between neighbours, and the fp32 on both sides of each; both signs."""
+    """Every number of a format, every midpoint between neighbours, and the fp32 on both sides of
+    each; both signs."""
     middle = (values[1:] + values[:-1]) / 2
     points = torch.cat([values, middle])
     bits = points.view(torch.int32)
     points = torch.cat([points, (bits + 1).view(torch.float32), (bits - 1).clamp(min=0).view(torch.float32)])
-    extra = torch.tensor([448.0, 449.0, 463.9, 464.0, 465.0, 5.0, 6.5, 1e9, float("inf"), 0.0, 2.0**-9, 2.0**-10, 2.0**-11, 1e-38, 1e-45])
+    extra = torch.tensor(
+        [448.0, 449.0, 463.9, 464.0, 465.0, 5.0, 6.5, 1e9, float("inf"), 0.0, 2.0**-9, 2.0**-10, 2.0**-11, 1e-38, 1e-45]
+    )
     return torch.cat([points, extra, -points, -extra])
 
 
@@ -92,7 +95,8 @@ def test_encoding_e4m3_keeps_nan() -> None:
 
 def test_encoding_e2m1_rounds_to_nearest_even_and_saturates() -> None:
     x = torch.cat([boundaries(torch.tensor(reference._E2M1[:8])), torch.randn(20000) * 3])
-    # A group of one number with amax 6 beside it has scale 1, so the reference's code is that of the number itself.
+    # A group of one number with amax 6 beside it has scale 1, so the reference's code is that of
+    # the number itself.
     packed, scale = reference.quantize_e2m1(torch.stack([x.clamp(-6, 6), torch.full_like(x, 6.0)], -1).repeat(1, 16))
     assert (scale == 127).all()
     assert torch.equal(run("encode_e2m1", x, torch.uint8), packed[:, 0] & 15)
@@ -109,7 +113,8 @@ def test_any_fp32_encodes_to_the_nearest_e4m3(values: list[float]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=64))
 def test_any_fp32_encodes_to_the_nearest_e2m1(values: list[float]) -> None:
-    """The nearer of the two neighbours, the even code between them: chosen here by comparing distances."""
+    """The nearer of the two neighbours, the even code between them: chosen here by comparing
+    distances."""
     x = torch.tensor(values, dtype=torch.float32)
     codes = run("encode_e2m1", x, torch.uint8)
     table = torch.tensor(reference._E2M1[:8], dtype=torch.float64)
@@ -176,10 +181,13 @@ def test_a_nan_or_infinity_stays_visible_in_its_group_and_nowhere_else(
     assert torch.equal(decoded.isnan(), want.isnan())
     assert decoded[0, :group].isnan().all()
     assert decoded[0, group:].isfinite().all()
-    assert torch.equal(decoded[1], reference.decode_row(*reference.encode_row(x[1:], row_format, 64), row_format, 64)[0])
+    assert torch.equal(
+        decoded[1], reference.decode_row(*reference.encode_row(x[1:], row_format, 64), row_format, 64)[0]
+    )
 
 
-# ---- the packed decodes, whose PTX no interpreter runs: its four instructions, on every code in every lane ------------
+# ---- the packed decodes, whose PTX no interpreter runs: its four instructions, on every code in
+# every lane ---
 
 
 def _prmt(a: np.ndarray, selector: int) -> np.ndarray:
@@ -193,9 +201,12 @@ def _lop3_ea(a: np.ndarray, b: int, c: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("shift", "mask", "kind", "factor"), [(1, 0x3F803F80, torch.float16, 2.0**8), (4, 0x07F007F0, torch.bfloat16, 2.0**120)]
+    ("shift", "mask", "kind", "factor"),
+    [(1, 0x3F803F80, torch.float16, 2.0**8), (4, 0x07F007F0, torch.bfloat16, 2.0**120)],
 )
-def test_the_packed_decode_is_exact_for_every_code_in_every_lane(shift: int, mask: int, kind: torch.dtype, factor: float) -> None:
+def test_the_packed_decode_is_exact_for_every_code_in_every_lane(
+    shift: int, mask: int, kind: torch.dtype, factor: float
+) -> None:
     codes = np.arange(256, dtype=np.uint64)
     for lane in range(4):
         others = [(codes * 7 + 31 * i) % 256 for i in range(4)]

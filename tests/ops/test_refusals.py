@@ -31,18 +31,28 @@ def test_auto_keeps_the_references_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_device_without_kernels_gets_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(OpUnavailableError, match=r"attention\.sparse.*cpu.*no CPU compiler; TRITON_INTERPRET=1.*DSV4_OPS=triton"):
+    with pytest.raises(
+        OpUnavailableError, match=r"attention\.sparse.*cpu.*no CPU compiler; TRITON_INTERPRET=1.*DSV4_OPS=triton"
+    ):
         registry.OPERATORS["attention.sparse"].choice(CPU)
 
 
 @pytest.mark.parametrize(
     ("properties", "hip", "expected"),
     [
-        ({"name": "Tesla T4", "major": 7, "minor": 5}, None, "Tesla T4 has compute capability 7.5, the kernels need 8.0"),
+        (
+            {"name": "Tesla T4", "major": 7, "minor": 5},
+            None,
+            "Tesla T4 has compute capability 7.5, the kernels need 8.0",
+        ),
         ({"name": "A100", "major": 8, "minor": 0}, None, None),
         ({"name": "RTX PRO 6000", "major": 12, "minor": 0}, None, None),
         ({"name": "MI300X", "gcnArchName": "gfx942:sramecc+:xnack-"}, "7.0", None),
-        ({"name": "RX 7900", "gcnArchName": "gfx1100"}, "7.0", "RX 7900 is gfx1100; the kernels are built for gfx942 and gfx950"),
+        (
+            {"name": "RX 7900", "gcnArchName": "gfx1100"},
+            "7.0",
+            "RX 7900 is gfx1100; the kernels are built for gfx942 and gfx950",
+        ),
     ],
 )
 def test_gpus_are_refused_by_what_they_lack(
@@ -59,7 +69,9 @@ def test_gpus_are_refused_by_what_they_lack(
 def test_no_accelerator_falls_back_to_a_reference_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("DSV4_OPS", "auto")
-    with pytest.raises(OpUnavailableError, match=r"mhc\.pre.*on xpu:0.*needs an NVIDIA or AMD GPU, not xpu.*DSV4_OPS=reference asks"):
+    with pytest.raises(
+        OpUnavailableError, match=r"mhc\.pre.*on xpu:0.*needs an NVIDIA or AMD GPU, not xpu.*DSV4_OPS=reference asks"
+    ):
         registry.OPERATORS["mhc.pre"].choice(torch.device("xpu", 0))
 
 

@@ -53,7 +53,8 @@ def entries_of_whole_sequence(projected: Projected, ratio: int, overlap: int) ->
 @pytest.mark.parametrize("ratio", [4, 128])
 @pytest.mark.parametrize("seed", range(2))
 def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: int) -> None:
-    """Three requests, some of them in each step, with one token or many; the third begins at a page that the first filled."""
+    """Three requests, some of them in each step, with one token or many; the third begins at a page
+    that the first filled."""
     rng = torch.Generator().manual_seed(seed)
     overlap = windows = 2 if ratio == 4 else 1
     total, width = (700, 600, 640), overlap * DIM
@@ -68,7 +69,9 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         ready = [r for r in range(3) if done[r] < total[r] and (r != 2 or done[0] >= PAGE)]
         chosen = [r for r in ready if torch.rand((), generator=rng) < 0.7] or ready
         single = bool(torch.rand((), generator=rng) < 0.5)
-        sizes = [1 if single else min(int(torch.randint(1, 300, (), generator=rng)), total[r] - done[r]) for r in chosen]
+        sizes = [
+            1 if single else min(int(torch.randint(1, 300, (), generator=rng)), total[r] - done[r]) for r in chosen
+        ]
         seq_lens = torch.tensor([done[r] + n for r, n in zip(chosen, sizes, strict=True)], dtype=torch.int32)
         starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
         batch = BatchView(starts, seq_lens, sum(sizes), len(chosen), int(seq_lens.max()), max(sizes))
@@ -90,4 +93,6 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
     for r in range(3):
         want = entries_of_whole_sequence(Projected(kv[r, : total[r]], gate[r, : total[r]], ape, norm), ratio, overlap)
         at = torch.arange(len(want))
-        torch.testing.assert_close(cache.data[table[r][at // per_page].long(), at % per_page], want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            cache.data[table[r][at // per_page].long(), at % per_page], want, rtol=1e-6, atol=1e-6
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over gathered rows equals the reference's, whatever the number of splits, and never reads what it should not."""
+"""Attention over gathered rows equals the reference's, whatever the number of splits, and never
+reads what it should not."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ class Case:
 
 
 def keys_in(pages: Pages) -> tuple[Tensor, int]:
-    """Random rows in half of the slots, the first and the last of a page among them, and the number of one of the others,
-    which stay NaN."""
+    """Random rows in half of the slots, the first and the last of a page among them, and the number
+    of one of the others, which stay NaN."""
     num_slots = pages.data.shape[0] * pages.rows
     order = torch.randperm(num_slots - 2) + 1
     owned = torch.cat([torch.tensor([0, num_slots - 1]), order[: num_slots // 2 - 2]])
@@ -42,7 +43,8 @@ def keys_in(pages: Pages) -> tuple[Tensor, int]:
 
 
 def slots_of(num_lists: int, width: int, lens: Tensor, pages: Pages, holes: float = 0.0) -> Tensor:
-    """Lists of owned slots of newly filled pages, of which a share is -1; beyond the length lie NaN rows."""
+    """Lists of owned slots of newly filled pages, of which a share is -1; beyond the length lie NaN
+    rows."""
     owned, nobodys = keys_in(pages)
     slots = owned[torch.randint(0, owned.numel(), (num_lists, width))]
     slots = torch.where(torch.rand(num_lists, width) < holes, -1, slots)
@@ -75,7 +77,8 @@ def make(
 
 
 def exact_and_low(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """o and LSE in fp64, and o in fp32 with the probabilities rounded to q's dtype as the official kernel does."""
+    """o and LSE in fp64, and o in fp32 with the probabilities rounded to q's dtype as the official
+    kernel does."""
     o = torch.zeros(case.q.shape, dtype=torch.float64)
     lse = torch.full(case.q.shape[:2], float("-inf"), dtype=torch.float64)
     low = torch.zeros(case.q.shape)
@@ -102,7 +105,8 @@ def check(case: Case, num_splits: int | None) -> None:
     o, lse = sparse_attention(*case.args(), num_splits=num_splits)
     exact, exact_lse, low = exact_and_low(case)
     assert_within(o, exact, low, f"split {num_splits}")
-    # The LSE sums fp32 exponentials of fp32 dot products of 512 exact products each: 512 roundings of relative 2**-24.
+    # The LSE sums fp32 exponentials of fp32 dot products of 512 exact products each: 512 roundings
+    # of relative 2**-24.
     torch.testing.assert_close(lse.double(), exact_lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
     _, told_lse = reference.sparse_attention(*case.args())
     torch.testing.assert_close(told_lse.double(), exact_lse, rtol=512 * 2.0**-24, atol=512 * 2.0**-24)
@@ -201,7 +205,8 @@ def test_the_most_extreme_slots_are_skipped(num_splits: int, by_row: bool) -> No
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_infinite_sinks(num_splits: int) -> None:
-    """-inf is no sink at all, +inf takes everything; neither makes a NaN, with and without a valid key."""
+    """-inf is no sink at all, +inf takes everything; neither makes a NaN, with and without a valid
+    key."""
     case = make(8, [40, 0, 40], [70, 0, 70], holes=0.0)
     case.sink[:] = torch.tensor([float("-inf"), float("inf")] * 4)
     o, lse = sparse_attention(*case.args(), num_splits=num_splits)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows gives.
+"""The compressor on summaries stores, for any chunking, the entries that pooling whole windows
+gives.
 
 Its kernel stores and keeps what the reference does.
 """
@@ -111,7 +112,8 @@ class Engine:
             )
             at = torch.arange(n // self.ratio)
             got = self.cache.data[self.table[r, at // self.rows].long(), at % self.rows]
-            # A softmax of at most 128 terms in another order: a few fp32 roundings of values of order 1.
+            # A softmax of at most 128 terms in another order: a few fp32 roundings of values of
+            # order 1.
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -131,7 +133,8 @@ def test_any_chunking_stores_the_entries_of_whole_windows(ratio: int, overlap: i
 @pytest.mark.parametrize(("ratio", "overlap"), [(4, 2), (128, 1)])
 @pytest.mark.parametrize("after", [1, 3, 4, 130])
 def test_a_page_end_carries_all_that_a_prefix_hit_needs(ratio: int, overlap: int, after: int) -> None:
-    """At a multiple of 256 the state block may be anybody's: the tail alone continues the request."""
+    """At a multiple of 256 the state block may be anybody's: the tail alone continues the
+    request."""
     engine = Engine((512 + after, 256 + after), ratio, overlap, seed=3)
     engine.step((200, 100))
     engine.step((312, 156))
@@ -152,7 +155,7 @@ def test_a_hit_on_a_page_that_another_request_fills_in_the_same_step_reads_the_n
     engine.check()
 
 
-# ---- the kernel ------------------------------------------------------------------------------------------------------
+# ---- the kernel ----------------------------------------------------------------------------
 
 FREQ = 1.6e5 ** (-torch.arange(0, 64, 2) / 64)
 # Per cache: head dim and format. A CSA layer pools into two, the entries and the index keys.
@@ -171,7 +174,8 @@ class Served:
 
     Whatever no request wrote is NaN.
 
-    Every cache has its own pages and block table; state pages are strided, as a column of an engine's block table is.
+    Every cache has its own pages and block table; state pages are strided, as a column of an
+    engine's block table is.
     """
 
     def __init__(self, kind: str, seed: int = 0) -> None:
@@ -220,7 +224,9 @@ class Served:
         self.done = [d + c for d, c in zip(self.done, counts, strict=True)]
         starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
         num_tokens = sum(counts) + padding
-        batch = BatchView(starts, torch.tensor(self.done, dtype=torch.int32), num_tokens, REQUESTS, max(self.done), max(counts))
+        batch = BatchView(
+            starts, torch.tensor(self.done, dtype=torch.int32), num_tokens, REQUESTS, max(self.done), max(counts)
+        )
         tokens = plan_tokens(batch)
         table = cos_sin(tokens.positions // self.ratio * self.ratio, FREQ)
         given = [self._step(i, tokens) for i in range(len(self.caches))]
@@ -283,9 +289,11 @@ class Served:
             score = self.gates[i][r, begin:end] + got.projected.ape[torch.arange(begin, end) % self.ratio]
             exact.append(_whole(self.kvs[i][r, begin:end], score, self.ratio, self.overlap)[-1])
         entry = apply_rope(
-            rms_norm(torch.stack(exact), got.projected.norm_weight, EPS), cos_sin(positions // self.ratio * self.ratio, FREQ)
+            rms_norm(torch.stack(exact), got.projected.norm_weight, EPS),
+            cos_sin(positions // self.ratio * self.ratio, FREQ),
         )
-        # fp32 sums in another order may tip a bf16 rounding. Behind the Hadamard sum that is one of 128 addends, or two.
+        # fp32 sums in another order may tip a bf16 rounding. Behind the Hadamard sum that is one of
+        # 128 addends, or two.
         source, slack = entry, entry.abs() * 2.0**-8 + 1e-6
         if got.entries.pages.format in (IndexFormat.FP8, IndexFormat.MXFP4):
             source = hadamard(entry.bfloat16())
@@ -318,19 +326,25 @@ def _erase(pages: Pages, where: Tensor, dim: int) -> None:
 
 
 def assert_summaries_close(actual: Tensor, expected: Tensor) -> None:
-    """fp32 [..., 3, D]: the maximum bit for bit, the sums to the rounding of one that is added up in another order.
+    """fp32 [..., 3, D]: the maximum bit for bit, the sums to the rounding of one that is added up
+    in another order.
 
-    A sum has at most n = 128 rows. Each of its terms carries the rounding of an exponential's argument, of at most 40 in
-    size here (40 * 2**-24), two ulp of the exponential, one of a product, and one per rescaling and addition, of which
-    there are at most n + n / 8. Relative to the sum of magnitudes that is below (40 + 3 + 144) * 2**-24, on either side.
+    A sum has at most n = 128 rows. Each of its terms carries the rounding of an exponential's
+    argument, of at most 40 in size here (40 * 2**-24), two ulp of the exponential, one of a
+    product, and one per rescaling and addition, of which there are at most n + n / 8. Relative to
+    the sum of magnitudes that is below (40 + 3 + 144) * 2**-24, on either side.
     """
-    assert torch.equal(actual.isnan(), expected.isnan()), "NaN elsewhere: a summary that nobody wrote, or one not written"
+    assert torch.equal(actual.isnan(), expected.isnan()), (
+        "NaN elsewhere: a summary that nobody wrote, or one not written"
+    )
     top, weight, total = (x.nan_to_num(nan=0.0, neginf=-1e30) for x in expected.unbind(-2))
     got = [x.nan_to_num(nan=0.0, neginf=-1e30) for x in actual.unbind(-2)]
     assert torch.equal(got[0], top)
     bound = 2 * (40 + 3 + 144) * 2.0**-24
     assert ((got[1] - weight).abs() <= bound * weight).all()
-    assert ((got[2] - total).abs() <= bound * weight * 8).all()  # |kv| < 8, so that magnitudes sum to less than 8 * weight
+    assert (
+        (got[2] - total).abs() <= bound * weight * 8
+    ).all()  # |kv| < 8, so that magnitudes sum to less than 8 * weight
 
 
 def test_scores_and_values_are_within_what_the_tolerance_assumes() -> None:
@@ -359,7 +373,8 @@ def test_kernel_steps_of_many_sizes_are_the_references(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["csa-fp8", "hca-fp8"])
 def test_kernel_decodes_over_a_page_end(kind: str) -> None:
-    """One token per request: a single launch writes tails, entries and state; a page is hit in the step that fills it."""
+    """One token per request: a single launch writes tails, entries and state; a page is hit in the
+    step that fills it."""
     served = Served(kind, seed=1)
     served.step((253, 127, 126), compare=False)
     for _ in range(2):
@@ -373,7 +388,8 @@ def test_kernel_decodes_over_a_page_end(kind: str) -> None:
 @pytest.mark.parametrize(("filler", "reader"), [(0, 1), (1, 0)])
 @pytest.mark.parametrize("missing", [6, 3], ids=["a-window", "part-of-one"])
 def test_kernel_reads_the_tail_of_a_page_filled_in_the_same_step(filler: int, reader: int, missing: int) -> None:
-    """The later request may come first in the step; launch order, not program order, makes its tail ready."""
+    """The later request may come first in the step; launch order, not program order, makes its tail
+    ready."""
     served = Served("csa-fp8", seed=2)
     counts = [0, 0, 0]
     counts[filler] = PAGE - missing

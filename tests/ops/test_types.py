@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mypy follows torch and the operators' signatures: exchanged arguments are reported where they stand."""
+"""mypy follows torch and the operators' signatures: exchanged arguments are reported where they
+stand."""
 
 from __future__ import annotations
 
@@ -38,4 +39,6 @@ def test_exchanged_arguments_are_seen(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(snippet)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     reported = {int(line) for line in re.findall(r"snippet\.py:(\d+): error:", done.stdout)}
-    assert reported == {n for n, line in enumerate(SNIPPET.splitlines(), 1) if line.endswith("# exchanged")}, done.stdout + done.stderr
+    assert reported == {n for n, line in enumerate(SNIPPET.splitlines(), 1) if line.endswith("# exchanged")}, (
+        done.stdout + done.stderr
+    )

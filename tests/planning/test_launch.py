@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines: golden files, and every format executed by a real shell with stand-ins for the engines."""
+"""Command lines: golden files, and every format executed by a real shell with stand-ins for the
+engines."""
 
 from __future__ import annotations
 
@@ -26,9 +27,12 @@ _spec.loader.exec_module(golden)
 
 WORKS = [r for r in shipped_recipes() if r.can_work]
 SHAPES = [  # one recipe per way of starting
-    "h200-x8-pro-vllm-context-800k", "h100-x16-pro-vllm-context", "h200-x16-pro-vllm-throughput", "gb200-x8-pro-sglang-latency",
+    "h200-x8-pro-vllm-context-800k",
+    "h100-x16-pro-vllm-context",
+    "h200-x16-pro-vllm-throughput",
+    "gb200-x8-pro-sglang-latency",
     "a100-80g-x8-flash-vllm-context",
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -53,10 +57,14 @@ def _run(script: str, env: dict[str, str]) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(golden.files()))
 def test_command_lines_equal_the_golden_ones(name):
-    assert (GOLDEN / name).read_text() == golden.files()[name], "run python tests/golden/launch/write.py and read the diff"
+    assert (GOLDEN / name).read_text() == golden.files()[name], (
+        "run python tests/golden/launch/write.py and read the diff"
+    )
 
 
-@pytest.mark.parametrize(("name", "rank"), [(name, rank) for name in SHAPES for rank in range(find_recipe(name)[0].hardware.nodes)])
+@pytest.mark.parametrize(
+    ("name", "rank"), [(name, rank) for name in SHAPES for rank in range(find_recipe(name)[0].hardware.nodes)]
+)
 def test_the_shell_script_starts_exactly_the_argv(name, rank, engines):
     recipe = find_recipe(name)[0]
     cmds = commands(recipe)
@@ -121,7 +129,9 @@ def test_the_second_of_three_nodes_starts_at_its_own_replica():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    args=st.lists(st.text(st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), max_size=20), max_size=4),
+    args=st.lists(
+        st.text(st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), max_size=20), max_size=4
+    ),
     var=st.text("ab'\"$ `\\", max_size=8),
 )
 def test_quoting_survives_any_argument(args, var):

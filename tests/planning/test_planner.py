@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 def _question(model: str, gpu: str, count: int, **options) -> Question:
     """On as few nodes as the GPUs need, unless options name a number."""
     card = find_gpu(gpu)
-    return Question(**{"checkpoint": find_checkpoint(model), "gpu": card, "count": count, "nodes": card.nodes_for(count)} | options)
+    return Question(
+        **{"checkpoint": find_checkpoint(model), "gpu": card, "count": count, "nodes": card.nodes_for(count)} | options
+    )
 
 
 def _plan(model: str, gpu: str, count: int, **options) -> list[Candidate]:
@@ -33,7 +35,11 @@ def _plan(model: str, gpu: str, count: int, **options) -> list[Candidate]:
 
 
 def _find(found: list[Candidate], engine: str, shape: str, draft: str = "none") -> Candidate:
-    (one,) = [c for c in found if (c.deployment.engine, c.deployment.shape, c.deployment.speculation.method) == (engine, shape, draft)]
+    (one,) = [
+        c
+        for c in found
+        if (c.deployment.engine, c.deployment.shape, c.deployment.speculation.method) == (engine, shape, draft)
+    ]
     return one
 
 
@@ -54,7 +60,9 @@ def test_the_default_step_of_vllm_does_not_fit_and_the_knob_is_the_step():
     assert knob.fits
     assert knob.text.startswith("lower max_num_batched_tokens to ")
     lower = int(knob.text.rsplit(" ", 1)[1])
-    fixed = prove(replace(c.deployment, max_num_batched_tokens=lower, max_num_seqs=min(c.deployment.max_num_seqs, lower)))
+    fixed = prove(
+        replace(c.deployment, max_num_batched_tokens=lower, max_num_seqs=min(c.deployment.max_num_seqs, lower))
+    )
     assert fixed.verdict is Verdict.FITS
 
 
@@ -159,13 +167,16 @@ def test_impossible_questions_are_one_line(gpu, count, options, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("800k", 819_200), ("1m", 1_048_576), ("1M", 1_048_576), ("819,200", 819_200), ("0.5m", 524_288), ("4096", 4096)]
+    ("text", "tokens"),
+    [("800k", 819_200), ("1m", 1_048_576), ("1M", 1_048_576), ("819,200", 819_200), ("0.5m", 524_288), ("4096", 4096)],
 )
 def test_contexts_are_read_as_people_write_them(text, tokens):
     assert parse_context(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "k", "-1", "0", "1e9", "two", "1.2.3k", "2m", "1048577", "nan", "inf", "٣", "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["", "k", "-1", "0", "1e9", "two", "1.2.3k", "2m", "1048577", "nan", "inf", "٣", "9" * 400]
+)
 def test_other_contexts_are_refused(text):
     with pytest.raises(PlanError):
         parse_context(text)
@@ -204,7 +215,11 @@ def test_every_question_is_answered_consistently(model, gpu, count, context, con
 
 
 @settings(max_examples=25, deadline=None)
-@given(gpu=st.sampled_from(["h200", "a100-80g", "b200"]), step=st.sampled_from([512, 4096, 16_384]), concurrency=st.integers(1, 16))
+@given(
+    gpu=st.sampled_from(["h200", "a100-80g", "b200"]),
+    step=st.sampled_from([512, 4096, 16_384]),
+    concurrency=st.integers(1, 16),
+)
 def test_a_larger_card_never_fits_less(gpu, step, concurrency):
     small = _plan("flash", gpu, 8, engine="vllm", max_num_batched_tokens=step, concurrency=concurrency)[0].deployment
     card = replace(small.gpu, visible_mib=small.gpu.visible_mib + 1024)

@@ -32,7 +32,8 @@ FP8 = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
 CHECKPOINTS = [c.id for c in all_checkpoints()]
 
 
-# Weights ------------------------------------------------------------------------------------------------------------
+# Weights
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -74,7 +75,8 @@ def test_pipeline_stages_are_cut_as_vllm_cuts_them():
     assert [len(s) for s in pipeline_layers(43, 4)] == [11, 11, 11, 10]
 
 
-# vLLM ---------------------------------------------------------------------------------------------------------------
+# vLLM
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("point", POINTS["need"], ids=lambda p: p["what"])
@@ -107,7 +109,9 @@ def test_budget_arithmetic_gives_the_available_memory_of_a_log(point):
 
 @pytest.mark.parametrize("point", POINTS["vllm_loaded"], ids=lambda p: p["what"])
 def test_loaded_memory_of_a_log_lies_in_the_predicted_range(point):
-    stage = stage_weights(find_checkpoint(point["model"]).config, tp=point["tp"], dp=1, ep=False, pp=point["pp"], with_draft=False)[0]
+    stage = stage_weights(
+        find_checkpoint(point["model"]).config, tp=point["tp"], dp=1, ep=False, pp=point["pp"], with_draft=False
+    )[0]
     outside = calibration.non_torch(point["tp"])
     low, high = stage.total_bytes + outside.low, stage.total_bytes + stage.wo_a_bytes + outside.high
     assert low / GIB <= point["printed_gib"] <= high / GIB
@@ -166,7 +170,8 @@ def test_more_tokens_never_need_less(length, flight, drafts):
     assert need <= pool.request_bytes(length, flight + 1)
 
 
-# SGLang -------------------------------------------------------------------------------------------------------------
+# SGLang
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("point", POINTS["sglang_bytes_per_full_token"], ids=lambda p: p["source"])
@@ -184,7 +189,9 @@ def test_bytes_per_full_token_equal_the_printed_figure(point):
 @pytest.mark.parametrize("point", POINTS["sglang_pool"], ids=lambda p: p["source"])
 def test_pool_tokens_follow_from_the_printed_bytes(point):
     pool = sglang_pool(
-        find_checkpoint("pro").config, FP8, SglangRequest(max_running_requests=256, chunked_prefill_tokens=8192, swa_full_tokens_ratio=0.15)
+        find_checkpoint("pro").config,
+        FP8,
+        SglangRequest(max_running_requests=256, chunked_prefill_tokens=8192, swa_full_tokens_ratio=0.15),
     )
     like = replace(pool, bytes_per_full_token=point["bytes_per_full_token"], fixed_bytes=point["fixed_gib"] * GIB)
     assert like.full_tokens(point["pool_gib"] * GIB) == pytest.approx(point["printed_tokens"], rel=0.005)
@@ -192,11 +199,16 @@ def test_pool_tokens_follow_from_the_printed_bytes(point):
 
 def test_minimum_fraction_is_what_loading_takes():
     (point,) = POINTS["sglang_minimum_fraction"]
-    assert 1 - point["left_gib"] / (point["loaded_gib"] + point["left_gib"]) == pytest.approx(point["printed"], abs=0.0005)
+    assert 1 - point["left_gib"] / (point["loaded_gib"] + point["left_gib"]) == pytest.approx(
+        point["printed"], abs=0.0005
+    )
 
 
 def test_smaller_request_cap_leaves_more_tokens():
     config = find_checkpoint("flash").config
-    pools = [sglang_pool(config, FP8, SglangRequest(max_running_requests=n, chunked_prefill_tokens=4096)) for n in (8, 64, 256)]
+    pools = [
+        sglang_pool(config, FP8, SglangRequest(max_running_requests=n, chunked_prefill_tokens=4096))
+        for n in (8, 64, 256)
+    ]
     tokens = [p.full_tokens(40 * GIB) for p in pools]
     assert tokens == sorted(tokens, reverse=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accounting against the engines' own KV planners, on a CPU, over the settings that change it; and their parsers."""
+"""The accounting against the engines' own KV planners, on a CPU, over the settings that change it;
+and their parsers."""
 
 from __future__ import annotations
 
@@ -54,10 +55,18 @@ def _planned_cases(engine: str) -> list[Case]:
     ):
         card = find_gpu(gpu)
         question = Question(
-            checkpoint=find_checkpoint(model), gpu=card, count=count, nodes=card.nodes_for(count), context=131_072, engine=engine
+            checkpoint=find_checkpoint(model),
+            gpu=card,
+            count=count,
+            nodes=card.nodes_for(count),
+            context=131_072,
+            engine=engine,
         )
         for c in plan(question):
-            argvs = (tuple(command.argv(rank, "10.0.0.1")[2:]) for rank, command in enumerate(deployment_commands(c.deployment)))
+            argvs = (
+                tuple(command.argv(rank, "10.0.0.1")[2:])
+                for rank, command in enumerate(deployment_commands(c.deployment))
+            )
             cases.append(Case(id=f"plan/{len(cases)}", argvs=tuple(argvs)))
     return cases
 
@@ -90,23 +99,44 @@ def _vllm_grid() -> list[Deployment]:
         kv = KvFormat.PLAIN if index is IndexFormat.PLAIN else KvFormat.FP8_DS_MLA
         length = 1_048_576 if step == 512 else 30_001
         grid.append(
-            replace(BASE, checkpoint=checkpoint, index=index, kv=kv, max_num_batched_tokens=step, async_scheduling=asynchronous, pp=pp,
-                    speculation=speculation, max_model_len=length)
-        )  # fmt: skip
+            replace(
+                BASE,
+                checkpoint=checkpoint,
+                index=index,
+                kv=kv,
+                max_num_batched_tokens=step,
+                async_scheduling=asynchronous,
+                pp=pp,
+                speculation=speculation,
+                max_model_len=length,
+            )
+        )
     return grid
 
 
 def _vllm_cases() -> list[Case]:
     need = prove(BASE).need_bytes
     names = [
-        "deepseek-ai/DeepSeek-V4-Flash", "--tokenizer-mode", "bogus", "--tool-call-parser", "zzz", "--reasoning-parser", "zzz",
-        "--speculative-config", '{"method": "zzz", "num_speculative_tokens": 1}', "--kv-cache-dtype", "fp8_ds_mla",
-    ]  # fmt: skip
+        "deepseek-ai/DeepSeek-V4-Flash",
+        "--tokenizer-mode",
+        "bogus",
+        "--tool-call-parser",
+        "zzz",
+        "--reasoning-parser",
+        "zzz",
+        "--speculative-config",
+        '{"method": "zzz", "num_speculative_tokens": 1}',
+        "--kv-cache-dtype",
+        "fp8_ds_mla",
+    ]
     return [
         *(_kv_case(f"grid/{i}", d, POOL_BYTES) for i, d in enumerate(_vllm_grid())),
         *(_kv_case(f"start/{n}", BASE, need - n) for n in (0, 1)),
         _argv_case("names", names, ("VLLM_USE_B12X_MOE", "NCCL_DEBUG")),
-        _argv_case("dead", ["model", "--attention-config.use_fp4_indexer_cache", "true", "--moe-backend", "deep_gemm_amxf4_mega_moe"]),
+        _argv_case(
+            "dead",
+            ["model", "--attention-config.use_fp4_indexer_cache", "true", "--moe-backend", "deep_gemm_amxf4_mega_moe"],
+        ),
         _argv_case("unknown", ["model", "--no-such-flag"]),
         _argv_case("good", ["model", "--max-model-len", "800k"], ("VLLM_USE_BREAKABLE_CUDAGRAPH",)),
     ]
@@ -144,9 +174,19 @@ def _sglang_grid() -> list[Deployment]:
             continue  # speculation always overlaps
         speculation = Speculation(method=checkpoint.config.draft, num_tokens=3) if draft else Speculation()
         grid.append(
-            replace(BASE, engine="sglang", state=StateMapping.RING, checkpoint=checkpoint, swa_full_tokens_ratio=ratio, max_num_seqs=seqs, dp=dp, pp=pp,
-                    speculation=speculation, async_scheduling=overlap)
-        )  # fmt: skip
+            replace(
+                BASE,
+                engine="sglang",
+                state=StateMapping.RING,
+                checkpoint=checkpoint,
+                swa_full_tokens_ratio=ratio,
+                max_num_seqs=seqs,
+                dp=dp,
+                pp=pp,
+                speculation=speculation,
+                async_scheduling=overlap,
+            )
+        )
     return grid
 
 
@@ -182,7 +222,13 @@ def test_pool_sizes_equal_sglang_exactly(engine, version):
 def test_vllm_probe_refuses_what_the_parser_accepts(engine, version):
     answers = _answers(engine, version, "argv/")
     complaints = " | ".join(answers["names"].errors)
-    for name in ("--tokenizer-mode bogus", "--tool-call-parser zzz", "--reasoning-parser zzz", "method zzz", "VLLM_USE_B12X_MOE"):
+    for name in (
+        "--tokenizer-mode bogus",
+        "--tool-call-parser zzz",
+        "--reasoning-parser zzz",
+        "method zzz",
+        "VLLM_USE_B12X_MOE",
+    ):
         assert name in complaints
     assert "NCCL_DEBUG" not in complaints
     assert answers["dead"].errors

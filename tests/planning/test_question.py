@@ -25,11 +25,15 @@ from dsv4.planning.recipe.question import (
 )
 from dsv4.planning.recipe.schema import find_recipe
 
-BLOCKS = BlockPools(in_flight_tokens=8192, stages=(BlockStage(block_bytes=3, request_bytes=30),), num_blocks=7, concurrency=0.5)
+BLOCKS = BlockPools(
+    in_flight_tokens=8192, stages=(BlockStage(block_bytes=3, request_bytes=30),), num_blocks=7, concurrency=0.5
+)
 TOKENS = TokenPools(stages=(TokenStage(bytes_per_full_token=1.5, fixed_bytes=2.0, full_tokens=256),))
 
 
-@pytest.mark.parametrize("name", ["h200-x8-pro-vllm-context-800k", "gb200-x8-pro-sglang-latency", "a100-80g-x8-flash-vllm-context"])
+@pytest.mark.parametrize(
+    "name", ["h200-x8-pro-vllm-context-800k", "gb200-x8-pro-sglang-latency", "a100-80g-x8-flash-vllm-context"]
+)
 def test_a_question_survives_json(name):
     recipe = find_recipe(name)[0]
     question = EngineQuestion(engine=recipe.engine.name, cases=(case_of(recipe, id=name), Case(id="bare")))

@@ -75,10 +75,27 @@ def test_cards_without_a_native_v4_are_served_by_the_plugin_and_claim_no_more_th
 
 
 COVERED = [
-    ("b200", 4), ("b200", 8), ("b300", 8), ("gb200", 8), ("gb300", 4), ("h200", 4), ("h200", 8), ("h200", 16), ("h100", 8), ("h100", 16),
-    ("h20", 8), ("a100-80g", 4), ("a100-80g", 8), ("l40s", 8), ("l20", 8), ("rtx-pro-6000", 2), ("rtx-pro-6000", 4), ("rtx-pro-6000", 8),
-    ("rtx-4090-48g", 4), ("rtx-4090-48g", 8),
-]  # fmt: skip
+    ("b200", 4),
+    ("b200", 8),
+    ("b300", 8),
+    ("gb200", 8),
+    ("gb300", 4),
+    ("h200", 4),
+    ("h200", 8),
+    ("h200", 16),
+    ("h100", 8),
+    ("h100", 16),
+    ("h20", 8),
+    ("a100-80g", 4),
+    ("a100-80g", 8),
+    ("l40s", 8),
+    ("l20", 8),
+    ("rtx-pro-6000", 2),
+    ("rtx-pro-6000", 4),
+    ("rtx-pro-6000", 8),
+    ("rtx-4090-48g", 4),
+    ("rtx-4090-48g", 8),
+]
 
 
 @pytest.mark.parametrize(("gpu", "count"), COVERED)
@@ -88,7 +105,9 @@ def test_every_promised_topology_has_a_recipe_that_works(gpu, count):
 
 def test_h200_x8_pro_has_an_800k_and_a_1m_plan_on_both_engines():
     found = {
-        (r.engine.name, r.lengths.max_model_len) for r in shipped_recipes("h200") if r.checkpoint.id == "pro" and r.hardware.count == 8
+        (r.engine.name, r.lengths.max_model_len)
+        for r in shipped_recipes("h200")
+        if r.checkpoint.id == "pro" and r.hardware.count == 8
     }
     assert {(e, n) for e in ("vllm", "sglang") for n in (819_200, 1_048_576)} <= found
 
@@ -98,7 +117,8 @@ def test_what_cannot_work_says_why():
     assert "needs 16x H100" in recipe.why_not[0].why
 
 
-# Bad input ----------------------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +164,9 @@ def test_a_missing_section_is_named(raw):
         parse_recipe(raw, "r.yaml")
 
 
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(8))
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(8)
+)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +204,8 @@ def test_bytes_that_are_no_text_and_absent_files_and_folders_are_refused(tmp_pat
             read_yaml(path)
 
 
-# Rules --------------------------------------------------------------------------------------------------------------
+# Rules
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,22 +214,33 @@ def test_bytes_that_are_no_text_and_absent_files_and_folders_are_refused(tmp_pat
         ({"parallel.tp": 16, "hardware.count": 16}, "cuts the shared expert to 192 columns"),
         ({"cache.index_dtype": "mxfp4"}, "mxfp4 index keys exist on compute capability 10.x only"),
         ({"speculative.method": "dspark", "speculative.num_tokens": 5}, "pro carries a mtp draft, not dspark"),
-        ({"checkpoint.id": "pro-0813", "speculative.method": "mtp", "speculative.num_tokens": 1}, "carries a dspark draft, not mtp"),
+        (
+            {"checkpoint.id": "pro-0813", "speculative.method": "mtp", "speculative.num_tokens": 1},
+            "carries a dspark draft, not mtp",
+        ),
         ({"speculative.method": "mtp"}, "speculative method mtp with 0 draft tokens"),
         ({"kernels.moe": "deep_gemm_mega_moe"}, "mega MoE needs compute capability 10.x"),
         ({"batching.max_num_seqs": 8192}, "exceeds max_num_batched_tokens 4096"),
-        ({"parallel.ep": False, "parallel.tp": 4, "parallel.dp": 4, "hardware.count": 16, "hardware.nodes": 2}, "turn EP on"),
+        (
+            {"parallel.ep": False, "parallel.tp": 4, "parallel.dp": 4, "hardware.count": 16, "hardware.nodes": 2},
+            "turn EP on",
+        ),
         ({"parallel.ep": False, "kernels.all_to_all": "deepep_low_latency"}, "needs expert parallelism"),
         ({"hardware.nodes": 3}, "do not divide over 3 nodes"),
         ({"hardware.count": 16, "parallel.dp": 2}, "nodes have at most 8"),
-        ({"hardware.gpu": "a100-80g", "speculative.method": "mtp", "speculative.num_tokens": 1}, "served by dsv4's plugin"),
+        (
+            {"hardware.gpu": "a100-80g", "speculative.method": "mtp", "speculative.num_tokens": 1},
+            "served by dsv4's plugin",
+        ),
     ],
 )
 def test_a_broken_rule_is_named(raw, changes, message):
     for path, value in changes.items():
         raw = _set(raw, path, value)
     recipe = parse_recipe(raw, "r.yaml")
-    assert any(message in v for v in violations(recipe.deployment(), recipe.env)), violations(recipe.deployment(), recipe.env)
+    assert any(message in v for v in violations(recipe.deployment(), recipe.env)), violations(
+        recipe.deployment(), recipe.env
+    )
 
 
 def test_deepep_dispatch_bound_counts_draft_tokens():
@@ -217,7 +251,8 @@ def test_deepep_dispatch_bound_counts_draft_tokens():
     assert "would abort" in violations(d, tight)[0]
 
 
-# The ladder ---------------------------------------------------------------------------------------------------------
+# The ladder
+# ----------------------------------------------------------------------------------------------
 
 
 def _check_changed(tmp_path: Path, raw: dict, path: str, value: object) -> list[tuple[str, str]]:
@@ -253,7 +288,10 @@ def test_a_record_must_be_committed(tmp_path, raw):
 
 def test_an_absent_engine_is_reported_as_skipped():
     (report,) = check([EXAMPLE], [])
-    assert [(r.name, r.outcome) for r in report.rungs if r.outcome != "ok"] == [("vllm-0.32.0", "skipped"), ("vllm-0.33.0", "skipped")]
+    assert [(r.name, r.outcome) for r in report.rungs if r.outcome != "ok"] == [
+        ("vllm-0.32.0", "skipped"),
+        ("vllm-0.33.0", "skipped"),
+    ]
     assert "vllm 0.33.0 is not installed here" in report.rungs[-1].details
 
 
@@ -279,7 +317,9 @@ def test_an_engine_that_cannot_be_imported_fails_its_rung(tmp_path):
     assert "cannot be imported to check with: RuntimeError: broken wheel" in rung.details[0]
 
 
-@pytest.mark.parametrize("printed", ["", "{}", '{"version": "0.33.0"}', '{"version": "0.33.0", "cases": {"a": {"error": []}}}'])
+@pytest.mark.parametrize(
+    "printed", ["", "{}", '{"version": "0.33.0"}', '{"version": "0.33.0", "cases": {"a": {"error": []}}}']
+)
 def test_an_answer_that_cannot_be_read_fails_its_rung(monkeypatch, printed):
     done = subprocess.CompletedProcess([], 0, stdout=printed, stderr="")
     monkeypatch.setattr(recipe_check.subprocess, "run", lambda *args, **kwargs: done)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The summary mapping by vLLM's own KV planner: what it promises, and that our accounting says the same."""
+"""The summary mapping by vLLM's own KV planner: what it promises, and that our accounting says the
+same."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ FORMATS = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
 def _record(extra_path: Path | None) -> dict[str, Any]:
     path = os.pathsep.join(str(p) for p in (extra_path, ROOT) if p is not None)
     script = str(ROOT / "benchmarks" / "bench_kv_mapping.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

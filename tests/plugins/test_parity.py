@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One checkpoint, one set of prompts, two engines: the same parameters and the same log-probabilities."""
+"""One checkpoint, one set of prompts, two engines: the same parameters and the same
+log-probabilities."""
 
 from __future__ import annotations
 

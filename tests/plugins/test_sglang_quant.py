@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What SGLang's Marlin kernels would be handed on sm80, sm86 and sm89, seen without such a GPU.
 
-SGLang's own code creates, loads, repacks and calls; only what needs CUDA is replaced: the repacking of weights by a reshape,
-and the expert kernel by the product it stands for, computed from the tensors it was handed.
+SGLang's own code creates, loads, repacks and calls; only what needs CUDA is replaced: the repacking
+of weights by a reshape, and the expert kernel by the product it stands for, computed from the
+tensors it was handed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def sglang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     folder = write_tiny(tmp_path_factory.mktemp("quant") / "tiny", "flash", num_layers=4)
     load_plugins()
-    args = ServerArgs(model_path=str(folder), device="cpu", dtype="bfloat16", context_length=512, skip_tokenizer_init=True)
+    args = ServerArgs(
+        model_path=str(folder), device="cpu", dtype="bfloat16", context_length=512, skip_tokenizer_init=True
+    )
     args.resolve_once()
     runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0))
     address = f"tcp://{HOST}:{free_port()}"
@@ -61,7 +64,12 @@ def quant_config() -> Any:
 
     from dsv4_sglang.quant import V4QuantConfig
 
-    released = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    released = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "scale_fmt": "ue8m0",
+    }
     return V4QuantConfig.adopt(Fp8Config.from_config(released), "fp4")
 
 
@@ -85,7 +93,8 @@ def gpu(sglang: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
 
 
 def reshaped_repack(b_q_weight: Tensor, perm: Tensor, size_k: int, size_n: int, num_bits: int) -> Tensor:
-    """Stands in for the kernel that reorders weights: its conditions and its output's shape, without the order."""
+    """Stands in for the kernel that reorders weights: its conditions and its output's shape,
+    without the order."""
     pack = 32 // num_bits
     assert (b_q_weight.shape, b_q_weight.dtype) == ((size_k // pack, size_n), torch.int32)
     assert size_k % 16 == 0
@@ -94,7 +103,8 @@ def reshaped_repack(b_q_weight: Tensor, perm: Tensor, size_k: int, size_n: int, 
 
 
 def unpermuted(scales: Tensor, size_k: int, size_n: int, group: int, interleaved: bool) -> Tensor:
-    """Scales as Marlin holds them, [K / group, N], back in the order of rows: [N, K / group] fp32."""
+    """Scales as Marlin holds them, [K / group, N], back in the order of rows: [N, K / group]
+    fp32."""
     from sglang.srt.layers.quantization.marlin_utils import marlin_permute_scales
 
     order = marlin_permute_scales(torch.arange(scales.numel()).view(scales.shape), size_k, size_n, group)
@@ -115,7 +125,8 @@ def marlin_experts(
     topk_ids: Tensor,
     **options: Any,
 ) -> Tensor:
-    """Stands in for `fused_marlin_moe`: its conditions, and the product computed in fp32 from what it was handed."""
+    """Stands in for `fused_marlin_moe`: its conditions, and the product computed in fp32 from what
+    it was handed."""
     k, n = hidden_states.shape[1], w2.shape[1] * 16
     assert hidden_states.dtype is torch.bfloat16
     assert hidden_states.shape[0] == options["gating_output"].shape[0]
@@ -128,9 +139,9 @@ def marlin_experts(
     def plain(packed: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
         codes = packed.reshape(columns // 8, rows).T.contiguous().view(torch.uint8)
         assert scale.shape == (columns // 32, rows)
-        return dequantize_expert(codes[None], unpermuted(scale, columns, rows, 32, True)[None].to(torch.float8_e8m0fnu).view(torch.uint8))[
-            0
-        ]
+        return dequantize_expert(
+            codes[None], unpermuted(scale, columns, rows, 32, True)[None].to(torch.float8_e8m0fnu).view(torch.uint8)
+        )[0]
 
     w13 = torch.stack([plain(w, s, 2 * n, k) for w, s in zip(w1, w1_scale, strict=True)])
     down = torch.stack([plain(w, s, k, n) for w, s in zip(w2, w2_scale, strict=True)])
@@ -143,7 +154,11 @@ def released_experts(intermediate: int) -> dict[str, Tensor]:
     seed = torch.Generator().manual_seed(intermediate)
     tensors = {}
     for expert in range(E):
-        for linear, rows, columns in (("w1", intermediate, HIDDEN), ("w2", HIDDEN, intermediate), ("w3", intermediate, HIDDEN)):
+        for linear, rows, columns in (
+            ("w1", intermediate, HIDDEN),
+            ("w2", HIDDEN, intermediate),
+            ("w3", intermediate, HIDDEN),
+        ):
             name = f"layers.0.ffn.experts.{expert}.{linear}"
             tensors[f"{name}.weight"] = torch.randint(-128, 128, (rows, columns // 2), generator=seed, dtype=torch.int8)
             scale = torch.randint(118, 123, (rows, columns // 32), generator=seed, dtype=torch.uint8)
@@ -155,9 +170,16 @@ def make_experts(intermediate: int) -> Any:
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 
     return FusedMoE(
-        num_experts=E, top_k=TOP_K, hidden_size=HIDDEN, intermediate_size=intermediate, layer_id=0, reduce_results=False,
-        quant_config=quant_config(), prefix=PREFIX, swiglu_limit=LIMIT,
-    )  # fmt: skip
+        num_experts=E,
+        top_k=TOP_K,
+        hidden_size=HIDDEN,
+        intermediate_size=intermediate,
+        layer_id=0,
+        reduce_results=False,
+        quant_config=quant_config(),
+        prefix=PREFIX,
+        swiglu_limit=LIMIT,
+    )
 
 
 def load(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> None:
@@ -183,11 +205,14 @@ def test_marlin_experts_compute_what_was_released(gpu: tuple[int, int], intermed
 
     def plain(linear: str) -> Tensor:
         names = [f"layers.0.ffn.experts.{expert}.{linear}" for expert in range(E)]
-        codes, scales = (torch.stack([tensors[f"{n}.{kind}"].view(torch.uint8) for n in names]) for kind in ("weight", "scale"))
+        codes, scales = (
+            torch.stack([tensors[f"{n}.{kind}"].view(torch.uint8) for n in names]) for kind in ("weight", "scale")
+        )
         return dequantize_expert(codes, scales).float()
 
     want = moe.experts(x.float(), torch.cat([plain("w1"), plain("w3")], 1), plain("w2"), weights, ids, LIMIT)
-    # The same fp32 sums in another order (1e-5 of the largest), rounded once to bf16 (2**-9 of the value).
+    # The same fp32 sums in another order (1e-5 of the largest), rounded once to bf16 (2**-9 of the
+    # value).
     assert ((got.float() - want).abs() <= 2**-8 * want.abs() + 1e-5 * want.abs().max()).all()
 
 
@@ -204,7 +229,8 @@ def test_sglangs_own_method_still_has_the_gate_that_ours_leaves_out(gpu: tuple[i
 
 @pytest.mark.parametrize("gpu", SM8X, indirect=True, ids=str)
 def test_dense_fp8_linears_are_weight_only_below_sm89(gpu: tuple[int, int]) -> None:
-    """Marlin dequantises on sm80 and sm86, which have no fp8; sm89 multiplies in fp8, by Triton. wo_a is plain everywhere."""
+    """Marlin dequantises on sm80 and sm86, which have no fp8; sm89 multiplies in fp8, by Triton.
+    wo_a is plain everywhere."""
     from sglang.srt.layers.linear import MergedColumnParallelLinear
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
     from sglang.srt.layers.quantization.fp8_utils import triton_w8a8_block_fp8_linear
@@ -213,7 +239,12 @@ def test_dense_fp8_linears_are_weight_only_below_sm89(gpu: tuple[int, int]) -> N
 
     def linear(name: str) -> Any:
         return MergedColumnParallelLinear(
-            256, [384, 128], bias=False, quant_config=quant_config(), prefix=f"model.layers.0.attn.{name}", parallel_group="replicated"
+            256,
+            [384, 128],
+            bias=False,
+            quant_config=quant_config(),
+            prefix=f"model.layers.0.attn.{name}",
+            parallel_group="replicated",
         )
 
     assert type(linear("wo_a").quant_method) is DequantizedLinearMethod
@@ -225,11 +256,16 @@ def test_dense_fp8_linears_are_weight_only_below_sm89(gpu: tuple[int, int]) -> N
     seed = torch.Generator().manual_seed(2)
     tensors = {}
     for name, rows in (("wq_a", 384), ("wkv", 128)):
-        tensors[f"layers.0.attn.{name}.weight"] = torch.randn(rows, 256, generator=seed, dtype=torch.float32).to(torch.float8_e4m3fn)
+        tensors[f"layers.0.attn.{name}.weight"] = torch.randn(rows, 256, generator=seed, dtype=torch.float32).to(
+            torch.float8_e4m3fn
+        )
         scale = torch.randint(110, 125, (rows // 128, 2), generator=seed, dtype=torch.uint8)
         tensors[f"layers.0.attn.{name}.scale"] = scale.view(torch.float8_e8m0fnu)
     load(layer, "model.layers.0.attn.fused_wqa_wkv", tensors)
-    weights, scales = (torch.cat([tensors[f"layers.0.attn.{n}.{kind}"].float() for n in ("wq_a", "wkv")]) for kind in ("weight", "scale"))
+    weights, scales = (
+        torch.cat([tensors[f"layers.0.attn.{n}.{kind}"].float() for n in ("wq_a", "wkv")])
+        for kind in ("weight", "scale")
+    )
     want = dequantize_fp8_block(weights.to(torch.float8_e4m3fn), scales)
     if not method.use_marlin:
         assert torch.equal(dequantize_fp8_block(layer.weight.data, layer.weight_scale_inv.data), want)
@@ -271,7 +307,8 @@ def test_the_cpu_takes_neither() -> None:
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.json")), ids=lambda file: file.stem)
 def test_marlin_has_a_tile_for_every_shard_of_the_released_checkpoints(file: Path) -> None:
-    """Dense: N and K in whole 128-blocks. Experts: K in 64s, N in 128s; SGLang pads their intermediate size up to that."""
+    """Dense: N and K in whole 128-blocks. Experts: K in 64s, N in 128s; SGLang pads their
+    intermediate size up to that."""
     config = V4Config.from_dict(json.loads(file.read_text()), str(file))
     for tp in (n for n in (1, 2, 4, 8) if config.o_groups % n == 0):
         for spec in tensor_specs(config, include_draft=False).values():

@@ -24,7 +24,9 @@ CONFIGS = {"flash": "DeepSeek-V4-Flash", "pro": "DeepSeek-V4-Pro"}
 NEXT = ROOT / ".env" / "vllm-0.33.0"
 
 
-def build(folder: Path, capability: tuple[int, int], name: str, tensors: str, newest: bool = False, **args: Any) -> dict[str, Any]:
+def build(
+    folder: Path, capability: tuple[int, int], name: str, tensors: str, newest: bool = False, **args: Any
+) -> dict[str, Any]:
     if newest and not (NEXT / ".unpacked").exists():
         pytest.skip(f"{NEXT} is missing; `make env` unpacks it")
     plan = {"capability": capability, "name": name, "folder": str(folder), "tensors": tensors, "args": args}
@@ -54,7 +56,13 @@ def released(model: str, tiny: Path, folder: Path) -> Path:
     ],
 )
 def test_gpus_that_native_excludes_get_marlin_our_kernels_and_graphs(
-    tiny_flash: Path, tmp_path: Path, model: str, capability: tuple[int, int], name: str, newest: bool, kv_cache_dtype: str
+    tiny_flash: Path,
+    tmp_path: Path,
+    model: str,
+    capability: tuple[int, int],
+    name: str,
+    newest: bool,
+    kv_cache_dtype: str,
 ) -> None:
     folder = released(model, tiny_flash, tmp_path / model)
     report = build(folder, capability, name, "meta", newest, max_model_len=65_536, kv_cache_dtype=kv_cache_dtype)
@@ -73,11 +81,21 @@ def test_gpus_that_native_excludes_get_marlin_our_kernels_and_graphs(
     assert (report["layout"], report["block_size"], report["mapping"]) == ("BLHNC", 256, "summary")
 
     config, packed = find_checkpoint(model).config, kv_cache_dtype == "fp8"
-    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8, 2) if packed else CacheFormats(KvFormat.PLAIN, IndexFormat.PLAIN, 2)
+    formats = (
+        CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8, 2)
+        if packed
+        else CacheFormats(KvFormat.PLAIN, IndexFormat.PLAIN, 2)
+    )
     assert report["blocks"] == (20 << 30) // vllm_pool(config, formats, mapping=StateMapping.SUMMARY).block_bytes
     planned = stage_weights(config, tp=1, dp=1, ep=False, pp=1, with_draft=False)[0].total_bytes
-    # Held otherwise than in the checkpoint: expert ids of hash layers as int32, wo_a's scales as fp32 until it is dequantised.
-    hashed = sum(layer.routing is Routing.HASH for layer in config.layers) * config.vocab_size * config.num_experts_per_tok * 4
+    # Held otherwise than in the checkpoint: expert ids of hash layers as int32, wo_a's scales as
+    # fp32 until it is dequantised.
+    hashed = (
+        sum(layer.routing is Routing.HASH for layer in config.layers)
+        * config.vocab_size
+        * config.num_experts_per_tok
+        * 4
+    )
     rows, columns = config.o_groups * config.o_lora_rank, config.heads_per_group * config.head_dim
     wo_a_scales = config.num_hidden_layers * (rows // 128) * (columns // 128) * 3
     assert report["weight_bytes"] == planned - hashed + wo_a_scales

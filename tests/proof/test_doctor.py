@@ -57,7 +57,14 @@ def machine(monkeypatch):
     monkeypatch.setattr(decide, "detect_devices", lambda environ=None: m.devices)
     monkeypatch.setattr(doctor, "_entry_point", lambda group, name: "dsv4_vllm:register" if m.entry_points else None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name in m.plugins else None)
-    for name in ("VLLM_PLUGINS", "VLLM_TARGET_DEVICE", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE", *cli.env.VARIABLES):
+    for name in (
+        "VLLM_PLUGINS",
+        "VLLM_TARGET_DEVICE",
+        "SGLANG_PLUGINS",
+        "SGLANG_PLATFORM",
+        "SGLANG_USE_CPU_ENGINE",
+        *cli.env.VARIABLES,
+    ):
         monkeypatch.delenv(name, raising=False)
     return m
 
@@ -174,7 +181,7 @@ def test_sglang_variables_that_keep_the_plugin_out_are_problems(machine, environ
     assert not result.engines["sglang"].serves
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # A server
 
 
@@ -246,7 +253,9 @@ def test_a_server_that_is_something_else_is_said(machine, server):
 
 def test_a_worker_with_another_model_class_is_a_problem(machine, server):
     url, routes = server
-    native = replace(WORKER, rank=1, model_class="vllm.models.deepseek_v4.nvidia.model.DeepseekV4ForCausalLM", kv_format=None)
+    native = replace(
+        WORKER, rank=1, model_class="vllm.models.deepseek_v4.nvidia.model.DeepseekV4ForCausalLM", kv_format=None
+    )
     routes["/dsv4/status"] = (200, body(replace(STATUS, workers=(WORKER, native))))
     result = diagnose(url)
     assert "1 of 2 workers" in only_problem(result)
@@ -320,7 +329,7 @@ def test_a_malformed_address_is_bad_input(machine, url):
         diagnose(url)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # The command
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle itself: it must be causal, and every part of the model must show in its log-probabilities.
+"""The oracle itself: it must be causal, and every part of the model must show in its
+log-probabilities.
 
-A test that compares with the oracle catches a mistake only if the tiny weights make that mistake visible. The smallest
-effect below (19 instead of 20 Sinkhorn iterations) stays 20 times above the 2e-4 that implementations are held to.
+A test that compares with the oracle catches a mistake only if the tiny weights make that mistake
+visible. The smallest effect below (19 instead of 20 Sinkhorn iterations) stays 20 times above the
+2e-4 that implementations are held to.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def test_log_probabilities_are_finite_normalised_and_spread(logprobs):
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 257])
 def test_a_prefix_has_the_same_log_probabilities(model, prompt, logprobs, length):
-    # Measured 4e-5, which is also how far fp32 is from fp64 on these weights; twice that, rounded up.
+    # Measured 4e-5, which is also how far fp32 is from fp64 on these weights; twice that, rounded
+    # up.
     torch.testing.assert_close(hf_oracle.hf_logprobs(model, prompt[:length]), logprobs[:length], atol=1e-4, rtol=0)
 
 
@@ -63,7 +66,7 @@ def test_a_tie_has_no_margin():
     assert gap[2] == torch.inf  # nothing was refused
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Mutations
 
 
@@ -92,11 +95,30 @@ def rewrite(monkeypatch, class_name: str, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("class_name", "old", "new"),
     [
-        pytest.param("DeepseekV4HyperConnection", "return post, comb, collapsed", "return post, comb.mT, collapsed", id="comb-transposed"),
-        pytest.param("DeepseekV4HyperConnection", "self.hc_sinkhorn_iters - 1", "self.hc_sinkhorn_iters - 2", id="19-sinkhorn-iterations"),
-        pytest.param("DeepseekV4Attention", "attn_output = apply_rotary_pos_emb(", "_ = apply_rotary_pos_emb(", id="no-inverse-rope"),
-        pytest.param("DeepseekV4CSACompressor", "* self.compress_rate + first", "* 1 + first", id="csa-entry-rope-at-j"),
-        pytest.param("DeepseekV4HCACompressor", "* self.compress_rate + first", "* 1 + first", id="hca-entry-rope-at-j"),
+        pytest.param(
+            "DeepseekV4HyperConnection",
+            "return post, comb, collapsed",
+            "return post, comb.mT, collapsed",
+            id="comb-transposed",
+        ),
+        pytest.param(
+            "DeepseekV4HyperConnection",
+            "self.hc_sinkhorn_iters - 1",
+            "self.hc_sinkhorn_iters - 2",
+            id="19-sinkhorn-iterations",
+        ),
+        pytest.param(
+            "DeepseekV4Attention",
+            "attn_output = apply_rotary_pos_emb(",
+            "_ = apply_rotary_pos_emb(",
+            id="no-inverse-rope",
+        ),
+        pytest.param(
+            "DeepseekV4CSACompressor", "* self.compress_rate + first", "* 1 + first", id="csa-entry-rope-at-j"
+        ),
+        pytest.param(
+            "DeepseekV4HCACompressor", "* self.compress_rate + first", "* 1 + first", id="hca-entry-rope-at-j"
+        ),
         pytest.param("DeepseekV4Indexer", "* self.compress_rate + first", "* 1 + first", id="index-key-rope-at-j"),
         pytest.param(
             "DeepseekV4TopKRouter",
@@ -104,7 +126,9 @@ def rewrite(monkeypatch, class_name: str, old: str, new: str) -> None:
             "weights = (scores + self.e_score_correction_bias).gather(1, indices)",
             id="bias-in-the-weights",
         ),
-        pytest.param("DeepseekV4MLP", ".clamp(min=-self.limit, max=self.limit)", "", id="no-clamp-of-the-shared-expert"),
+        pytest.param(
+            "DeepseekV4MLP", ".clamp(min=-self.limit, max=self.limit)", "", id="no-clamp-of-the-shared-expert"
+        ),
     ],
 )
 def test_a_mistake_in_one_formula_is_visible(monkeypatch, effect, class_name, old, new):
@@ -135,9 +159,12 @@ def test_one_more_selected_entry_is_visible(monkeypatch, model, effect):
 
 
 @pytest.mark.parametrize(
-    "options", [{"experts": "fp8"}, {"experts": "fp8", "fp8_scale_dtype": "F32"}, {"draft": "dspark"}, {"draft": "none"}]
+    "options",
+    [{"experts": "fp8"}, {"experts": "fp8", "fp8_scale_dtype": "F32"}, {"draft": "dspark"}, {"draft": "none"}],
 )
 def test_every_storage_that_tiny_writes_is_read(tmp_path, options):
-    logprobs = hf_oracle.hf_logprobs(hf_oracle.load_hf(write_tiny(tmp_path / "t", num_layers=3, **options)), range(3, 140))
+    logprobs = hf_oracle.hf_logprobs(
+        hf_oracle.load_hf(write_tiny(tmp_path / "t", num_layers=3, **options)), range(3, 140)
+    )
     assert torch.isfinite(logprobs).all()
     assert 1.0 < logprobs.std() < 4.0

@@ -58,19 +58,35 @@ def test_each_quantisation_changes_the_model_a_little(case: Any, quantisation: Q
 
 # What the model must not become: module, what its source says, what a mistaken one would say.
 MUTATIONS = {
-    "untransposed comb": ("dsv4.ops.mhc.reference", "comb.to(compute_dtype).transpose(1, 2) @", "comb.to(compute_dtype) @"),
+    "untransposed comb": (
+        "dsv4.ops.mhc.reference",
+        "comb.to(compute_dtype).transpose(1, 2) @",
+        "comb.to(compute_dtype) @",
+    ),
     "19 Sinkhorn iterations": ("dsv4.ops.mhc.reference", "range(iters - 1)", "range(iters - 2)"),
     "no inverse RoPE": ("dsv4.ops.attention.reference", "apply_rope(o, cos_sin, inverse=True)", "o"),
     "no clamp": ("dsv4.ops.moe.reference", "up.float().clamp(-limit, limit)", "up.float()"),
-    "bias used in the weights": ("dsv4.ops.moe.reference", "_weigh(score, ids, scaling_factor), ids.int()\n\n\ndef route_hash",
-                                 "_weigh(score + bias, ids, scaling_factor), ids.int()\n\n\ndef route_hash"),
-    "window off by one": ("dsv4.reference.model", "t[:, None] - c.sliding_window)", "t[:, None] - c.sliding_window - 1)"),
-    "entry RoPE at j instead of j*m": ("dsv4.reference.model", "torch.arange(num_entries) * m, ", "torch.arange(num_entries), "),
-}  # fmt: skip
+    "bias used in the weights": (
+        "dsv4.ops.moe.reference",
+        "_weigh(score, ids, scaling_factor), ids.int()\n\n\ndef route_hash",
+        "_weigh(score + bias, ids, scaling_factor), ids.int()\n\n\ndef route_hash",
+    ),
+    "window off by one": (
+        "dsv4.reference.model",
+        "t[:, None] - c.sliding_window)",
+        "t[:, None] - c.sliding_window - 1)",
+    ),
+    "entry RoPE at j instead of j*m": (
+        "dsv4.reference.model",
+        "torch.arange(num_entries) * m, ",
+        "torch.arange(num_entries), ",
+    ),
+}
 
 
 def mutated(module_name: str, old: str, new: str) -> ModuleType:
-    """The module executed anew from its source with `old` replaced by `new`; the source must hold `old` exactly once."""
+    """The module executed anew from its source with `old` replaced by `new`; the source must hold
+    `old` exactly once."""
     module = importlib.import_module(module_name)
     source = inspect.getsource(module)
     assert source.count(old) == 1, f"{module_name} no longer says {old!r}: write the mutation anew"

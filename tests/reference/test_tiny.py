@@ -26,12 +26,16 @@ def tensor(folder: Path, name: str) -> torch.Tensor:
         return shard.get_tensor(name)
 
 
-@pytest.mark.parametrize(("variant", "ratios"), [("flash", [0, 0, 4, 128, 4, 128, 0]), ("pro", [128, 128, 4, 128, 4, 128, 0])])
+@pytest.mark.parametrize(
+    ("variant", "ratios"), [("flash", [0, 0, 4, 128, 4, 128, 0]), ("pro", [128, 128, 4, 128, 4, 128, 0])]
+)
 def test_layer_mix_follows_the_released_one(variant, ratios):
     assert tiny_config(variant)["compress_ratios"] == ratios
 
 
-@pytest.mark.parametrize(("variant", "layers", "real"), [("flash", 43, "DeepSeek-V4-Flash"), ("pro", 61, "DeepSeek-V4-Pro")])
+@pytest.mark.parametrize(
+    ("variant", "layers", "real"), [("flash", 43, "DeepSeek-V4-Flash"), ("pro", 61, "DeepSeek-V4-Pro")]
+)
 def test_layer_mix_at_full_depth_equals_the_released_list(variant, layers, real):
     raw = json.loads((Path(__file__).parents[1] / "golden" / "configs" / f"{real}.json").read_text())
     assert tiny_config(variant, layers)["compress_ratios"] == raw["compress_ratios"]
@@ -66,7 +70,9 @@ def test_folder_is_below_50_mb_sharded_and_valid(tiny_flash, tiny_pro):
 
 
 def test_same_seed_gives_same_bytes_and_another_seed_others(tmp_path):
-    a, b, c = (digest(write_tiny(tmp_path / name, num_layers=1, seed=seed)) for name, seed in (("a", 7), ("b", 7), ("c", 8)))
+    a, b, c = (
+        digest(write_tiny(tmp_path / name, num_layers=1, seed=seed)) for name, seed in (("a", 7), ("b", 7), ("c", 8))
+    )
     assert a == b
     assert a["model.safetensors"] != c["model.safetensors"]
 
@@ -135,7 +141,14 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"variant": "flsh"}, {"num_layers": 0}, {"experts": "fp16"}, {"draft": "eagle"}, {"dims": TinyDims(vocab_size=128)}]
+    "bad",
+    [
+        {"variant": "flsh"},
+        {"num_layers": 0},
+        {"experts": "fp16"},
+        {"draft": "eagle"},
+        {"dims": TinyDims(vocab_size=128)},
+    ],
 )
 def test_bad_choice_is_refused_before_anything_is_written(tmp_path, bad):
     with pytest.raises(ConfigError, match="tiny: "):
@@ -143,7 +156,7 @@ def test_bad_choice_is_refused_before_anything_is_written(tmp_path, bad):
     assert list(tmp_path.iterdir()) == []
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Tokenizer
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of a tiny checkpoint with one thing wrong each, and the words that a refusal of each must contain."""
+"""Copies of a tiny checkpoint with one thing wrong each, and the words that a refusal of each must
+contain."""
 
 from __future__ import annotations
 
@@ -70,6 +71,9 @@ def bad_checkpoints(tiny_flash: Path, tiny_pro: Path) -> dict[str, tuple[Change,
         "dtype": (edit_tensors(wrong_dtype), ["layers.2.attn.attn_sink", "BF16"]),
         "mismatch": (mismatch, ["layers.0.attn.compressor", "config.json"]),
         "ratio": (set_config(compress_ratios=[7, *config["compress_ratios"][1:]]), ["compress_ratios[0] is 7"]),
-        "nvfp4": (set_config(quantization_config=config["quantization_config"] | {"moe_quant_algo": "NVFP4"}), ["NVFP4"]),
+        "nvfp4": (
+            set_config(quantization_config=config["quantization_config"] | {"moe_quant_algo": "NVFP4"}),
+            ["NVFP4"],
+        ),
         "vision": (set_config(vision_n_layers=32), ["Vision-Exp"]),
     }

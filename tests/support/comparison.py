@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine's log-probabilities held against HF transformers: what the tests of both engines share."""
+"""An engine's log-probabilities held against HF transformers: what the tests of both engines
+share."""
 
 from __future__ import annotations
 
@@ -15,11 +16,45 @@ from torch import Tensor
 
 from tests.support.hf_oracle import hf_logprobs, hf_margins
 
-TOLERANCE = 2e-4  # measured differences between correct fp32 implementations: up to 5e-5 on |logit| ~ 10 (docs/model.md, 7)
-# A choice (expert or entry) this close to a tie may fall either way in fp32: measured flips had margins up to 1.2e-5.
+TOLERANCE = (
+    2e-4  # measured differences between correct fp32 implementations: up to 5e-5 on |logit| ~ 10 (docs/model.md, 7)
+)
+# A choice (expert or entry) this close to a tie may fall either way in fp32: measured flips had
+# margins up to 1.2e-5.
 TIE_MARGIN = 3e-5
-# Around every boundary: entries (4, 128), windows (128), state pages (4, 8), pages (64, 256), prefix blocks (256).
-LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 31, 63, 64, 65, 127, 128, 129, 131, 255, 256, 257, 383, 511, 512, 513, 641, 767, 769, 1023, 1025, 1100)
+# Around every boundary: entries (4, 128), windows (128), state pages (4, 8), pages (64, 256),
+# prefix blocks (256).
+LENGTHS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    31,
+    63,
+    64,
+    65,
+    127,
+    128,
+    129,
+    131,
+    255,
+    256,
+    257,
+    383,
+    511,
+    512,
+    513,
+    641,
+    767,
+    769,
+    1023,
+    1025,
+    1100,
+)
 ROOT = Path(__file__).parents[2]
 ENV_DIR = ROOT / ".env"
 # Tests bind to loopback and reach no hub.
@@ -27,13 +62,17 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS"
 
 
 def clean_environment() -> dict[str, str]:
-    """The caller's environment without the variables that would change what is tested, and without a network."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "VLLM_", "SGLANG_", "PYTEST_", "TRITON_"))}
+    """The caller's environment without the variables that would change what is tested, and without
+    a network."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("DSV4_", "VLLM_", "SGLANG_", "PYTEST_", "TRITON_"))
+    }
     return kept | OFFLINE
 
 
 def served(done: subprocess.CompletedProcess[str], model_class: str) -> dict[str, Any]:
-    """What a driver printed, after making sure that it ended well and that our model served. Fails with the end of its log."""
+    """What a driver printed, after making sure that it ended well and that our model served. Fails
+    with the end of its log."""
     assert done.returncode == 0, done.stderr[-6000:]
     result = json.loads(done.stdout)
     for worker in result["workers"]:
@@ -64,7 +103,8 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Comparison:
-    """worst: largest difference before the first near-tie; compared, total: positions; lengths: context lengths compared."""
+    """worst: largest difference before the first near-tie; compared, total: positions; lengths:
+    context lengths compared."""
 
     worst: float
     compared: int
@@ -95,7 +135,8 @@ def compare(result: dict[str, Any], oracle: Oracle) -> Comparison:
 
 
 def assert_equal(result: dict[str, Any], oracle: Oracle, least: float = 0.8) -> Comparison:
-    """All compared positions within TOLERANCE, and at least the share `least` of all positions compared."""
+    """All compared positions within TOLERANCE, and at least the share `least` of all positions
+    compared."""
     c = compare(result, oracle)
     print(f"worst {c.worst:.1e} over {c.compared} of {c.total} positions")
     assert c.worst <= TOLERANCE

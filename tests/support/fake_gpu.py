@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM would build for V4 on a GPU that is not here. Run as a program: a JSON plan on stdin, a JSON report on stdout.
+"""What vLLM would build for V4 on a GPU that is not here. Run as a program: a JSON plan on stdin, a
+JSON report on stdout.
 
-vLLM's CUDA platform runs with an invented card under it, and everything up to the first kernel is vLLM's own decision:
-its config, the methods that serve linears and experts, the loading of weights, the KV layout, CUDA graph support. The
-compiled extensions are absent, so nothing can be computed. plan: capability, name, folder, tensors ("meta" or "loaded").
+vLLM's CUDA platform runs with an invented card under it, and everything up to the first kernel is
+vLLM's own decision: its config, the methods that serve linears and experts, the loading of weights,
+the KV layout, CUDA graph support. The compiled extensions are absent, so nothing can be computed.
+plan: capability, name, folder, tensors ("meta" or "loaded").
 """
 
 from __future__ import annotations
@@ -19,14 +21,28 @@ import torch
 
 MEMORY_BYTES = 80 << 30
 # The least compute capability for which vLLM's compiled extension answers yes.
-ANSWERS = {"cutlass_scaled_mm_supports_fp8": 89, "cutlass_scaled_mm_supports_block_fp8": 90, "cutlass_group_gemm_supported": 90}
-EXTENSIONS = ("_C_stable_libtorch", "_moe_C_stable_libtorch", "vllm_flash_attn._vllm_fa2_C", "vllm_flash_attn._vllm_fa3_C")
+ANSWERS = {
+    "cutlass_scaled_mm_supports_fp8": 89,
+    "cutlass_scaled_mm_supports_block_fp8": 90,
+    "cutlass_group_gemm_supported": 90,
+}
+EXTENSIONS = (
+    "_C_stable_libtorch",
+    "_moe_C_stable_libtorch",
+    "vllm_flash_attn._vllm_fa2_C",
+    "vllm_flash_attn._vllm_fa3_C",
+)
 
 
 def install(capability: tuple[int, int], name: str) -> None:
     """Put a card under torch and vLLM."""
     card = SimpleNamespace(
-        major=capability[0], minor=capability[1], name=name, total_memory=MEMORY_BYTES, multi_processor_count=108, gcnArchName=""
+        major=capability[0],
+        minor=capability[1],
+        name=name,
+        total_memory=MEMORY_BYTES,
+        multi_processor_count=108,
+        gcnArchName="",
     )
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 8
@@ -65,7 +81,10 @@ def build(plan: dict[str, Any]) -> dict[str, Any]:
 
     loaded = plan["tensors"] == "loaded"
     config = EngineArgs(
-        model=plan["folder"], load_format="auto" if loaded else "dummy", tokenizer_mode="deepseek_v4", **plan.get("args", {})
+        model=plan["folder"],
+        load_format="auto" if loaded else "dummy",
+        tokenizer_mode="deepseek_v4",
+        **plan.get("args", {}),
     ).create_engine_config()
     device = torch.device("cpu" if loaded else "meta")
     config.device_config.device = device
@@ -94,12 +113,15 @@ def methods(model: torch.nn.Module) -> dict[str, str]:
         if (method := getattr(module, "quant_method", None)) is not None:
             kernel = getattr(method, "mxfp4_backend", None) or getattr(method, "fp8_linear", None)
             chosen = "" if kernel is None else getattr(kernel, "name", None) or type(kernel).__name__
-            found[".".join(part for part in name.split(".") if not part.isdigit())] = f"{type(method).__name__} {chosen}".strip()
+            found[".".join(part for part in name.split(".") if not part.isdigit())] = (
+                f"{type(method).__name__} {chosen}".strip()
+            )
     return found
 
 
 def unloaded(model: torch.nn.Module, config: Any) -> dict[str, Any]:
-    """Parameters that the checkpoint did not fill: every byte is 0xAB before, which is NaN in no format and 171 nowhere."""
+    """Parameters that the checkpoint did not fill: every byte is 0xAB before, which is NaN in no
+    format and 171 nowhere."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     for parameter in model.parameters():
@@ -110,7 +132,8 @@ def unloaded(model: torch.nn.Module, config: Any) -> dict[str, Any]:
 
 
 def caches(config: Any) -> dict[str, Any]:
-    """The KV pool that vLLM plans, whether it may capture decode steps, and who serves the operators."""
+    """The KV pool that vLLM plans, whether it may capture decode steps, and who serves the
+    operators."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
@@ -119,14 +142,21 @@ def caches(config: Any) -> dict[str, Any]:
     from dsv4_vllm.options import state_mapping
 
     current_platform.update_block_size_for_backend(config)
-    layers = {n: m for n, m in config.compilation_config.static_forward_context.items() if isinstance(m, AttentionLayerBase)}
+    layers = {
+        n: m for n, m in config.compilation_config.static_forward_context.items() if isinstance(m, AttentionLayerBase)
+    }
     specs = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
-    layouts = [[layout.name for layout in layer.get_attn_backend().supported_kv_cache_layouts()] for layer in layers.values()]
+    layouts = [
+        [layout.name for layout in layer.get_attn_backend().supported_kv_cache_layouts()] for layer in layers.values()
+    ]
     layout = resolve_kv_cache_layout(config, layouts, list(specs.values())).name
     config.cache_config.kv_cache_layout = layout
     pool = plan_pool(config, specs)
     config.device_config.device = torch.device("cuda")
-    support = {layer.get_attn_backend().get_builder_cls().get_cudagraph_support(config, specs[name]).name for name, layer in layers.items()}
+    support = {
+        layer.get_attn_backend().get_builder_cls().get_cudagraph_support(config, specs[name]).name
+        for name, layer in layers.items()
+    }
     return {
         "block_size": config.cache_config.block_size, "layout": layout, "blocks": pool.num_blocks,
         "mapping": state_mapping(config).value, "graph_support": sorted(support),

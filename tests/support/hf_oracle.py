@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HF transformers' DeepseekV4ForCausalLM in fp32 on the dequantised weights of a checkpoint: the independent oracle.
+"""HF transformers' DeepseekV4ForCausalLM in fp32 on the dequantised weights of a checkpoint: the
+independent oracle.
 
-Nothing here comes from dsv4: reading, dequantising and renaming are written again, so that a mistake in dsv4 cannot
-hide in its own oracle. HF is exact only in fp32, with attention "eager" and right padding (docs/model.md, 4.3 and 4.4).
+Nothing here comes from dsv4: reading, dequantising and renaming are written again, so that a
+mistake in dsv4 cannot hide in its own oracle. HF is exact only in fp32, with attention "eager" and
+right padding (docs/model.md, 4.3 and 4.4).
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ _EXPERT = re.compile(r"^(?P<layer>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<linear
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint in `folder` as an HF DeepseekV4ForCausalLM, eager attention, eval mode, on the CPU."""
+    """The checkpoint in `folder` as an HF DeepseekV4ForCausalLM, eager attention, eval mode, on the
+    CPU."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     folder = Path(folder)
@@ -101,7 +104,8 @@ def hf_state_dict(folder: Path) -> dict[str, Tensor]:
 
 
 def dequantise(tensor: Tensor, scale: Tensor | None) -> Tensor:
-    """fp32 values of a weight: FP4 pairs in int8, FP8 blocks, or plain. Integers that are no weights pass through."""
+    """fp32 values of a weight: FP4 pairs in int8, FP8 blocks, or plain. Integers that are no
+    weights pass through."""
     if scale is None:
         return tensor if tensor.dtype == torch.int64 else tensor.float()
     factor = torch.exp2(scale.view(torch.uint8).float() - 127) if scale.dtype == torch.float8_e8m0fnu else scale.float()
@@ -129,7 +133,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def hf_logprobs(model: Any, ids: list[int] | Tensor) -> Tensor:
-    """Log-probabilities of the next token after every position. ids: [T] int. Returns [T, V] in the model's dtype."""
+    """Log-probabilities of the next token after every position. ids: [T] int. Returns [T, V] in the
+    model's dtype."""
     ids = torch.as_tensor(ids, dtype=torch.long).reshape(1, -1)
     logits = model(input_ids=ids, use_cache=False).logits[0]  # [T, V]
     return logits.log_softmax(-1)
@@ -137,11 +142,13 @@ def hf_logprobs(model: Any, ids: list[int] | Tensor) -> Tensor:
 
 @torch.inference_mode()
 def hf_margins(model: Any, ids: list[int] | Tensor) -> Tensor:
-    """How far each position is from choosing another expert or another compressed entry. ids: [T] int. Returns [T].
+    """How far each position is from choosing another expert or another compressed entry. ids: [T]
+    int. Returns [T].
 
-    The gap between the last chosen and the first refused score, over the standard deviation of the choice's scores;
-    the smallest over the layers, inf where nothing is refused. fp32 implementations differ by ~1e-6 of it, so a
-    smaller gap makes two correct ones choose differently and disagree by O(1) from there on (docs/model.md, 7).
+    The gap between the last chosen and the first refused score, over the standard deviation of the
+    choice's scores; the smallest over the layers, inf where nothing is refused. fp32
+    implementations differ by ~1e-6 of it, so a smaller gap makes two correct ones choose
+    differently and disagree by O(1) from there on (docs/model.md, 7).
     """
     found: list[Tensor] = []
 
@@ -181,7 +188,8 @@ def _gap(scores: Tensor, k: int) -> Tensor:
 
 
 def prompt_without_ties(model: Any, length: int, seed: int = 0, margin: float = 1e-5) -> list[int]:
-    """A random prompt of `length` ids on which every choice of the model is wider than `margin` (see hf_margins)."""
+    """A random prompt of `length` ids on which every choice of the model is wider than `margin`
+    (see hf_margins)."""
     for attempt in range(1000):
         rng = torch.Generator().manual_seed(1000 * seed + attempt)
         ids = torch.randint(3, model.config.vocab_size, (length,), generator=rng)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make Triton's interpreter compute with bf16 and fp8 as a GPU does.
 
-The interpreter (3.6 to 3.9) keeps bf16 as raw uint16 bits: `tl.dot`, arithmetic and comparisons work on the bits, casts
-from fp32 truncate, and fp8 casts let a carry out of the mantissa overwrite the exponent. All of it is silent. `install()`
-replaces those operations by numpy's fp32 ones with one correct rounding; a process that runs kernels with
-TRITON_INTERPRET=1 must call it before the first launch. Until Triton's interpreter does this itself; then delete.
+The interpreter (3.6 to 3.9) keeps bf16 as raw uint16 bits: `tl.dot`, arithmetic and comparisons
+work on the bits, casts from fp32 truncate, and fp8 casts let a carry out of the mantissa overwrite
+the exponent. All of it is silent. `install()` replaces those operations by numpy's fp32 ones with
+one correct rounding; a process that runs kernels with TRITON_INTERPRET=1 must call it before the
+first launch. Until Triton's interpreter does this itself; then delete.
 """
 
 from __future__ import annotations

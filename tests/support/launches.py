@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our kernels launched in each decoder layer of an engine, seen from inside its process, in Triton's interpreter."""
+"""Our kernels launched in each decoder layer of an engine, seen from inside its process, in
+Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 LIMIT = {"swa": 6, "hca": 8, "csa": 12}
-# The feed-forward half of a layer: an engine that brings its own router or activation launches those instead.
+# The feed-forward half of a layer: an engine that brings its own router or activation launches
+# those instead.
 FEED_FORWARD = frozenset({"route_topk", "route_hash", "swiglu"})
 
 
 def record_launches(layer_class: type) -> list[dict[str, Any]]:
-    """Collect {"layer", "kind", "tokens", "kernels"} of every call of a decoder layer: which kernels of dsv4 it launched."""
+    """Collect {"layer", "kind", "tokens", "kernels"} of every call of a decoder layer: which
+    kernels of dsv4 it launched."""
     from triton.runtime.interpreter import GridExecutor
 
     calls: list[dict[str, Any]] = []
@@ -39,9 +42,11 @@ def record_launches(layer_class: type) -> list[dict[str, Any]]:
 
 
 def assert_decode_limits(calls: Sequence[dict[str, Any]], requests: int, split: set[str]) -> None:
-    """No decode step of this many requests launched more kernels in a layer than its kind may, experts left out.
+    """No decode step of this many requests launched more kernels in a layer than its kind may,
+    experts left out.
 
-    split: the kinds of layer whose attention was split and joined, without which a launch would be missing.
+    split: the kinds of layer whose attention was split and joined, without which a launch would be
+    missing.
     """
     decode = [c for c in calls if c["tokens"] == requests]
     assert {c["kind"] for c in decode} == set(LIMIT), "not every kind of layer was seen in a decode step"
@@ -49,7 +54,9 @@ def assert_decode_limits(calls: Sequence[dict[str, Any]], requests: int, split: 
     for call in decode:
         mixing = [k for k in call["kernels"] if k not in FEED_FORWARD]
         over |= len(mixing) > LIMIT[call["kind"]]
-        report.append(f"layer {call['layer']} ({call['kind']}, at most {LIMIT[call['kind']]}): {len(mixing)} {' '.join(mixing)}")
+        report.append(
+            f"layer {call['layer']} ({call['kind']}, at most {LIMIT[call['kind']]}): {len(mixing)} {' '.join(mixing)}"
+        )
     print("\n".join(report[: 1 + max(c["layer"] for c in decode)]))
     assert all("attend" in call["kernels"] for call in decode), report
     assert {call["kind"] for call in decode if "combine" in call["kernels"]} == split, report

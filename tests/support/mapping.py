@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a plugin's loader puts each tensor of a checkpoint, seen from inside an engine's process."""
+"""Where a plugin's loader puts each tensor of a checkpoint, seen from inside an engine's
+process."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from dsv4 import parameters as core
 
 
 def record_mapping() -> list[list[Any]]:
-    """Collect what the loading of weights makes of each released name: [released name, parameter, shard]."""
+    """Collect what the loading of weights makes of each released name: [released name, parameter,
+    shard]."""
     mapped: list[list[Any]] = []
 
     def watch(name: str, describe: Callable[[Any], list[Any]]) -> None:
@@ -27,10 +29,14 @@ def record_mapping() -> list[list[Any]]:
         setattr(core, name, wrapped)
 
     watch("parameter_name", lambda found: [found[0], found[1]])
-    watch("expert_tensor", lambda e: [f"{e.layer}.{e.stem}_{'scale' if e.is_scale else 'weight'}", f"{e.expert} {e.linear}"])
+    watch(
+        "expert_tensor",
+        lambda e: [f"{e.layer}.{e.stem}_{'scale' if e.is_scale else 'weight'}", f"{e.expert} {e.linear}"],
+    )
     return mapped
 
 
 def parameters(model: nn.Module) -> dict[str, list[int]]:
-    """Shapes of the loaded model's parameters by name; the wrapper that one engine puts around experts is left out."""
+    """Shapes of the loaded model's parameters by name; the wrapper that one engine puts around
+    experts is left out."""
     return {name.replace(".routed_experts.", "."): list(p.shape) for name, p in model.named_parameters()}

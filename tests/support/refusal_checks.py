@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot be served is refused in the first process, with one clear message, before anything is started; the rest is served."""
+"""What cannot be served is refused in the first process, with one clear message, before anything is
+started; the rest is served."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ class RefusalChecks:
     def configured(self, *cases: dict, env: dict[str, str] | None = None) -> list[tuple[str, str]]:
         """(exception type, message) of each case; ("", "") where it would have started."""
         lines = "".join(json.dumps({"dtype": "float32"} | case) + "\n" for case in cases)
-        return [tuple(json.loads(line)) for line in self._python(CONFIGURE.format(configure=self.configure), lines, env).splitlines()]
+        return [
+            tuple(json.loads(line))
+            for line in self._python(CONFIGURE.format(configure=self.configure), lines, env).splitlines()
+        ]
 
     def refusal(self, folder: Path, env: dict[str, str]) -> str:
         """The message that refuses V4 itself."""
@@ -65,7 +69,9 @@ class RefusalChecks:
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
-    def test_each_bad_checkpoint_or_option_gets_its_own_message(self, tiny_flash: Path, tiny_pro: Path, tmp_path: Path) -> None:
+    def test_each_bad_checkpoint_or_option_gets_its_own_message(
+        self, tiny_flash: Path, tiny_pro: Path, tmp_path: Path
+    ) -> None:
         folders = bad_checkpoints(tiny_flash, tiny_pro)
         cases = [{self.folder: str(copy(tiny_flash, tmp_path / name, change))} for name, (change, _) in folders.items()]
         cases += [{self.folder: str(tiny_flash)} | option for option, _ in self.options]
@@ -99,19 +105,28 @@ class RefusalChecks:
         package = tmp_path / "broken" / self.plugin.__name__
         shutil.copytree(Path(self.plugin.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
         model = package / "model.py"
-        model.write_text(model.read_text().replace("import torch\n", "import torch\nimport a_module_that_is_not_there\n", 1))
+        model.write_text(
+            model.read_text().replace("import torch\n", "import torch\nimport a_module_that_is_not_there\n", 1)
+        )
         return {"PYTHONPATH": str(package.parent)}
 
     def test_a_plugin_that_fails_to_import_refuses_v4(self, tiny_flash: Path, broken_plugin: dict[str, str]) -> None:
         assert "a_module_that_is_not_there" in self.refusal(tiny_flash, broken_plugin)
 
     @pytest.mark.parametrize("broken", [False, True], ids=["healthy plugin", "broken plugin"])
-    def test_a_llama_is_served_whatever_happened_to_the_plugin(self, broken: bool, broken_plugin: dict[str, str], tmp_path: Path) -> None:
+    def test_a_llama_is_served_whatever_happened_to_the_plugin(
+        self, broken: bool, broken_plugin: dict[str, str], tmp_path: Path
+    ) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
         )
         llama = LlamaForCausalLM(config).eval()
         folder = tmp_path / "llama"
@@ -122,7 +137,9 @@ class RefusalChecks:
         result = self.harness.run(self.harness.engine_args(folder), phases, env=env, status=False)
         for prompt, output in zip(prompts, result["phases"][0], strict=True):
             with torch.inference_mode():
-                want = llama.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+                want = llama.generate(
+                    torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+                )
             assert output["tokens"] == want[0, len(prompt) :].tolist()
 
     def test_the_server_ends_with_the_message_and_a_nonzero_exit(self, tiny_flash: Path, tmp_path: Path) -> None:

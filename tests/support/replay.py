@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine stored and chose, recorded there and replayed through the reference model.
 
-Rounding turns a difference of 1e-6 into a whole quantisation step wherever a value lies on a rounding boundary, and a
-random model amplifies it. So what the engine stored and chose is recorded and replayed: every recorded code must be the
-reference's own or its neighbour, neighbours must be rare, every choice must be the reference's own or a tie of it, and
-from the same codes and choices the log-probabilities must agree as tightly as in fp32.
+Rounding turns a difference of 1e-6 into a whole quantisation step wherever a value lies on a
+rounding boundary, and a random model amplifies it. So what the engine stored and chose is recorded
+and replayed: every recorded code must be the reference's own or its neighbour, neighbours must be
+rare, every choice must be the reference's own or a tie of it, and from the same codes and choices
+the log-probabilities must agree as tightly as in fp32.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ from dsv4.ops.moe import reference as moe
 from dsv4.reference.model import Quantisation, ReferenceModel
 from tests.support.comparison import TOLERANCE
 
-# An fp32 difference of about 1e-5 of a value crosses a bf16 rounding boundary (2**-8 apart) with probability 2.6e-3, and
-# a bf16 step changes an e4m3 code (2**-3 apart) in one case of 32.
+# An fp32 difference of about 1e-5 of a value crosses a bf16 rounding boundary (2**-8 apart) with
+# probability 2.6e-3, and a bf16 step changes an e4m3 code (2**-3 apart) in one case of 32.
 MOST_NEIGHBOURS = 1e-2
-# One e4m3 step is at most 1/8 of a value; a scale that flips by a factor of two coarsens the step to 1/4 below it.
+# One e4m3 step is at most 1/8 of a value; a scale that flips by a factor of two coarsens the step
+# to 1/4 below it.
 STEP = 0.25
-# The widest e2m1 step is from 4 to 6 scales, and a scale is at most a third of its group's largest value.
+# The widest e2m1 step is from 4 to 6 scales, and a scale is at most a third of its group's largest
+# value.
 FP4_STEP = 2 / 3
-# Scores of equal codes differ by fp32 rounding only: 1e-5 of their spread, as between any two fp32 implementations.
+# Scores of equal codes differ by fp32 rounding only: 1e-5 of their spread, as between any two fp32
+# implementations.
 TIE = 1e-4
 
 
 class Replayed(ReferenceModel):
-    """The reference, fed with the rows, queries and choices of the engine; checks each and counts differing codes."""
+    """The reference, fed with the rows, queries and choices of the engine; checks each and counts
+    differing codes."""
 
     def __init__(self, base: ReferenceModel, recorded: dict[str, list[Any]]) -> None:
         super().__init__(base.config, base.weights, base.quantisation)
@@ -43,7 +48,9 @@ class Replayed(ReferenceModel):
         self.rows = {name: torch.cat(parts) for name, parts in recorded.items() if name.endswith("_cache")}
         csa = [layer.index for layer in layers if layer.kind is LayerKind.CSA]
         routed = [layer.index for layer in layers if layer.routing is Routing.TOPK]
-        self.queries = {i: torch.cat([values for values, _ in recorded["query"][n :: len(csa)]]) for n, i in enumerate(csa)}
+        self.queries = {
+            i: torch.cat([values for values, _ in recorded["query"][n :: len(csa)]]) for n, i in enumerate(csa)
+        }
         self.topk_indices = {i: torch.cat(recorded["topk"][n :: len(csa)]) for n, i in enumerate(csa)}
         self.experts = {i: torch.cat(recorded["route"][n :: len(routed)]) for n, i in enumerate(routed)}
         self.layer, self.calls, self.different, self.total = -1, 0, 0, 0
@@ -102,11 +109,12 @@ def _assert_top(scores: Tensor, is_topk: Tensor, allowed: Tensor) -> None:
 
 
 def record_quantised(names: dict[int, str]) -> dict[str, list[Any]]:
-    """Collect what this process stores in each cache, dequantised, every index query, and every choice it makes.
+    """Collect what this process stores in each cache, dequantised, every index query, and every
+    choice it makes.
 
-    names: by id of `Pages`, `model.layers.3.attn.window_cache`. Returns {name: [rows], "query": [(values, weights)], "topk":
-    [entries], "route": [experts]}; the last three hold one item per layer and step, in layer order. Only meaningful while
-    one request runs at a time.
+    names: by id of `Pages`, `model.layers.3.attn.window_cache`. Returns {name: [rows], "query":
+    [(values, weights)], "topk": [entries], "route": [experts]}; the last three hold one item per
+    layer and step, in layer order. Only meaningful while one request runs at a time.
     """
     from dsv4.ops import registry
     from dsv4.ops.attention import reference as attention
@@ -136,7 +144,8 @@ def record_quantised(names: dict[int, str]) -> dict[str, list[Any]]:
 
     attention.store_rows = entry.store_rows = recorded_store
     record_result(indexer, "prepare_query", "query", lambda query: (query.values.clone(), query.weights.clone()))
-    # Asked for cache slots, topk asks itself for entries: that inner call of three arguments is what the reference replays.
+    # Asked for cache slots, topk asks itself for entries: that inner call of three arguments is
+    # what the reference replays.
     record_result(indexer, "topk", "topk", lambda topk_indices: topk_indices.clone(), most_args=3)
     record_result(moe, "route_topk", "route", lambda result: result[1].clone())
     registry.forget_choices()
@@ -144,9 +153,14 @@ def record_quantised(names: dict[int, str]) -> dict[str, list[Any]]:
 
 
 def assert_equals_quantised_reference(
-    output: dict[str, Any], record: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, index: IndexFormat = IndexFormat.FP8
+    output: dict[str, Any],
+    record: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    index: IndexFormat = IndexFormat.FP8,
 ) -> None:
-    """One request's log-probabilities against the reference with fp8 pages, fed with what the engine recorded."""
+    """One request's log-probabilities against the reference with fp8 pages, fed with what the
+    engine recorded."""
     base = ReferenceModel.from_folder(folder, Quantisation(KvFormat.FP8_DS_MLA, index))
     model = Replayed(base, torch.load(record, weights_only=True))
     monkeypatch.setattr(moe, "route_topk", model.route)
@@ -154,7 +168,9 @@ def assert_equals_quantised_reference(
     want = model.logprobs(ids[:-1]).gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
     got = torch.tensor(output["prompt_logprobs"] + output["logprobs"])
     worst = float((got - want).abs().max())
-    print(f"{folder.name}: worst {worst:.1e} over {len(want)}, {model.different / model.total:.1e} of codes are neighbours")
+    print(
+        f"{folder.name}: worst {worst:.1e} over {len(want)}, {model.different / model.total:.1e} of codes are neighbours"
+    )
     assert worst <= TOLERANCE
     assert model.total > 0
     assert model.different <= MOST_NEIGHBOURS * model.total

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine's server must do, as users run it: every endpoint, concurrency, a client that leaves, and SIGTERM."""
+"""What an engine's server must do, as users run it: every endpoint, concurrency, a client that
+leaves, and SIGTERM."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ CHAT = {
 
 
 def serve_until_sigterm(command: list[str], env: dict[str, str]) -> Iterator[Server]:
-    """A server for all tests of a module; after them SIGTERM must end it with exit code 0 and leave no process behind."""
+    """A server for all tests of a module; after them SIGTERM must end it with exit code 0 and leave
+    no process behind."""
     with Server(command, env) as server:
         yield server
         server.process.send_signal(signal.SIGTERM)
@@ -39,7 +41,8 @@ def serve_until_sigterm(command: list[str], env: dict[str, str]) -> Iterator[Ser
 
 
 class ServeChecks:
-    """A module inherits these tests, says how its engine spells things, and has a `server` fixture."""
+    """A module inherits these tests, says how its engine spells things, and has a `server`
+    fixture."""
 
     engine: Engine
     model_class: str
@@ -59,11 +62,16 @@ class ServeChecks:
         assert worker.quant_method == self.quant_method
 
     def test_the_log_says_who_serves_and_why(self, server: Server) -> None:
-        """With the engine's default settings: who serves V4, and which implementation each operator got."""
+        """With the engine's default settings: who serves V4, and which implementation each operator
+        got."""
         self.engine.prompt_logprobs(server, [5, 6, 7])
         lines = server.log().splitlines()
         assert [line for line in lines if line.endswith("dsv4: native V4 does not run on cpu: dsv4 serves")]
-        assert [line for line in lines if "dsv4: attention.sparse on cpu is served by reference (triton: no accelerator)" in line]
+        assert [
+            line
+            for line in lines
+            if "dsv4: attention.sparse on cpu is served by reference (triton: no accelerator)" in line
+        ]
 
     def test_doctor_proves_it_from_the_server(self, server: Server) -> None:
         """`dsv4 doctor --url` as a user runs it: exit 0 and the classes that the workers told."""
@@ -94,7 +102,8 @@ class ServeChecks:
         assert any(texts.values())
 
     def test_chat_prompt_is_v4s_encoding(self, server: Server, tiny_flash: Path) -> None:
-        """BOS, the user turn, the assistant turn with thinking opened or closed: what is tokenised, and what a chat is charged for."""
+        """BOS, the user turn, the assistant turn with thinking opened or closed: what is tokenised,
+        and what a chat is charged for."""
         tokenizer = Tokenizer.from_file(str(tiny_flash / "tokenizer.json"))
 
         def prompt(thinking: bool) -> str:
@@ -107,12 +116,16 @@ class ServeChecks:
         assert prompt(thinking=True).endswith("<｜User｜>Name a number.<｜Assistant｜><think>")
 
     def test_chat_with_tools_is_accepted(self, server: Server) -> None:
-        tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object", "properties": {}}}}
+        tool = {
+            "type": "function",
+            "function": {"name": "add", "description": "", "parameters": {"type": "object", "properties": {}}},
+        }
         choice = server.post("/v1/chat/completions", {**CHAT, "tools": [tool]})["choices"][0]
         assert choice["finish_reason"] in ("length", "stop", "tool_calls")
 
     def test_sixteen_clients_get_what_one_gets(self, server: Server) -> None:
-        """Greedy tokens do not depend on who else is served. Prompts of different lengths, each asked alone and in the crowd."""
+        """Greedy tokens do not depend on who else is served. Prompts of different lengths, each
+        asked alone and in the crowd."""
         common = {"model": "tiny", "max_tokens": 10, "temperature": 0, "ignore_eos": True}
         bodies = [common | {"prompt": [3 + (7 * i + j) % 250 for j in range(5 + 17 * i)]} for i in range(16)]
         ask = lambda body: server.post("/v1/completions", body)["choices"][0]["text"]  # noqa: E731
@@ -123,14 +136,26 @@ class ServeChecks:
 
     def test_a_client_that_leaves_frees_its_request(self, server: Server) -> None:
         connection = http.client.HTTPConnection(HOST, server.port, timeout=60)
-        body = {"model": "tiny", "prompt": "long", "max_tokens": 1000, "temperature": 0, "ignore_eos": True, "stream": True}
+        body = {
+            "model": "tiny",
+            "prompt": "long",
+            "max_tokens": 1000,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         response.read(200)
         response.close()
         connection.close()
         assert _eventually(lambda: _gauge(server, self.running_requests) == 0)
-        assert server.post("/v1/completions", {"model": "tiny", "prompt": "next", "max_tokens": 2})["usage"]["completion_tokens"] >= 1
+        assert (
+            server.post("/v1/completions", {"model": "tiny", "prompt": "next", "max_tokens": 2})["usage"][
+                "completion_tokens"
+            ]
+            >= 1
+        )
 
 
 def _events(server: Server, path: str, body: dict) -> list[dict]:

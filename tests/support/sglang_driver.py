@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one SGLang engine and prints what it generated: `python sglang_driver.py < plan.json > result.json`.
+"""Runs one SGLang engine and prints what it generated: `python sglang_driver.py < plan.json >
+result.json`.
 
-The plan is {"engine": Engine arguments, "phases": [[request, ...], ...]} and options for `sglang_instruments`; a request is
-{"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases one
-after another.
+The plan is {"engine": Engine arguments, "phases": [[request, ...], ...]} and options for
+`sglang_instruments`; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The
+requests of a phase are submitted together, phases one after another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 
 def describe(prompt: list[int], output: dict[str, Any], prompt_logprobs: bool) -> dict[str, Any]:
-    """A request's tokens and the log-probability of each prompt token (but the first) and each generated one."""
+    """A request's tokens and the log-probability of each prompt token (but the first) and each
+    generated one."""
     meta = output["meta_info"]
     return {
         "prompt": prompt,
@@ -44,7 +46,8 @@ def main() -> None:
             input_ids=[r["prompt"] for r in phase],
             sampling_params=params,
             return_logprob=[True] * len(phase),
-            # From 0, the whole prompt is computed again for its log-probabilities, and no cached prefix is used.
+            # From 0, the whole prompt is computed again for its log-probabilities, and no cached
+            # prefix is used.
             logprob_start_len=[0 if r["prompt_logprobs"] else -1 for r in phase],
         )
         phases.append([describe(r["prompt"], o, r["prompt_logprobs"]) for r, o in zip(phase, outputs, strict=True)])

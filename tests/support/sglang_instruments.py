@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An SGLang plugin that watches and breaks dsv4 in the engine's own processes, as the plan of a test says.
+"""An SGLang plugin that watches and breaks dsv4 in the engine's own processes, as the plan of a
+test says.
 
-Options of the plan: "poison": fill memory that nobody owns with NaN before every step; "record": a file for every row that
-was quantised, for replay through the reference model; "mutation": [module, old, new], break a module's source; "chunk":
-prefill chunks of that many tokens, whatever page they end in; "skip_hook": a hook target that silently does not apply;
-"allow_fp4_indexer": mxfp4 index keys on any device;
-"mapping": report where tensors were loaded; "launches": report the kernels that each layer launched. Under
-TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
+Options of the plan: "poison": fill memory that nobody owns with NaN before every step; "record": a
+file for every row that was quantised, for replay through the reference model; "mutation": [module,
+old, new], break a module's source; "chunk": prefill chunks of that many tokens, whatever page they
+end in; "skip_hook": a hook target that silently does not apply; "allow_fp4_indexer": mxfp4 index
+keys on any device;
+"mapping": report where tensors were loaded; "launches": report the kernels that each layer
+launched. Under TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PLAN: dict[str, Any] = json.loads(Path(os.environ["TEST_SGLANG_PLAN"]).read_text()) if "TEST_SGLANG_PLAN" in os.environ else {}
+PLAN: dict[str, Any] = (
+    json.loads(Path(os.environ["TEST_SGLANG_PLAN"]).read_text()) if "TEST_SGLANG_PLAN" in os.environ else {}
+)
 RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 COUNTS: dict[str, Any] = {"poisoned_pages": 0, "prefill_steps": 0, "largest_prefill": 0}
 RECORDED: list[dict[str, list[Any]]] = []
@@ -37,7 +41,9 @@ def register() -> None:
     if PLAN.get("skip_hook"):
         HookRegistry._patched.add(PLAN["skip_hook"])  # what SGLang believes it has patched, it leaves alone
     if PLAN.get("chunk"):
-        HookRegistry.register("sglang.srt.managers.schedule_policy.PrefillAdder.__init__", chunks_of_any_size, HookType.AROUND)
+        HookRegistry.register(
+            "sglang.srt.managers.schedule_policy.PrefillAdder.__init__", chunks_of_any_size, HookType.AROUND
+        )
     if PLAN.get("allow_fp4_indexer"):
         from sglang.srt.arg_groups import serving_hook
 
@@ -51,7 +57,8 @@ def register() -> None:
 
 
 def mutate(module_name: str, old: str, new: str) -> None:
-    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything else imports it."""
+    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything
+    else imports it."""
     import importlib
     import inspect
 
@@ -62,7 +69,8 @@ def mutate(module_name: str, old: str, new: str) -> None:
 
 
 def chunks_of_any_size(original: Callable[..., Any], adder: Any, *args: Any, **kwargs: Any) -> None:
-    """SGLang wants chunks of whole pages, except on one GPU; this takes that path with a budget of our own."""
+    """SGLang wants chunks of whole pages, except on one GPU; this takes that path with a budget of
+    our own."""
     original(adder, *args, **kwargs)
     adder.exact_chunk_fill = True
     adder.rem_chunk_tokens = PLAN["chunk"]
@@ -83,15 +91,21 @@ def before_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         from tests.support.replay import record_quantised
 
         layers = scheduler.tp_worker.model_runner.token_to_kv_pool.layers
-        names = {id(pages): f"model.layers.{i}.attn.{role.value}_cache" for i, layer in enumerate(layers) for role, pages in layer.items()}
+        names = {
+            id(pages): f"model.layers.{i}.attn.{role.value}_cache"
+            for i, layer in enumerate(layers)
+            for role, pages in layer.items()
+        }
         RECORDED.append(record_quantised(names))
 
 
 def poison(scheduler: Any) -> int:
-    """Fill every page and slot that no request and no cached prefix owns with NaN; returns how many pages.
+    """Fill every page and slot that no request and no cached prefix owns with NaN; returns how many
+    pages.
 
-    0xFF in every byte is NaN as fp32, bf16, e4m3 and ue8m0. Pages are poisoned while free, so a page that a request gets later
-    starts as NaN too. Page 0, which padding uses, and scratch memory are poisoned with them.
+    0xFF in every byte is NaN as fp32, bf16, e4m3 and ue8m0. Pages are poisoned while free, so a
+    page that a request gets later starts as NaN too. Page 0, which padding uses, and scratch memory
+    are poisoned with them.
     """
     import torch
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one vLLM engine in this process and prints what it generated: `python -m tests.support.vllm_driver < plan.json > result.json`.
+"""Runs one vLLM engine in this process and prints what it generated: `python -m
+tests.support.vllm_driver < plan.json > result.json`.
 
-The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record": file or None,
-"mutation": [module, old, new], "launches": bool}; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}.
-The requests of a phase are submitted together, phases one after another. `record` saves every row that was quantised, for replay through
-the reference model; `mutation` breaks a module's source on purpose; `launches` reports the kernels that each layer launched.
+The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record":
+file or None, "mutation": [module, old, new], "launches": bool}; a request is {"prompt": [ids],
+"max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases
+one after another. `record` saves every row that was quantised, for replay through the reference
+model; `mutation` breaks a module's source on purpose; `launches` reports the kernels that each
+layer launched.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def mutate(module_name: str, old: str, new: str) -> None:
-    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything else imports it."""
+    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything
+    else imports it."""
     import importlib
     import inspect
 
@@ -31,10 +35,11 @@ def mutate(module_name: str, old: str, new: str) -> None:
 
 
 def poison_unowned_pages(llm: Any) -> dict[str, int]:
-    """Before every step, fill each page that no request and no cached prefix owns with NaN, in every cache.
+    """Before every step, fill each page that no request and no cached prefix owns with NaN, in
+    every cache.
 
-    0xFF in every byte is NaN as fp32, bf16, e4m3 and ue8m0. Pages are poisoned while free, so a page that a request gets
-    later starts as NaN too. Returns a counter of poisoned pages.
+    0xFF in every byte is NaN as fp32, bf16, e4m3 and ue8m0. Pages are poisoned while free, so a
+    page that a request gets later starts as NaN too. Returns a counter of poisoned pages.
     """
     from dsv4_vllm.caches import V4Cache
 
@@ -49,7 +54,9 @@ def poison_unowned_pages(llm: Any) -> dict[str, int]:
         import torch
 
         unowned = {b.block_id for b in pool.blocks if b.is_null or (b.ref_cnt == 0 and b.block_hash is None)}
-        fresh = torch.tensor(sorted(unowned - already), dtype=torch.long)  # the others are NaN still: nobody owned them since
+        fresh = torch.tensor(
+            sorted(unowned - already), dtype=torch.long
+        )  # the others are NaN still: nobody owned them since
         for cache in caches:
             cache.view(torch.uint8)[fresh] = 0xFF
         already.clear()
@@ -71,12 +78,16 @@ def record_quantised(llm: Any) -> dict[str, list[Any]]:
 
 
 def describe(output: Any) -> dict[str, Any]:
-    """A request's tokens and the log-probability of each prompt token (but the first) and each generated one."""
+    """A request's tokens and the log-probability of each prompt token (but the first) and each
+    generated one."""
     completion = output.outputs[0]
     generated = [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
     prompt = None
     if output.prompt_logprobs is not None:
-        prompt = [entry[token].logprob for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+        prompt = [
+            entry[token].logprob
+            for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
     return {
         "prompt": list(output.prompt_token_ids),
         "tokens": list(completion.token_ids),

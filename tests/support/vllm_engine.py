@@ -9,12 +9,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.comparison import ENV_DIR, ROOT, TIE_MARGIN, TOLERANCE, Oracle, assert_equal, clean_environment, compare, request, served
+from tests.support.comparison import (
+    ENV_DIR,
+    ROOT,
+    TIE_MARGIN,
+    TOLERANCE,
+    Oracle,
+    assert_equal,
+    clean_environment,
+    compare,
+    request,
+    served,
+)
 
 __all__ = [
-    "ENV_DIR", "MODEL_CLASS", "RUNNER_V2", "TIE_MARGIN", "TOLERANCE", "Oracle", "assert_equal", "compare", "engine_args", "environment", "request", "run",
+    "ENV_DIR",
+    "MODEL_CLASS",
+    "RUNNER_V2",
+    "TIE_MARGIN",
+    "TOLERANCE",
+    "Oracle",
+    "assert_equal",
+    "compare",
+    "engine_args",
+    "environment",
+    "request",
+    "run",
     "start",
-]  # fmt: skip
+]
 
 MODEL_CLASS = "dsv4_vllm.model.DeepseekV4ForCausalLM"
 VLLM_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
@@ -29,13 +51,20 @@ def environment(**extra: str) -> dict[str, str]:
 def engine_args(folder: Path, **overrides: Any) -> dict[str, Any]:
     """LLM arguments for a tiny checkpoint in fp32."""
     return {
-        "model": str(folder), "dtype": "float32", "max_model_len": 1200, "max_num_batched_tokens": 200, "max_num_seqs": 8,
+        "model": str(folder),
+        "dtype": "float32",
+        "max_model_len": 1200,
+        "max_num_batched_tokens": 200,
+        "max_num_seqs": 8,
         "kv_cache_memory_bytes": 512 << 20,
-    } | overrides  # fmt: skip
+    } | overrides
 
 
-def run(engine: dict[str, Any], phases: list[list[dict[str, Any]]], env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
-    """Run `phases` in a fresh engine process. Fails with the end of its log when it does not exit 0. options: see `vllm_driver`."""
+def run(
+    engine: dict[str, Any], phases: list[list[dict[str, Any]]], env: dict[str, str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run `phases` in a fresh engine process. Fails with the end of its log when it does not exit
+    0. options: see `vllm_driver`."""
     return served(start(engine, phases, env, **options), MODEL_CLASS)
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine that lives through many schedules: a line of JSON in, a line of JSON out, until stdin ends.
+"""One vLLM engine that lives through many schedules: a line of JSON in, a line of JSON out, until
+stdin ends.
 
-The first line holds the LLM arguments. A schedule is a list of {"step": n, "prompt": [ids], "max_tokens": n, "abort": n or
-null}: when each request arrives, and after how many generated tokens its client leaves. The prefix cache lives on from
-schedule to schedule; pages that nobody owns are NaN before every step.
+The first line holds the LLM arguments. A schedule is a list of {"step": n, "prompt": [ids],
+"max_tokens": n, "abort": n or null}: when each request arrives, and after how many generated tokens
+its client leaves. The prefix cache lives on from schedule to schedule; pages that nobody owns are
+NaN before every step.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from tests.support.vllm_driver import poison_unowned_pages
 
 
 def run_schedule(engine: Any, schedule: list[dict[str, Any]], serial: int) -> list[dict[str, Any]]:
-    """Each request's prompt, tokens, log-probabilities and cached prompt tokens, in the order of the schedule."""
+    """Each request's prompt, tokens, log-probabilities and cached prompt tokens, in the order of
+    the schedule."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -35,7 +38,13 @@ def run_schedule(engine: Any, schedule: list[dict[str, Any]], serial: int) -> li
                 output_kind=RequestOutputKind.CUMULATIVE,
             )  # fmt: skip
             engine.add_request(f"{serial}-{i}", {"prompt_token_ids": schedule[i]["prompt"]}, params)
-            found[f"{serial}-{i}"] = {"prompt": schedule[i]["prompt"], "tokens": [], "logprobs": [], "prompt_logprobs": None, "cached": 0}
+            found[f"{serial}-{i}"] = {
+                "prompt": schedule[i]["prompt"],
+                "tokens": [],
+                "logprobs": [],
+                "prompt_logprobs": None,
+                "cached": 0,
+            }
         for output in engine.step():
             completion = output.outputs[0]
             tokens = list(completion.token_ids)
@@ -59,7 +68,11 @@ def main() -> None:
     for serial, line in enumerate(sys.stdin):
         outputs = run_schedule(llm.llm_engine, json.loads(line), serial)
         preemptions = next((m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), 0)
-        print(json.dumps({"outputs": outputs, "preemptions": preemptions, "poisoned": poisoned["pages"]}), file=out, flush=True)
+        print(
+            json.dumps({"outputs": outputs, "preemptions": preemptions, "poisoned": poisoned["pages"]}),
+            file=out,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

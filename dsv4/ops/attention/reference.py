@@ -14,11 +14,13 @@ from dsv4.ops.rope import apply_rope
 GATHER_BYTES = 32 << 20
 
 
-def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: SlotMapping) -> Tensor:
+def norm_rope_store(
+    q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: SlotMapping
+) -> Tensor:
     """Per-head norm and RoPE of q; weighted norm and RoPE of kv, written into its window slot.
 
-    q: [T, H, 512]; kv: [T, 512]; kv_weight: [512]; cos_sin: [T, rope_dim] fp32; window: where each token's row goes.
-    Returns the rotated q [T, H, 512] in its dtype. K and V are the same row.
+    q: [T, H, 512]; kv: [T, 512]; kv_weight: [512]; cos_sin: [T, rope_dim] fp32; window: where each
+    token's row goes. Returns the rotated q [T, H, 512] in its dtype. K and V are the same row.
     """
     store_rows(window.pages, window.slots, apply_rope(rms_norm(kv, kv_weight, eps), cos_sin), cos_sin.shape[-1])
     return apply_rope(head_rms_norm(q, eps), cos_sin)
@@ -27,21 +29,24 @@ def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_si
 def sparse_attention(
     q: Tensor, window: Selection, entries: Selection | None, sink: Tensor, cos_sin: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q . k * D**-0.5) over window and compressed keys jointly, with one extra logit per head in the denominator.
+    """softmax(q . k * D**-0.5) over window and compressed keys jointly, with one extra logit per
+    head in the denominator.
 
     q: [T, H, D]
     window, entries: the keys, which are the values too; entries is None on window-only layers
     sink: [H] fp32, unscaled; -inf adds nothing, +inf leaves zeros
-    cos_sin: [T, rope_dim]; with it o is rotated back by its query's position, which `output_a` leaves out when it gets none
+    cos_sin: [T, rope_dim]; with it o is rotated back by its query's position, which `output_a`
+    leaves out when it gets none
 
-    Returns o [T, H, D] in q's dtype and the log-sum-exp [T, H] fp32 without the sink. A token with no valid key gets zeros
-    and -inf.
+    Returns o [T, H, D] in q's dtype and the log-sum-exp [T, H] fp32 without the sink. A token with
+    no valid key gets zeros and -inf.
     """
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lists, widths = [window], [window.slots.shape[1]]
     if entries is not None and entries.lens.numel():
-        # What no token reads is not gathered: HCA's lists are as long as the longest context may be.
+        # What no token reads is not gathered: HCA's lists are as long as the longest context may
+        # be.
         lists.append(entries)
         widths.append(min(int(entries.lens.max()), entries.slots.shape[1]))
     step = max(1, GATHER_BYTES // max(1, 4 * q.shape[-1] * sum(widths)))
@@ -54,7 +59,8 @@ def sparse_attention(
 
 
 def _gather(selection: Selection, tokens: slice, width: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Some tokens' rows [T, width, dim] fp32 and which are valid [T, width]; invalid rows are zero, since a page may hold NaN."""
+    """Some tokens' rows [T, width, dim] fp32 and which are valid [T, width]; invalid rows are zero,
+    since a page may hold NaN."""
     slots, pages = selection.slots_of(tokens, width), selection.pages
     valid = torch.arange(slots.shape[1], device=slots.device) < selection.lens[tokens, None]
     valid &= (slots >= 0) & (slots < pages.num_slots)
@@ -75,7 +81,8 @@ def _attend(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> tuple[Tenso
 def output_a(o: Tensor, cos_sin: Tensor | None, wo_a: Tensor) -> Tensor:
     """Rotate each head's output back by its query's position, then project each group of heads.
 
-    o: [T, H, D]; cos_sin: [T, rope_dim], None when o is already rotated back; wo_a: [G, R, (H / G) * D] in o's dtype.
+    o: [T, H, D]; cos_sin: [T, rope_dim], None when o is already rotated back; wo_a: [G, R, (H / G)
+    * D] in o's dtype.
     Returns [T, G * R] in o's dtype.
     """
     rotated = o if cos_sin is None else apply_rope(o, cos_sin, inverse=True)

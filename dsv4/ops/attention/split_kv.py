@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse attention over window, compressed entries and sink: split-KV decode, and prefill as one split.
+"""Sparse attention over window, compressed entries and sink: split-KV decode, and prefill as one
+split.
 
-A program holds a block of one token's heads and walks a part of the token's keys, gathered by slot. K and V are the same
-row, cut in four pieces (256 + 128 + 64 quantised channels, 64 rotated ones): a whole row of 512 would cost 128 registers
-a lane. Each part leaves its own normalised output and log-sum-exp; `combine_kernel` joins them and adds the sink.
+A program holds a block of one token's heads and walks a part of the token's keys, gathered by slot.
+K and V are the same row, cut in four pieces (256 + 128 + 64 quantised channels, 64 rotated ones): a
+whole row of 512 would cost 128 registers a lane. Each part leaves its own normalised output and
+log-sum-exp; `combine_kernel` joins them and adds the sink.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ KEYS_PER_SPLIT = 128  # fewer keys than this do not pay for another part and for
 
 
 class Keys(NamedTuple):
-    """A `Selection`, as kernels take it. page_rows and format are constants, row and all of a missing Selection None."""
+    """A `Selection`, as kernels take it. page_rows and format are constants, row and all of a
+    missing Selection None."""
 
     pages: Any
     page_stride: Any
@@ -52,23 +55,34 @@ class Tile:
 
 
 def tile_for(num_heads: int, amd: bool) -> Tile:
-    """32 heads gather and decode half as often as 16; 64 spill on every NVIDIA target or overflow sm100's tensor memory."""
+    """32 heads gather and decode half as often as 16; 64 spill on every NVIDIA target or overflow
+    sm100's tensor memory."""
     if amd:  # a wave has 64 lanes, so that 4 warps have the registers of 8
         return Tile(16, 32, 4) if num_heads <= 16 else Tile(32, 16, 4)
     return Tile(16 if num_heads <= 16 else 32, 32, 8)
 
 
 def splits_for(num_tokens: int, head_blocks: int, max_keys: int, device: torch.device) -> int:
-    """Parts per token that fill the device twice, from host integers alone, so that a captured graph keeps its shape."""
+    """Parts per token that fill the device twice, from host integers alone, so that a captured
+    graph keeps its shape."""
     wanted = triton.cdiv(2 * processors(device), num_tokens * head_blocks)
     return max(1, min(wanted, max_keys // KEYS_PER_SPLIT, MAX_SPLITS))
 
 
 @triton.jit
 def _keys(
-    pages, rows_at, scales_at, ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr, OUT: tl.constexpr, PTX: tl.constexpr
+    pages,
+    rows_at,
+    scales_at,
+    ok,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OUT: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Channels FIRST .. FIRST + WIDTH of the rows, [BN, WIDTH] OUT; rows that are not ok are never read, and are 0."""
+    """Channels FIRST .. FIRST + WIDTH of the rows, [BN, WIDTH] OUT; rows that are not ok are never
+    read, and are 0."""
     at = pages + (rows_at[:, None] + (FIRST + tl.arange(0, WIDTH))[None, :])
     if FORMAT == 0:
         keys = tl.load(at, mask=ok[:, None], other=0.0).to(OUT)
@@ -148,11 +162,28 @@ def _list(keys, t):
 
 @triton.jit
 def attend_kernel(
-    q, q_token_stride, q_head_stride, window, entries, sink, cos_sin, out, lse, part_out, part_lse, scale_log2, num_splits,
-    H: tl.constexpr, HB: tl.constexpr, BN: tl.constexpr, ONE_SPLIT: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """grid (T, cdiv(H, HB), num_splits). A token's keys are its window, then its entries; each split takes an equal share of
-    the keys that the token really has. window, entries: Keys. part_out [T, num_splits, H, 512] fp32, part_lse [T, num_splits, H] fp32 in log2 units."""
+    q,
+    q_token_stride,
+    q_head_stride,
+    window,
+    entries,
+    sink,
+    cos_sin,
+    out,
+    lse,
+    part_out,
+    part_lse,
+    scale_log2,
+    num_splits,
+    H: tl.constexpr,
+    HB: tl.constexpr,
+    BN: tl.constexpr,
+    ONE_SPLIT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """grid (T, cdiv(H, HB), num_splits). A token's keys are its window, then its entries; each
+    split takes an equal share of the keys that the token really has. window, entries: Keys.
+    part_out [T, num_splits, H, 512] fp32, part_lse [T, num_splits, H] fp32 in log2 units."""
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     h = tl.program_id(1) * HB + tl.arange(0, HB)
@@ -215,7 +246,8 @@ def attend_kernel(
 
 @triton.jit
 def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, num_splits, H: tl.constexpr, SPLITS: tl.constexpr):
-    """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a power of two >= num_splits."""
+    """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a
+    power of two >= num_splits."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     d = tl.arange(0, 512)
@@ -275,14 +307,39 @@ def sparse_attention(
         parts = torch.empty(num_tokens, num_splits, num_heads, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(num_tokens, num_splits, num_heads, dtype=torch.float32, device=q.device)
     attend_kernel[(num_tokens, head_blocks, num_splits)](
-        q, q.stride(0), q.stride(1), _kernel_keys(window), NO_KEYS if entries is None else _kernel_keys(entries),
-        sink, cos_sin, out, lse, parts, part_lse, dim**-0.5 * LOG2_E.value, num_splits,
-        H=num_heads, HB=tile.heads, BN=tile.keys, ONE_SPLIT=num_splits == 1, PTX=packed_decode(q.device), num_warps=tile.num_warps,
+        q,
+        q.stride(0),
+        q.stride(1),
+        _kernel_keys(window),
+        NO_KEYS if entries is None else _kernel_keys(entries),
+        sink,
+        cos_sin,
+        out,
+        lse,
+        parts,
+        part_lse,
+        dim**-0.5 * LOG2_E.value,
+        num_splits,
+        H=num_heads,
+        HB=tile.heads,
+        BN=tile.keys,
+        ONE_SPLIT=num_splits == 1,
+        PTX=packed_decode(q.device),
+        num_warps=tile.num_warps,
         **register_limit(q.device, tile.num_warps),
-    )  # fmt: skip
+    )
     if num_splits > 1:
         combine_kernel[(num_tokens, num_heads)](
-            parts, part_lse, sink, cos_sin, out, lse, num_splits, H=num_heads, SPLITS=triton.next_power_of_2(num_splits), num_warps=4
+            parts,
+            part_lse,
+            sink,
+            cos_sin,
+            out,
+            lse,
+            num_splits,
+            H=num_heads,
+            SPLITS=triton.next_power_of_2(num_splits),
+            num_warps=4,
         )
     return out, lse
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the attention operators; every function here has its reference in `attention/reference.py`."""
+"""Triton kernels of the attention operators; every function here has its reference in
+`attention/reference.py`."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def norm_rope_store_kernel(
     ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """grid (T, 1 + cdiv(H, HB)): the first program of a token writes its kv row, the others a block of heads each."""
+    """grid (T, 1 + cdiv(H, HB)): the first program of a token writes its kv row, the others a block
+    of heads each."""
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     d = tl.arange(0, D)[None, :]
@@ -67,8 +69,11 @@ def norm_rope_store_kernel(
         tl.store(out + (t * H + h[:, None]) * D + d, y.to(out.dtype.element_ty), mask=inside)
 
 
-def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: SlotMapping) -> Tensor:
-    """See `reference.norm_rope_store`. Packed values are quantised from rows rounded to q's dtype, then to bf16."""
+def norm_rope_store(
+    q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_sin: Tensor, window: SlotMapping
+) -> Tensor:
+    """See `reference.norm_rope_store`. Packed values are quantised from rows rounded to q's dtype,
+    then to bf16."""
     num_tokens, num_heads, dim = q.shape
     pages = window.pages
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -102,25 +107,45 @@ def norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos_si
 
 @triton.jit
 def rotate_back_kernel(
-    o, o_token_stride, o_head_stride, cos_sin, out, H: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, HB: tl.constexpr
+    o,
+    o_token_stride,
+    o_head_stride,
+    cos_sin,
+    out,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROPE: tl.constexpr,
+    HB: tl.constexpr,
 ):
     """grid (T, cdiv(H, HB)): copy a block of heads with the last ROPE channels rotated back."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HB + tl.arange(0, HB)
     d = tl.arange(0, D)[None, :]
     inside = (h < H)[:, None]
-    x = tl.load(o + t * o_token_stride + h[:, None] * o_head_stride + d, mask=inside, other=0.0).to(tl.float32)  # [HB, D]
+    x = tl.load(o + t * o_token_stride + h[:, None] * o_head_stride + d, mask=inside, other=0.0).to(
+        tl.float32
+    )  # [HB, D]
     y = rotate_pairs(x, cos_sin + t * ROPE, D - ROPE, ROPE, D, SIGN=-1.0)
     tl.store(out + (t * H + h[:, None]) * D + d, y.to(out.dtype.element_ty), mask=inside)
 
 
 def output_a(o: Tensor, cos_sin: Tensor | None, wo_a: Tensor) -> Tensor:
-    """See `reference.output_a`. The grouped product stays with the device's GEMM library: one batched GEMM."""
+    """See `reference.output_a`. The grouped product stays with the device's GEMM library: one
+    batched GEMM."""
     num_tokens, num_heads, dim = o.shape
     rotated = o if cos_sin is None else torch.empty(o.shape, dtype=o.dtype, device=o.device)
     if num_tokens and cos_sin is not None:
         rotate_back_kernel[(num_tokens, triton.cdiv(num_heads, HEADS_PER_PROGRAM))](
-            o, o.stride(0), o.stride(1), cos_sin, rotated, H=num_heads, D=dim, ROPE=cos_sin.shape[-1], HB=HEADS_PER_PROGRAM, num_warps=4
+            o,
+            o.stride(0),
+            o.stride(1),
+            cos_sin,
+            rotated,
+            H=num_heads,
+            D=dim,
+            ROPE=cos_sin.shape[-1],
+            HB=HEADS_PER_PROGRAM,
+            num_warps=4,
         )
     groups = rotated.reshape(num_tokens, wo_a.shape[0], -1)  # [T, G, (H / G) * D]
     out = torch.empty(num_tokens, *wo_a.shape[:2], dtype=o.dtype, device=o.device)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of all mappings share: groups of arguments, and what makes a pooled row an entry.
+"""What the kernels of all mappings share: groups of arguments, and what makes a pooled row an
+entry.
 
 Fields in capitals are constants of the kernel; they stay constants in a group that is an argument,
 not in one that has been assigned to a variable.
@@ -70,7 +71,8 @@ def entry_group(entries: SlotMapping) -> EntryGroup:
 
 
 def at_most_two(op: str, groups: Sequence[Group]) -> tuple[Group, Group | None]:
-    """The groups of a launch, which has arguments for two caches; a layer with one has no second."""
+    """The groups of a launch, which has arguments for two caches; a layer with one has no
+    second."""
     if len(groups) > 2:
         raise ValueError(f"{op}: {len(groups)} caches; a launch pools into at most 2")
     return groups[0], groups[1] if len(groups) > 1 else None
@@ -94,12 +96,14 @@ def store_entry(pooled, norm_weight, eps, cos_sin, entries, slot, D: tl.constexp
     store_row(page, slot % entries.ROWS, row, D, ROPE, entries.ROWS, entries.FORMAT)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Types of the configurations that serve
 
 
 def projected_types(dim: int) -> ProjectedGroup:
-    return ProjectedGroup(kv="*fp32", kv_stride="i32", gate="*fp32", gate_stride="i32", ape="*fp32", norm_weight="*bf16", D=dim)
+    return ProjectedGroup(
+        kv="*fp32", kv_stride="i32", gate="*fp32", gate_stride="i32", ape="*fp32", norm_weight="*bf16", D=dim
+    )
 
 
 def entry_types(ratio: int, row_format: int) -> EntryGroup:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compressor is given in a step, wherever the open windows live. Source: docs/model.md, 3.4."""
+"""What the compressor is given in a step, wherever the open windows live. Source: docs/model.md,
+3.4."""
 
 from __future__ import annotations
 

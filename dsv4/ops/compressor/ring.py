@@ -26,8 +26,8 @@ from dsv4.ops.plan import TokenPlan
 class Rings:
     """Where the state row of a position lives.
 
-    owner_table: [R, n] int32; the ring of request r's position p belongs to owner_table[r, p // owner_tokens]
-    owner_tokens: tokens of one owner
+    owner_table: [R, n] int32; the ring of request r's position p belongs to owner_table[r, p //
+    owner_tokens] owner_tokens: tokens of one owner
     ratio: rows of a ring page
     windows: pages of a ring
     """
@@ -58,8 +58,8 @@ class Rings:
 class RingPlan:
     """One step's use of the rings of one kind.
 
-    positions: [T] int64, each relative to the first row that its request needs, so that tables stay short
-    block_table: [R, n] int32, pages of the memory that entries are pooled from
+    positions: [T] int64, each relative to the first row that its request needs, so that tables stay
+    short block_table: [R, n] int32, pages of the memory that entries are pooled from
     slot_mapping: [T] int32, where the step's rows go in it
 
     The rest is None when that memory is the rings themselves:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lightning indexer: which compressed entries a CSA query attends. Source: docs/model.md, 3.5."""
+"""The lightning indexer: which compressed entries a CSA query attends. Source: docs/model.md,
+3.5."""
 
 import torch
 from torch import Tensor
@@ -9,11 +10,14 @@ from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.registry import operator
 
-prepare_query = operator("indexer.prepare_query", reference.prepare_query, triton="dsv4.ops.indexer.triton:prepare_query")
+prepare_query = operator(
+    "indexer.prepare_query", reference.prepare_query, triton="dsv4.ops.indexer.triton:prepare_query"
+)
 logits = operator("indexer.logits", reference.logits, triton="dsv4.ops.indexer.triton:logits")
 topk = operator("indexer.topk", reference.topk, triton="dsv4.ops.indexer.triton:topk")
 
-# Tokens are scored in slices whose logits fit in this many bytes, so that the workspace does not grow with the context.
+# Tokens are scored in slices whose logits fit in this many bytes, so that the workspace does not
+# grow with the context.
 LOGITS_WORKSPACE_BYTES = 256 << 20
 LOGIT_BYTES = 4
 

@@ -14,8 +14,9 @@ from dsv4.model.kv_layout import IndexFormat
 class IndexQuery:
     """Index queries of T tokens and Hi heads, in the format of the keys.
 
-    values: plain [T, Hi, 128] of the model's dtype; fp8: e4m3 codes uint8 [T, Hi, 128], whose scale is folded into
-    `weights`; mxfp4: packed e2m1 uint8 [T, Hi, 64]. scales: mxfp4's ue8m0 uint8 [T, Hi, 4], else None.
+    values: plain [T, Hi, 128] of the model's dtype; fp8: e4m3 codes uint8 [T, Hi, 128], whose scale
+    is folded into `weights`; mxfp4: packed e2m1 uint8 [T, Hi, 64]. scales: mxfp4's ue8m0 uint8 [T,
+    Hi, 4], else None.
     weights: [T, Hi] fp32, everything that multiplies relu(q_h . k).
     """
 

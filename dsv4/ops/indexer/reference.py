@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain-PyTorch reference of the indexer. Source: docs/model.md, 3.5.
 
-Variant: the Hadamard rotation is applied for packed keys (official inference, SGLang), not for plain ones, where it
-changes nothing but rounding (docs/model.md, 3.5). fp8 keys and queries carry one power-of-two scale per 128 values.
+Variant: the Hadamard rotation is applied for packed keys (official inference, SGLang), not for
+plain ones, where it changes nothing but rounding (docs/model.md, 3.5). fp8 keys and queries carry
+one power-of-two scale per 128 values.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from dsv4.ops.rope import apply_rope
 
 
 def prepare_query(q: Tensor, weights: Tensor, cos_sin: Tensor, index_format: IndexFormat) -> IndexQuery:
-    """RoPE on the last channels, Hadamard and quantisation as the keys' format wants, and the score scale.
+    """RoPE on the last channels, Hadamard and quantisation as the keys' format wants, and the score
+    scale.
 
-    q: [T, Hi, 128]; weights: [T, Hi], the output of weights_proj; cos_sin: [T, rope_dim] fp32 at the token's position.
-    Weights are multiplied by 128**-0.5 * Hi**-0.5 in fp32; they may be negative.
+    q: [T, Hi, 128]; weights: [T, Hi], the output of weights_proj; cos_sin: [T, rope_dim] fp32 at
+    the token's position. Weights are multiplied by 128**-0.5 * Hi**-0.5 in fp32; they may be
+    negative.
     """
     num_heads, dim = q.shape[1:]
     weights = weights.float() * (dim**-0.5 * num_heads**-0.5)
@@ -47,8 +50,11 @@ def query_values(query: IndexQuery) -> Tensor:
     return dequantize_e2m1(query.values, query.scales)
 
 
-def logits(query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_lens: Tensor, max_entries: int) -> Tensor:
-    """score[t, j] = sum_h w[t, h] * relu(q[t, h] . k[j]): fp32 [T, max_entries], -inf from entry_lens[t] on.
+def logits(
+    query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_lens: Tensor, max_entries: int
+) -> Tensor:
+    """score[t, j] = sum_h w[t, h] * relu(q[t, h] . k[j]): fp32 [T, max_entries], -inf from
+    entry_lens[t] on.
 
     A kernel may leave anything there: `topk` reads the first entry_lens[t] of a row.
 
@@ -73,12 +79,16 @@ def logits(query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_l
     return out
 
 
-def topk(logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None = None, request_of_token: Tensor | None = None) -> Tensor:
-    """Indices of the k largest of each row's first entry_lens[t] logits: int32 [T, k], ties to the lowest index.
+def topk(
+    logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None = None, request_of_token: Tensor | None = None
+) -> Tensor:
+    """Indices of the k largest of each row's first entry_lens[t] logits: int32 [T, k], ties to the
+    lowest index.
 
-    logits: [T, N] fp32. Unused places are -1 and come last; a row with at most k entries selects all of them, in order.
-    With `entries` and request_of_token [T], cache slots of the entries instead of indices. Their order is not part of the
-    contract: the reference sorts by score, the kernel by index.
+    logits: [T, N] fp32. Unused places are -1 and come last; a row with at most k entries selects
+    all of them, in order. With `entries` and request_of_token [T], cache slots of the entries
+    instead of indices. Their order is not part of the contract: the reference sorts by score, the
+    kernel by index.
     """
     if entries is not None and request_of_token is not None:
         return topk_slots(topk(logits, entry_lens, k), entries, request_of_token)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact top-k of long rows: ties go to the lowest index, no atomics, the same result every time.
 
-A program keeps the candidates of a chunk in registers and finds the k-th largest by fixing its bits from the highest on,
-counting how many candidates reach each trial value. Rows longer than a chunk are reduced to k candidates per chunk, which
-a second launch reduces as one wide chunk. That is enough for the 262,144 entries of a million tokens; beyond, candidates
-are reduced chunk by chunk again before. They stay in index order, so that ties keep theirs.
+A program keeps the candidates of a chunk in registers and finds the k-th largest by fixing its bits
+from the highest on, counting how many candidates reach each trial value. Rows longer than a chunk
+are reduced to k candidates per chunk, which a second launch reduces as one wide chunk. That is
+enough for the 262,144 entries of a million tokens; beyond, candidates are reduced chunk by chunk
+again before. They stay in index order, so that ties keep theirs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ WIDE_CHUNK = 32_768  # the last launch's; 32 candidates a thread, as in the othe
 
 @triton.jit
 def _ordered(x):
-    """fp32 -> uint32 that orders like torch.sort: -0 equals 0, every NaN is above infinity; always above 0."""
+    """fp32 -> uint32 that orders like torch.sort: -0 equals 0, every NaN is above infinity; always
+    above 0."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32)
@@ -42,7 +44,8 @@ def _slot(index, inside, table, table_width, ROWS: tl.constexpr):
 
 @triton.jit
 def _keys(scores, indices, at, length, INDEXED: tl.constexpr):
-    """The ordered keys of candidates `at` of a row; 0 for none: beyond the length, or of index -1."""
+    """The ordered keys of candidates `at` of a row; 0 for none: beyond the length, or of index
+    -1."""
     inside = at < length
     if INDEXED:
         inside = inside & (tl.load(indices + at, mask=inside, other=-1) >= 0)
@@ -51,23 +54,41 @@ def _keys(scores, indices, at, length, INDEXED: tl.constexpr):
 
 @triton.jit
 def topk_kernel(
-    scores, scores_stride, indices, lens, max_entries, out_scores, out_indices, out_stride, K,
-    block_table, block_table_stride, block_table_width, request_of_token,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, LEVEL: tl.constexpr, FINAL: tl.constexpr, MERGE: tl.constexpr,
+    scores,
+    scores_stride,
+    indices,
+    lens,
+    max_entries,
+    out_scores,
+    out_indices,
+    out_stride,
+    K,
+    block_table,
+    block_table_stride,
+    block_table_width,
+    request_of_token,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    LEVEL: tl.constexpr,
+    FINAL: tl.constexpr,
+    MERGE: tl.constexpr,
     ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """grid (T, chunks): the K largest of one chunk, in index order.
 
-    LEVEL 0 reads scores, whose index is their place unless MERGE says that they have their own; a later level reads what
-    the one before chose, K of each chunk of FIRST. FINAL writes indices alone, -1 behind the last; with ROWS, rows of a
-    page, it writes cache slots instead. What it takes is read again and written BLOCK by BLOCK, to stay in registers.
+    LEVEL 0 reads scores, whose index is their place unless MERGE says that they have their own; a
+    later level reads what the one before chose, K of each chunk of FIRST. FINAL writes indices
+    alone, -1 behind the last; with ROWS, rows of a page, it writes cache slots instead. What it
+    takes is read again and written BLOCK by BLOCK, to stay in registers.
     """
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1)
     entries = tl.minimum(tl.maximum(tl.load(lens + t), 0), max_entries)
     length = entries
     for _ in range(LEVEL):
-        # All chunks but the last hold K candidates or more; with MERGE any may hold fewer, and index -1 says so.
+        # All chunks but the last hold K candidates or more; with MERGE any may hold fewer, and
+        # index -1 says so.
         length = tl.cdiv(length, FIRST) * K if MERGE else length // FIRST * K + tl.minimum(length % FIRST, K)
     j = tl.arange(0, BLOCK)  # at least K
     table = block_table
@@ -86,7 +107,8 @@ def topk_kernel(
         for bit in range(32):
             trial = threshold | (tl.full((), 1, tl.uint32) << (31 - bit))
             threshold = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= K, trial, threshold)
-        # Of the equal ones, the first that fit. With fewer than K candidates the threshold is 0 and all are above it.
+        # Of the equal ones, the first that fit. With fewer than K candidates the threshold is 0 and
+        # all are above it.
         room = K - tl.sum((key > threshold).to(tl.int32), 0)
         out = t * out_stride
         if not FINAL:
@@ -111,8 +133,11 @@ def topk_kernel(
         tl.store(out_indices + out + j, tl.full([BLOCK], -1, tl.int32), mask=(j >= count) & (j < K))
 
 
-def topk(logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None = None, request_of_token: Tensor | None = None) -> Tensor:
-    """See `reference.topk`; the indices come in index order. Raises ValueError when k does not fit a chunk."""
+def topk(
+    logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None = None, request_of_token: Tensor | None = None
+) -> Tensor:
+    """See `reference.topk`; the indices come in index order. Raises ValueError when k does not fit
+    a chunk."""
     num_tokens, n = logits.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
     if n == 0:
@@ -124,7 +149,8 @@ def topk(logits: Tensor, entry_lens: Tensor, k: int, entries: PageTable | None =
 
 @dataclass(frozen=True)
 class _Candidates:
-    """scores: [T, N] fp32; indices: [T, N] int32, None where it is the place; lens: [T] int32; max_entries: bound on them."""
+    """scores: [T, N] fp32; indices: [T, N] int32, None where it is the place; lens: [T] int32;
+    max_entries: bound on them."""
 
     scores: Tensor
     indices: Tensor | None
@@ -133,7 +159,8 @@ class _Candidates:
 
 
 def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
-    """The k best of candidates that several ranks chose: scores fp32 and indices int32 [T, N], -1 for none; int32 [T, k].
+    """The k best of candidates that several ranks chose: scores fp32 and indices int32 [T, N], -1
+    for none; int32 [T, k].
 
     Ties go to the first candidate, so ranks must stand in the order of their entries.
     """
@@ -162,18 +189,37 @@ def _reduce(of: _Candidates, k: int, out: Tensor, entries: PageTable | None, req
             out_scores = torch.empty(num_tokens, chunks * k, dtype=torch.float32, device=scores.device)
             out_indices = torch.empty(num_tokens, chunks * k, dtype=torch.int32, device=scores.device)
         topk_kernel[(num_tokens, chunks)](
-            scores, scores.stride(0), lens if indices is None else indices, lens, of.max_entries, out_scores, out_indices,
-            out_indices.stride(0), k, table, table.stride(0), table.shape[1], request,
-            CHUNK=chunk, BLOCK=min(chunk, CHUNK), FIRST=CHUNK, LEVEL=level, FINAL=final, MERGE=merge, ROWS=rows if final else 0,
-            num_warps=warps, **register_limit(scores.device, warps),
-        )  # fmt: skip
+            scores,
+            scores.stride(0),
+            lens if indices is None else indices,
+            lens,
+            of.max_entries,
+            out_scores,
+            out_indices,
+            out_indices.stride(0),
+            k,
+            table,
+            table.stride(0),
+            table.shape[1],
+            request,
+            CHUNK=chunk,
+            BLOCK=min(chunk, CHUNK),
+            FIRST=CHUNK,
+            LEVEL=level,
+            FINAL=final,
+            MERGE=merge,
+            ROWS=rows if final else 0,
+            num_warps=warps,
+            **register_limit(scores.device, warps),
+        )
         if final:
             return
         scores, indices, level = out_scores, out_indices, level + 1
 
 
 def _chunk(width: int, level: int) -> int:
-    """How many candidates of a row of `width` a program takes. Only the last launch takes more than CHUNK."""
+    """How many candidates of a row of `width` a program takes. Only the last launch takes more than
+    CHUNK."""
     if width <= CHUNK:
         return SMALL_CHUNK if width <= SMALL_CHUNK else CHUNK
     return triton.next_power_of_2(width) if level > 0 and width <= WIDE_CHUNK else CHUNK

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the indexer; every function here has its reference in `indexer/reference.py`.
 
-Scores: `decode_logits_kernel` serves few tokens, each walking its keys in parallel parts; `prefill_logits_kernel` decodes a
-tile of keys once for a block of tokens. Either scores any range of whole pages when it is given that part of the block
-table, which is how tensor-parallel ranks can share a long prefill; `topk.merge` joins what the ranks chose.
+Scores: `decode_logits_kernel` serves few tokens, each walking its keys in parallel parts;
+`prefill_logits_kernel` decodes a tile of keys once for a block of tokens. Either scores any range
+of whole pages when it is given that part of the block table, which is how tensor-parallel ranks can
+share a long prefill; `topk.merge` joins what the ranks chose.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PREFILL_FROM = 8  # tokens per request from which on sharing pays
 MAX_PARTS = 256
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Queries
 
 
@@ -54,7 +55,8 @@ def prepare_query_kernel(
     q, q_token_stride, weights, weights_stride, cos_sin, values, scales, out_weights, weight_scale,
     H: tl.constexpr, HB: tl.constexpr, D: tl.constexpr, ROPE: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """grid (T,): one token's heads. Packed formats rotate by the Hadamard matrix and quantise; HB: a power of two >= H."""
+    """grid (T,): one token's heads. Packed formats rotate by the Hadamard matrix and quantise; HB:
+    a power of two >= H."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, HB)
     d = tl.arange(0, D)
@@ -93,27 +95,41 @@ def prepare_query(q: Tensor, weights: Tensor, cos_sin: Tensor, index_format: Ind
     value_dtype = q.dtype if index_format is IndexFormat.PLAIN else torch.uint8
     values = torch.empty(num_tokens, num_heads, packed_dim, dtype=value_dtype, device=q.device)
     scales = (
-        torch.empty(num_tokens, num_heads, dim // 32, dtype=torch.uint8, device=q.device) if index_format is IndexFormat.MXFP4 else None
+        torch.empty(num_tokens, num_heads, dim // 32, dtype=torch.uint8, device=q.device)
+        if index_format is IndexFormat.MXFP4
+        else None
     )
     out_weights = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     if num_tokens:
         q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
         prepare_query_kernel[(num_tokens,)](
-            q, q.stride(0), weights, weights.stride(0), cos_sin, values, values if scales is None else scales, out_weights,
+            q,
+            q.stride(0),
+            weights,
+            weights.stride(0),
+            cos_sin,
+            values,
+            values if scales is None else scales,
+            out_weights,
             dim**-0.5 * num_heads**-0.5,
-            H=num_heads, HB=max(16, triton.next_power_of_2(num_heads)), D=dim, ROPE=cos_sin.shape[-1], FORMAT=format_code(index_format),
+            H=num_heads,
+            HB=max(16, triton.next_power_of_2(num_heads)),
+            D=dim,
+            ROPE=cos_sin.shape[-1],
+            FORMAT=format_code(index_format),
             num_warps=8,
-        )  # fmt: skip
+        )
     return IndexQuery(values, scales, out_weights, index_format)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Scores
 
 
 @triton.jit
 def _expand_e2m1(packed, scale, HIGH: tl.constexpr):
-    """The even (or HIGH: odd) elements of mxfp4 rows in bf16, exactly: packed [N, 64] bytes, scale [N, 4] ue8m0 bytes."""
+    """The even (or HIGH: odd) elements of mxfp4 rows in bf16, exactly: packed [N, 64] bytes, scale
+    [N, 4] ue8m0 bytes."""
     N: tl.constexpr = packed.shape[0]
     code = packed >> 4 if HIGH else packed & 15
     values = tl.reshape(decode_e2m1(code), [N, 4, 16]) * ue8m0_value(scale)[:, :, None]
@@ -122,7 +138,8 @@ def _expand_e2m1(packed, scale, HIGH: tl.constexpr):
 
 @triton.jit
 def _load_query(values, scales, t, h, inside, H: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr):
-    """One token's heads as two operands [HB, 64] of a product over 128 channels: halves, or mxfp4's even and odd ones."""
+    """One token's heads as two operands [HB, 64] of a product over 128 channels: halves, or mxfp4's
+    even and odd ones."""
     d = tl.arange(0, 64)[None, :]
     row = t * H + h[:, None]
     ok = inside[:, None]
@@ -140,9 +157,19 @@ def _load_query(values, scales, t, h, inside, H: tl.constexpr, FORMAT: tl.conste
 
 @triton.jit
 def _load_keys(
-    pages, page_stride, num_pages, table, table_width, entry, length, ROWS: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr
+    pages,
+    page_stride,
+    num_pages,
+    table,
+    table_width,
+    entry,
+    length,
+    ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Index keys `entry` [BN] of one request as two operands [BN, 64], and what multiplies their scores [BN] fp32."""
+    """Index keys `entry` [BN] of one request as two operands [BN, 64], and what multiplies their
+    scores [BN] fp32."""
     at = entry // ROWS
     ok = (entry < length) & (at < table_width)
     page = tl.load(table + at, mask=ok, other=-1)
@@ -163,7 +190,9 @@ def _load_keys(
         if FORMAT == 2:
             a, b = decode_e4m3_f16(a, PTX), decode_e4m3_f16(b, PTX)
             scales = (pages + ROWS * 128).to(tl.pointer_type(tl.float32))
-            factor = tl.load(scales + start // 4 + row, mask=ok, other=0.0) * 65536.0  # both operands hold value * 2**-8
+            factor = (
+                tl.load(scales + start // 4 + row, mask=ok, other=0.0) * 65536.0
+            )  # both operands hold value * 2**-8
     return a, b, factor
 
 
@@ -195,19 +224,42 @@ def decode_logits_kernel(
         table = block_table + tl.load(request_of_token + t).to(tl.int64) * block_table_stride
         for start in range(first, last, BN):
             entry = start + tl.arange(0, BN)
-            ka, kb, factor = _load_keys(pages, page_stride, num_pages, table, block_table_width, entry, last, ROWS, FORMAT, PTX)
+            ka, kb, factor = _load_keys(
+                pages, page_stride, num_pages, table, block_table_width, entry, last, ROWS, FORMAT, PTX
+            )
             tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor), mask=entry < last)
 
 
 @triton.jit
 def prefill_logits_kernel(
-    values, scales, weights, pages, page_stride, num_pages, block_table, block_table_stride, block_table_width,
-    request_of_token, entry_lens, out, out_stride, max_entries, num_tokens,
-    H: tl.constexpr, HB: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """grid (cdiv(T, BT), cdiv(max_entries, BN)): a tile of keys is decoded once and scored against BT neighbouring tokens.
+    values,
+    scales,
+    weights,
+    pages,
+    page_stride,
+    num_pages,
+    block_table,
+    block_table_stride,
+    block_table_width,
+    request_of_token,
+    entry_lens,
+    out,
+    out_stride,
+    max_entries,
+    num_tokens,
+    H: tl.constexpr,
+    HB: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """grid (cdiv(T, BT), cdiv(max_entries, BN)): a tile of keys is decoded once and scored against
+    BT neighbouring tokens.
 
-    Tokens of one request are neighbours, so a block usually belongs to one; where requests meet, each takes its turn.
+    Tokens of one request are neighbours, so a block usually belongs to one; where requests meet,
+    each takes its turn.
     """
     t0 = tl.program_id(0) * BT
     entry = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -223,7 +275,9 @@ def prefill_logits_kernel(
             reach = tl.max(tl.where(owners == request, lens, 0), 0)
             if reach > tl.program_id(1) * BN:
                 table = block_table + request * block_table_stride
-                ka, kb, factor = _load_keys(pages, page_stride, num_pages, table, block_table_width, entry, reach, ROWS, FORMAT, PTX)
+                ka, kb, factor = _load_keys(
+                    pages, page_stride, num_pages, table, block_table_width, entry, reach, ROWS, FORMAT, PTX
+                )
                 for i in range(BT):
                     t = (t0 + i).to(tl.int64)
                     mine = tl.max(tl.where((tokens == t0 + i) & (owners == request), lens, 0), 0)
@@ -233,8 +287,11 @@ def prefill_logits_kernel(
                         tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor), mask=entry < mine)
 
 
-def logits(query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_lens: Tensor, max_entries: int) -> Tensor:
-    """See `reference.logits`; places from entry_lens[t] on are left as they are, since nothing may read them."""
+def logits(
+    query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_lens: Tensor, max_entries: int
+) -> Tensor:
+    """See `reference.logits`; places from entry_lens[t] on are left as they are, since nothing may
+    read them."""
     num_tokens, num_heads = query.weights.shape
     # Rows that start at a multiple of 16 let the kernels load and store vectors.
     width = triton.cdiv(max(max_entries, 1), 16) * 16
@@ -244,24 +301,44 @@ def logits(query: IndexQuery, keys: PageTable, request_of_token: Tensor, entry_l
     scales = query.values if query.scales is None else query.scales
     pages, block_table = keys.pages, keys.block_table
     args = (
-        query.values, scales, query.weights, pages.data, pages.data.stride(0), pages.data.shape[0],
-        block_table, block_table.stride(0), block_table.shape[1], request_of_token, entry_lens, out, out.stride(0), max_entries,
-    )  # fmt: skip
+        query.values,
+        scales,
+        query.weights,
+        pages.data,
+        pages.data.stride(0),
+        pages.data.shape[0],
+        block_table,
+        block_table.stride(0),
+        block_table.shape[1],
+        request_of_token,
+        entry_lens,
+        out,
+        out.stride(0),
+        max_entries,
+    )
     device = out.device
     shape = dict(
-        H=num_heads, HB=max(16, triton.next_power_of_2(num_heads)), BN=KEYS_PER_TILE, ROWS=pages.rows, FORMAT=format_code(pages.format),
-        PTX=packed_decode(device), num_warps=4, **register_limit(device, 4),
-    )  # fmt: skip
+        H=num_heads,
+        HB=max(16, triton.next_power_of_2(num_heads)),
+        BN=KEYS_PER_TILE,
+        ROWS=pages.rows,
+        FORMAT=format_code(pages.format),
+        PTX=packed_decode(device),
+        num_warps=4,
+        **register_limit(device, 4),
+    )
     tiles = triton.cdiv(max_entries, KEYS_PER_TILE)
     if num_tokens >= PREFILL_FROM * block_table.shape[0]:
-        prefill_logits_kernel[(triton.cdiv(num_tokens, PREFILL_TOKENS), tiles)](*args, num_tokens, BT=PREFILL_TOKENS, **shape)
+        prefill_logits_kernel[(triton.cdiv(num_tokens, PREFILL_TOKENS), tiles)](
+            *args, num_tokens, BT=PREFILL_TOKENS, **shape
+        )
     else:
         parts = max(1, min(tiles, triton.cdiv(4 * processors(device), num_tokens), MAX_PARTS))
         decode_logits_kernel[(num_tokens, parts)](*args, **shape)
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 _TYPES = {
     "q": "*bf16",
@@ -283,7 +360,11 @@ _SHAPE = {"H": 64, "HB": 64, "BN": KEYS_PER_TILE, "ROWS": 64, "PTX": True}
 
 def _query(name: str, row_format: int, types: dict[str, str]) -> Shipped:
     return Shipped(
-        name, prepare_query_kernel, {**types, "weights": "*bf16"}, {"H": 64, "HB": 64, "D": 128, "ROPE": 64, "FORMAT": row_format}, 8
+        name,
+        prepare_query_kernel,
+        {**types, "weights": "*bf16"},
+        {"H": 64, "HB": 64, "D": 128, "ROPE": 64, "FORMAT": row_format},
+        8,
     )
 
 
@@ -294,9 +375,21 @@ SHIPPED = (
     Shipped("index decode fp8", decode_logits_kernel, _TYPES, dict(_SHAPE, FORMAT=2), 4),
     Shipped("index decode mxfp4", decode_logits_kernel, _TYPES, dict(_SHAPE, FORMAT=3), 4),
     Shipped("index decode bf16", decode_logits_kernel, _PLAIN, dict(_SHAPE, FORMAT=0), 4),
-    Shipped("index prefill fp8", prefill_logits_kernel, _TYPES, dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=2), 4, spill={"sm80": 20}),
     Shipped(
-        "index prefill mxfp4", prefill_logits_kernel, _TYPES, dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=3), 4, spill={"sm86": 12, "sm120": 24}
+        "index prefill fp8",
+        prefill_logits_kernel,
+        _TYPES,
+        dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=2),
+        4,
+        spill={"sm80": 20},
+    ),
+    Shipped(
+        "index prefill mxfp4",
+        prefill_logits_kernel,
+        _TYPES,
+        dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=3),
+        4,
+        spill={"sm86": 12, "sm120": 24},
     ),
     *topk_kernels.SHIPPED,
 )

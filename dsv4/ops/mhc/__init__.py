@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manifold-constrained hyper-connections: four residual streams, mixed at every sublayer. Source: docs/model.md, 3.1."""
+"""Manifold-constrained hyper-connections: four residual streams, mixed at every sublayer. Source:
+docs/model.md, 3.1."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ head = operator("mhc.head", reference.head, triton="dsv4.ops.mhc.triton:head")
 
 
 def pre(before: Tensor | PendingPost, site: Site) -> SublayerInput:
-    """A site's sublayer input from the streams [T, 4, D]; what the site before left pending is mixed in, reading them once less."""
+    """A site's sublayer input from the streams [T, 4, D]; what the site before left pending is
+    mixed in, reading them once less."""
     return _post_pre(before, site) if isinstance(before, PendingPost) else _pre(before, site)
 
 

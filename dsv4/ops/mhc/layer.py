@@ -31,10 +31,19 @@ class HyperConnection(nn.Module):
     def site(self, norm_weight: Tensor) -> Site:
         """The site with the norm of its sublayer's input, [D].
 
-        Made anew at each call: engines may put other parameters in the place of these after they have loaded them.
+        Made anew at each call: engines may put other parameters in the place of these after they
+        have loaded them.
         """
         c = self.config
-        return Site(self.fn, self.base, self.scale, norm_weight, rms_eps=c.rms_norm_eps, hc_eps=c.hc_eps, iters=c.hc_sinkhorn_iters)
+        return Site(
+            self.fn,
+            self.base,
+            self.scale,
+            norm_weight,
+            rms_eps=c.rms_norm_eps,
+            hc_eps=c.hc_eps,
+            iters=c.hc_sinkhorn_iters,
+        )
 
 
 def decoder_step(
@@ -47,8 +56,8 @@ def decoder_step(
 ) -> PendingPost:
     """One decoder layer.
 
-    before: the streams [T, 4, D], or the layer before with its last output still to be mixed in, which saves reading them twice
-    attn, ffn: the sublayers, [T, D] -> [T, D]
+    before: the streams [T, 4, D], or the layer before with its last output still to be mixed in,
+    which saves reading them twice attn, ffn: the sublayers, [T, D] -> [T, D]
     """
     at = pre(before, attn_site)
     at = pre(at.pending(attn(at.x)), ffn_site)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain-PyTorch reference of the hyper-connection operators. Source: docs/model.md, 3.1.
 
-n = 4 streams. `fn` maps the flattened streams [n * D] to 24 mixing logits: n for `pre`, n for `post`, n * n for `comb`.
+n = 4 streams. `fn` maps the flattened streams [n * D] to 24 mixing logits: n for `pre`, n for
+`post`, n * n for `comb`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dsv4.ops.norm import rms_norm
 
 
 def mixing_logits(streams: Tensor, fn: Tensor, rms_eps: float, compute_dtype: torch.dtype = torch.float32) -> Tensor:
-    """(v fn^T) / rms(v) of the flattened streams; scaling comes after the product, as in the official code. [T, rows of fn]."""
+    """(v fn^T) / rms(v) of the flattened streams; scaling comes after the product, as in the
+    official code. [T, rows of fn]."""
     v = streams.flatten(1).to(compute_dtype)
     return (v @ fn.to(compute_dtype).T) * torch.rsqrt(v.square().mean(-1, keepdim=True) + rms_eps)
 
@@ -22,8 +24,8 @@ def mixing_logits(streams: Tensor, fn: Tensor, rms_eps: float, compute_dtype: to
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """Make each token's mixing matrix doubly stochastic.
 
-    logits: [T, n, n]. Returns [T, n, n]; columns sum to 1, rows only nearly. `iters` counts the first softmax and column
-    division as one. Raises ValueError when iters < 1.
+    logits: [T, n, n]. Returns [T, n, n]; columns sum to 1, rows only nearly. `iters` counts the
+    first softmax and column division as one. Raises ValueError when iters < 1.
     """
     if iters < 1:
         raise ValueError(f"iters is {iters}, need at least 1")
@@ -36,7 +38,8 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
 
 
 def pre(streams: Tensor, site: Site, compute_dtype: torch.dtype = torch.float32) -> SublayerInput:
-    """Collapse the streams into a sublayer's input and normalise it: RMSNorm(sum_j pre_j X_j), in the streams' dtype.
+    """Collapse the streams into a sublayer's input and normalise it: RMSNorm(sum_j pre_j X_j), in
+    the streams' dtype.
 
     streams: [T, n, D]. The collapsed sum is rounded to the streams' dtype before the norm.
     Raises ValueError when the site's iters < 1.
@@ -53,7 +56,8 @@ def pre(streams: Tensor, site: Site, compute_dtype: torch.dtype = torch.float32)
 
 
 def post(pending: PendingPost, compute_dtype: torch.dtype = torch.float32) -> Tensor:
-    """X'_k = post_k * y + sum_j comb[j, k] X_j: the matrix is used transposed, its first index is summed.
+    """X'_k = post_k * y + sum_j comb[j, k] X_j: the matrix is used transposed, its first index is
+    summed.
 
     Returns [T, n, D] in the streams' dtype, rounded once.
     """
@@ -69,7 +73,8 @@ def post_pre(pending: PendingPost, site: Site) -> SublayerInput:
 
 
 def head(streams: Tensor, site: Site, compute_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Collapse the streams [T, n, D] after the last layer, then RMSNorm: [T, D] in the streams' dtype."""
+    """Collapse the streams [T, n, D] after the last layer, then RMSNorm: [T, D] in the streams'
+    dtype."""
     mix = mixing_logits(streams, site.fn, site.rms_eps, compute_dtype)
     weight = torch.sigmoid(mix * site.scale.to(compute_dtype) + site.base.to(compute_dtype)) + site.hc_eps
     collapsed = (weight[:, None] @ streams.to(compute_dtype)).squeeze(1).to(streams.dtype)

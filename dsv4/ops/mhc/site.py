@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hyper-connection site has, and what stands before and after its sublayer. n = 4 streams."""
+"""What a hyper-connection site has, and what stands before and after its sublayer. n = 4
+streams."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """The parameters of one site: n for `pre`, n for `post`, n * n for `comb`, or n of the head alone.
+    """The parameters of one site: n for `pre`, n for `post`, n * n for `comb`, or n of the head
+    alone.
 
     fn: [2n + n*n, n * D] fp32, or [n, n * D] for the head
     base: [2n + n*n] or [n] fp32
@@ -50,7 +52,8 @@ class SublayerInput:
 
 @dataclass(frozen=True)
 class PendingPost:
-    """Streams [T, n, D] with a sublayer's output y [T, D] not yet mixed in, and the weights that will: see `SublayerInput`."""
+    """Streams [T, n, D] with a sublayer's output y [T, D] not yet mixed in, and the weights that
+    will: see `SublayerInput`."""
 
     streams: Tensor
     y: Tensor

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the hyper-connections; every function here has its reference in `mhc/reference.py`.
+"""Triton kernels of the hyper-connections; every function here has its reference in
+`mhc/reference.py`.
 
-`pre` is two launches: the projection of the flattened streams is split over their length, so that one token keeps the
-whole device busy, and a second kernel joins the parts, balances the matrix, collapses the streams and normalises. The
-second needs whole rows and the first whole columns of `fn`, so no single launch has both without waiting for others.
+`pre` is two launches: the projection of the flattened streams is split over their length, so that
+one token keeps the whole device busy, and a second kernel joins the parts, balances the matrix,
+collapses the streams and normalises. The second needs whole rows and the first whole columns of
+`fn`, so no single launch has both without waiting for others.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def _three_bf16(x):
 def _project_tile(x, w, mix):
     """mix + x w^T with fp32 accuracy: x [BT, BK] of the streams' dtype, w [NB, BK] fp32."""
     if x.dtype == tl.bfloat16:
-        # bf16 times bf16 is exact, so three products on matrix units equal fp32; tf32 would keep 11 bits.
+        # bf16 times bf16 is exact, so three products on matrix units equal fp32; tf32 would keep 11
+        # bits.
         high, middle, low = _three_bf16(w)
         mix = tl.dot(x, tl.trans(low), mix)
         mix = tl.dot(x, tl.trans(middle), mix)
@@ -53,9 +56,11 @@ def project_kernel(
     streams, token_stride, fn, part_mix, part_squares, num_tokens, width, share,
     N: tl.constexpr, NB: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """grid (cdiv(T, BT), parts): this part's share of streams @ fn^T and of the sum of squares, in fp32.
+    """grid (cdiv(T, BT), parts): this part's share of streams @ fn^T and of the sum of squares, in
+    fp32.
 
-    part_mix: [parts, T, N]; part_squares: [parts, T]; width: columns of fn; share: columns of a part, a multiple of BK.
+    part_mix: [parts, T, N]; part_squares: [parts, T]; width: columns of fn; share: columns of a
+    part, a multiple of BK.
     """
     part = tl.program_id(1)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -65,8 +70,14 @@ def project_kernel(
     squares = tl.zeros([BT], tl.float32)
     for start in range(part * share, tl.minimum((part + 1) * share, width), BK):
         k = start + tl.arange(0, BK)
-        x = tl.load(streams + t.to(tl.int64)[:, None] * token_stride + k[None, :], mask=token[:, None] & (k < width)[None, :], other=0.0)
-        w = tl.load(fn + n[:, None] * width + k[None, :], mask=(n < N)[:, None] & (k < width)[None, :], other=0.0)  # [NB, BK] fp32
+        x = tl.load(
+            streams + t.to(tl.int64)[:, None] * token_stride + k[None, :],
+            mask=token[:, None] & (k < width)[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            fn + n[:, None] * width + k[None, :], mask=(n < N)[:, None] & (k < width)[None, :], other=0.0
+        )  # [NB, BK] fp32
         mix = _project_tile(x, w, mix)
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
@@ -121,7 +132,8 @@ def pre_kernel(
     streams, token_stride, part_mix, part_squares, parts, base, scale, norm_weight, out, out_post, out_comb,
     num_tokens, D, rms_eps, hc_eps, iters, BD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """grid (T,): join the projection's parts, balance the 4 x 4 matrix, collapse the streams and normalise."""
+    """grid (T,): join the projection's parts, balance the 4 x 4 matrix, collapse the streams and
+    normalise."""
     t = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, 4)
     jk = j[:, None] * 4 + j[None, :]
@@ -158,7 +170,8 @@ def head_kernel(
 
 @triton.jit
 def post_kernel(streams, token_stride, y, y_stride, post_weight, comb, out, D, BD: tl.constexpr):
-    """grid (T, cdiv(D, BD)): X'_k = post_k y + sum_j comb[j, k] X_j for one piece of the channels."""
+    """grid (T, cdiv(D, BD)): X'_k = post_k y + sum_j comb[j, k] X_j for one piece of the
+    channels."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = d < D
@@ -180,7 +193,8 @@ def post_project_kernel(
     streams, token_stride, y, y_stride, post_weight, comb, out, fn, part_mix, part_squares, num_tokens, D, share,
     N: tl.constexpr, NB: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """grid (cdiv(T, BT), parts): `post_kernel` on this part's channels, and at once their share of the next projection.
+    """grid (cdiv(T, BT), parts): `post_kernel` on this part's channels, and at once their share of
+    the next projection.
 
     share: channels of a part, a multiple of BK; each gives four columns of fn, one per stream.
     """
@@ -209,7 +223,9 @@ def post_project_kernel(
             z += tl.load(post_weight + wide_t * 4 + k, mask=token, other=0.0)[:, None] * branch
             z = z.to(out.dtype.element_ty)  # [BT, BK]
             tl.store(out + wide_t[:, None] * (4 * D) + k * D + d[None, :], z, mask=inside)
-            w = tl.load(fn + n[:, None] * (4 * D) + k * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+            w = tl.load(
+                fn + n[:, None] * (4 * D) + k * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+            )
             mix = _project_tile(z, w, mix)
             rounded = z.to(tl.float32)
             squares += tl.sum(rounded * rounded, 1)
@@ -219,7 +235,8 @@ def post_project_kernel(
 
 
 def _split(num_tokens: int, width: int, piece: int, device: torch.device) -> tuple[int, int]:
-    """How many parts of how many columns (a multiple of `piece`) fill the device, from host integers alone."""
+    """How many parts of how many columns (a multiple of `piece`) fill the device, from host
+    integers alone."""
     blocks, steps = triton.cdiv(num_tokens, PART_TOKENS), triton.cdiv(width, piece)
     parts = max(1, min(steps, triton.cdiv(2 * processors(device), blocks), MAX_PARTS))
     share = triton.cdiv(steps, parts) * piece
@@ -278,10 +295,26 @@ def _finish_pre(streams: Tensor, projected: _Projection | None, site: Site) -> S
     comb = torch.empty(num_tokens, n, n, dtype=torch.float32, device=streams.device)
     if projected is not None:
         pre_kernel[(num_tokens,)](
-            streams, streams.stride(0), projected.mix, projected.squares, projected.count, site.base, site.scale, site.norm_weight,
-            x, post_weight, comb, num_tokens, dim, site.rms_eps, site.hc_eps, site.iters,
-            BD=triton.next_power_of_2(dim), PARTS=triton.next_power_of_2(projected.count), num_warps=_row_warps(dim),
-        )  # fmt: skip
+            streams,
+            streams.stride(0),
+            projected.mix,
+            projected.squares,
+            projected.count,
+            site.base,
+            site.scale,
+            site.norm_weight,
+            x,
+            post_weight,
+            comb,
+            num_tokens,
+            dim,
+            site.rms_eps,
+            site.hc_eps,
+            site.iters,
+            BD=triton.next_power_of_2(dim),
+            PARTS=triton.next_power_of_2(projected.count),
+            num_warps=_row_warps(dim),
+        )
     return SublayerInput(x, streams, post_weight, comb)
 
 
@@ -296,10 +329,25 @@ def post_pre(pending: PendingPost, site: Site) -> SublayerInput:
         parts, share = _split(num_tokens, dim, POST_WIDTH, streams.device)
         projected = _empty_projection(parts, num_tokens, n, streams.device)
         post_project_kernel[(triton.cdiv(num_tokens, PART_TOKENS), parts)](
-            streams, streams.stride(0), y, y.stride(0), pending.post, pending.comb, out, site.fn, projected.mix, projected.squares,
-            num_tokens, dim, share,
-            N=n, NB=triton.next_power_of_2(max(n, 16)), BT=PART_TOKENS, BK=POST_WIDTH, num_warps=4,
-        )  # fmt: skip
+            streams,
+            streams.stride(0),
+            y,
+            y.stride(0),
+            pending.post,
+            pending.comb,
+            out,
+            site.fn,
+            projected.mix,
+            projected.squares,
+            num_tokens,
+            dim,
+            share,
+            N=n,
+            NB=triton.next_power_of_2(max(n, 16)),
+            BT=PART_TOKENS,
+            BK=POST_WIDTH,
+            num_warps=4,
+        )
     return _finish_pre(out, projected, site)
 
 
@@ -325,10 +373,23 @@ def head(streams: Tensor, site: Site) -> Tensor:
     if num_tokens:
         projected = _project(streams, site.fn)
         head_kernel[(num_tokens,)](
-            streams, streams.stride(0), projected.mix, projected.squares, projected.count, site.base, site.scale, site.norm_weight,
-            out, num_tokens, dim, site.rms_eps, site.hc_eps,
-            BD=triton.next_power_of_2(dim), PARTS=triton.next_power_of_2(projected.count), num_warps=_row_warps(dim),
-        )  # fmt: skip
+            streams,
+            streams.stride(0),
+            projected.mix,
+            projected.squares,
+            projected.count,
+            site.base,
+            site.scale,
+            site.norm_weight,
+            out,
+            num_tokens,
+            dim,
+            site.rms_eps,
+            site.hc_eps,
+            BD=triton.next_power_of_2(dim),
+            PARTS=triton.next_power_of_2(projected.count),
+            num_warps=_row_warps(dim),
+        )
     return out
 
 
@@ -353,7 +414,9 @@ SHIPPED = (
     Shipped("mhc project head", project_kernel, _TYPES, {"N": 4, "NB": 16, "BT": PART_TOKENS, "BK": PART_WIDTH}, 4),
     Shipped("mhc pre flash", pre_kernel, _TYPES, {"BD": 4096, "PARTS": 64}, 8),
     Shipped("mhc pre pro", pre_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 12, "sm86": 16}),
-    Shipped("mhc post project", post_project_kernel, _TYPES, {"N": 24, "NB": 32, "BT": PART_TOKENS, "BK": POST_WIDTH}, 4),
+    Shipped(
+        "mhc post project", post_project_kernel, _TYPES, {"N": 24, "NB": 32, "BT": PART_TOKENS, "BK": POST_WIDTH}, 4
+    ),
     Shipped("mhc post", post_kernel, _TYPES, {"BD": 1024}, 4),
     Shipped("mhc head", head_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 8, "sm86": 96}),
 )

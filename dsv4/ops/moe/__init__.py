@@ -9,7 +9,10 @@ route_topk = operator("moe.route_topk", reference.route_topk, triton="dsv4.ops.m
 route_hash = operator("moe.route_hash", reference.route_hash, triton="dsv4.ops.moe.triton:route_hash")
 experts = operator("moe.experts", reference.experts)
 experts_mxfp4 = operator(
-    "moe.experts_mxfp4", reference.experts_mxfp4, triton="dsv4.ops.moe.triton:experts_mxfp4", refuse=refuse_mxfp4_experts
+    "moe.experts_mxfp4",
+    reference.experts_mxfp4,
+    triton="dsv4.ops.moe.triton:experts_mxfp4",
+    refuse=refuse_mxfp4_experts,
 )
 swiglu = operator("moe.swiglu", reference.swiglu, triton="dsv4.ops.moe.triton:swiglu")
 

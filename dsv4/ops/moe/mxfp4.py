@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts straight from packed mxfp4 weights: for devices where the engine has no kernel of its own for them.
+"""Experts straight from packed mxfp4 weights: for devices where the engine has no kernel of its own
+for them.
 
-Pairs of token and expert are sorted by expert on the device and cut into blocks of one expert each; the launch shape comes
-from host integers alone, so that blocks beyond the last return at once. Two launches: gate and up with the clamped SwiGLU,
-then down with the routing weight. Weights are decoded to bf16, exactly; products are those of the reference.
+Pairs of token and expert are sorted by expert on the device and cut into blocks of one expert each;
+the launch shape comes from host integers alone, so that blocks beyond the last return at once. Two
+launches: gate and up with the clamped SwiGLU, then down with the routing weight. Weights are
+decoded to bf16, exactly; products are those of the reference.
 """
 
 from __future__ import annotations
@@ -29,9 +31,15 @@ def _weights(packed, scales, rows, first, row_ok, width, OUT: tl.constexpr, BK: 
     G: tl.constexpr = BK // 32
     b = first // 2 + tl.arange(0, BK // 2)
     g = first // 32 + tl.arange(0, G)
-    codes = tl.load(packed + rows[:, None] * (width // 2) + b[None, :], mask=row_ok[:, None] & (b < width // 2)[None, :], other=0)
+    codes = tl.load(
+        packed + rows[:, None] * (width // 2) + b[None, :], mask=row_ok[:, None] & (b < width // 2)[None, :], other=0
+    )
     scale = ue8m0_value(
-        tl.load(scales + rows[:, None] * (width // 32) + g[None, :], mask=row_ok[:, None] & (g < width // 32)[None, :], other=127)
+        tl.load(
+            scales + rows[:, None] * (width // 32) + g[None, :],
+            mask=row_ok[:, None] & (g < width // 32)[None, :],
+            other=127,
+        )
     )
     codes = tl.reshape(codes, [N, G, 16])
     even = tl.reshape((decode_e2m1(codes & 15) * scale[:, :, None]).to(OUT), [N, BK // 2])
@@ -52,7 +60,8 @@ def gate_up_kernel(
     x, packed, scales, order, block_expert, block_first, block_end, out, D, inner, top_k, limit, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """grid (blocks, cdiv(inner, BN)): out[sorted pair] = swiglu(x w1^T, x w3^T); gate rows come first in the weight."""
+    """grid (blocks, cdiv(inner, BN)): out[sorted pair] = swiglu(x w1^T, x w3^T); gate rows come
+    first in the weight."""
     block = tl.program_id(0)
     expert = tl.load(block_expert + block)
     if expert < E:
@@ -76,7 +85,11 @@ def gate_up_kernel(
         g = tl.where(g > limit, limit, g)
         u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
         y = g / (1.0 + tl.exp(-g)) * u
-        tl.store(out + pair.to(tl.int64)[:, None] * inner + n[None, :], y.to(out.dtype.element_ty), mask=ok[:, None] & (n < inner)[None, :])
+        tl.store(
+            out + pair.to(tl.int64)[:, None] * inner + n[None, :],
+            y.to(out.dtype.element_ty),
+            mask=ok[:, None] & (n < inner)[None, :],
+        )
 
 
 @triton.jit
@@ -105,7 +118,8 @@ def down_kernel(
 
 @dataclass(frozen=True)
 class _Blocks:
-    """order: [pairs] int32, pairs sorted by expert; expert, first, end: [blocks] int32, expert E where there is no block."""
+    """order: [pairs] int32, pairs sorted by expert; expert, first, end: [blocks] int32, expert E
+    where there is no block."""
 
     order: Tensor
     expert: Tensor
@@ -114,10 +128,13 @@ class _Blocks:
 
 
 def _blocks(ids: Tensor, num_experts: int, rows: int) -> _Blocks:
-    """Cut the pairs of ids [T, K] into blocks of at most `rows` pairs of one expert, without a host synchronisation."""
+    """Cut the pairs of ids [T, K] into blocks of at most `rows` pairs of one expert, without a host
+    synchronisation."""
     flat = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).flatten().long()
     order = flat.argsort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )[:num_experts]
     ends = counts.cumsum(0)
     block_ends = ((counts + rows - 1) // rows).cumsum(0)
     bound = min(flat.numel(), num_experts) + flat.numel() // rows
@@ -129,7 +146,9 @@ def _blocks(ids: Tensor, num_experts: int, rows: int) -> _Blocks:
     return _Blocks(order.int(), expert.int(), first.int(), ends[known].int())
 
 
-def experts_mxfp4(x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, weights: Tensor, ids: Tensor, limit: float) -> Tensor:
+def experts_mxfp4(
+    x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, weights: Tensor, ids: Tensor, limit: float
+) -> Tensor:
     """See `reference.experts_mxfp4`."""
     num_tokens, dim = x.shape
     num_experts, inner, top_k = w2.shape[0], w2.shape[2] * 2, ids.shape[1]
@@ -143,9 +162,20 @@ def experts_mxfp4(x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, w
     shape = dict(E=num_experts, BM=rows, BN=BN, BK=BK, num_warps=4, **register_limit(x.device, 4))
     grid = blocks.expert.shape[0]
     gate_up_kernel[(grid, triton.cdiv(inner, BN))](
-        x, w13.view(torch.uint8), s13.view(torch.uint8), blocks.order, blocks.expert, blocks.first, blocks.end, h, dim, inner, top_k, limit,
+        x,
+        w13.view(torch.uint8),
+        s13.view(torch.uint8),
+        blocks.order,
+        blocks.expert,
+        blocks.first,
+        blocks.end,
+        h,
+        dim,
+        inner,
+        top_k,
+        limit,
         **shape,
-    )  # fmt: skip
+    )
     down_kernel[(grid, triton.cdiv(dim, BN))](
         h,
         w2.view(torch.uint8),
@@ -189,7 +219,14 @@ SHIPPED = (
         for rows in (16, 64)
     ),
     *(
-        Shipped(f"mxfp4 down M{rows}", down_kernel, {**_TYPES, "out": "*fp32"}, {"E": 256, "BM": rows, "BN": BN, "BK": BK}, 4, vendor="amd")
+        Shipped(
+            f"mxfp4 down M{rows}",
+            down_kernel,
+            {**_TYPES, "out": "*fp32"},
+            {"E": 256, "BM": rows, "BN": BN, "BK": BK},
+            4,
+            vendor="amd",
+        )
         for rows in (16, 64)
     ),
 )

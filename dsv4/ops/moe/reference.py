@@ -22,9 +22,11 @@ def _weigh(score: Tensor, ids: Tensor, scaling_factor: float) -> Tensor:
 
 
 def route_topk(logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) -> tuple[Tensor, Tensor]:
-    """The `top_k` experts of largest score + bias; the bias steers the choice and never enters the weights.
+    """The `top_k` experts of largest score + bias; the bias steers the choice and never enters the
+    weights.
 
-    logits: [T, E]; bias: [E] fp32. Returns weights [T, top_k] fp32 that sum to scaling_factor, and ids [T, top_k] int32.
+    logits: [T, E]; bias: [E] fp32. Returns weights [T, top_k] fp32 that sum to scaling_factor, and
+    ids [T, top_k] int32.
     """
     score = scores(logits)
     ids = torch.topk(score + bias, top_k, dim=-1).indices
@@ -32,7 +34,8 @@ def route_topk(logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) 
 
 
 def route_hash(logits: Tensor, tid2eid: Tensor, input_ids: Tensor, scaling_factor: float) -> tuple[Tensor, Tensor]:
-    """The experts that the table gives each token id; their weights still depend on the token's scores.
+    """The experts that the table gives each token id; their weights still depend on the token's
+    scores.
 
     logits: [T, E]; tid2eid: [V, top_k] int; input_ids: [T]. Returns as `route_topk`.
     """
@@ -41,15 +44,18 @@ def route_hash(logits: Tensor, tid2eid: Tensor, input_ids: Tensor, scaling_facto
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit), in fp32, rounded to the input's dtype; gate has no lower bound."""
+    """silu(min(gate, limit)) * clamp(up, -limit, limit), in fp32, rounded to the input's dtype;
+    gate has no lower bound."""
     return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
 
 
-def experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float, out_dtype: torch.dtype | None = None) -> Tensor:
+def experts(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, limit: float, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """sum_k weights[t, k] * expert_{ids[t, k]}(x[t]), summed in fp32.
 
-    x: [T, D]; w13: [E, 2I, D], gate rows first; w2: [E, D, I]; weights: [T, K] fp32; ids: [T, K] int, -1 for an expert
-    that lives elsewhere. Returns [T, D] in x's dtype, or in out_dtype.
+    x: [T, D]; w13: [E, 2I, D], gate rows first; w2: [E, D, I]; weights: [T, K] fp32; ids: [T, K]
+    int, -1 for an expert that lives elsewhere. Returns [T, D] in x's dtype, or in out_dtype.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in ids.unique().tolist():
@@ -62,10 +68,13 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, li
     return out.to(out_dtype or x.dtype)
 
 
-def experts_mxfp4(x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, weights: Tensor, ids: Tensor, limit: float) -> Tensor:
+def experts_mxfp4(
+    x: Tensor, w13: Tensor, s13: Tensor, w2: Tensor, s2: Tensor, weights: Tensor, ids: Tensor, limit: float
+) -> Tensor:
     """`experts` with packed weights, decoded to x's dtype (exactly in bf16) one expert at a time.
 
-    w13: e2m1 bytes [E, 2I, D / 2], gate rows first; s13: ue8m0 bytes [E, 2I, D / 32]; w2: [E, D, I / 2]; s2: [E, D, I / 32].
+    w13: e2m1 bytes [E, 2I, D / 2], gate rows first; s13: ue8m0 bytes [E, 2I, D / 32]; w2: [E, D, I
+    / 2]; s2: [E, D, I / 32].
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in ids.unique().tolist():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of the router and the activation; every function here has its reference in `moe/reference.py`."""
+"""Triton kernels of the router and the activation; every function here has its reference in
+`moe/reference.py`."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ SWIGLU_BLOCK = 1024
 
 @triton.jit
 def _log1p(u):
-    """log(1 + u) for u in [0, 1], within 1.5 ulp: 2 artanh(u / (2 + u)) as a series, whose ninth term is below 2**-29.
+    """log(1 + u) for u in [0, 1], within 1.5 ulp: 2 artanh(u / (2 + u)) as a series, whose ninth
+    term is below 2**-29.
 
-    Triton's log has an absolute error, which for the small u of low scores is a relative one of many ulp.
+    Triton's log has an absolute error, which for the small u of low scores is a relative one of
+    many ulp.
     """
     s = u / (2.0 + u)
     z = s * s
@@ -43,16 +46,27 @@ def _score(x):
 
 @triton.jit
 def route_topk_kernel(
-    logits, logits_stride, bias, weights, ids, factor, E: tl.constexpr, EB: tl.constexpr, K: tl.constexpr, KB: tl.constexpr
+    logits,
+    logits_stride,
+    bias,
+    weights,
+    ids,
+    factor,
+    E: tl.constexpr,
+    EB: tl.constexpr,
+    K: tl.constexpr,
+    KB: tl.constexpr,
 ):
-    """grid (T,): K rounds of the largest score plus bias, ties to the lowest id. EB, KB: powers of two >= E, K."""
+    """grid (T,): K rounds of the largest score plus bias, ties to the lowest id. EB, KB: powers of
+    two >= E, K."""
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, EB)
     k = tl.arange(0, KB)
     inside = e < E
     score = _score(tl.load(logits + t * logits_stride + e, mask=inside, other=0.0).to(tl.float32))
     choice = score + tl.load(bias + e, mask=inside, other=0.0)
-    # NaN ranks first, as in torch.topk. A chosen expert falls to -inf and is barred by `taken`, since a bias may be -inf too.
+    # NaN ranks first, as in torch.topk. A chosen expert falls to -inf and is barred by `taken`,
+    # since a bias may be -inf too.
     choice = tl.where(choice != choice, float("inf"), choice)
     choice = tl.where(inside, choice, float("-inf"))
     topk_ids = tl.zeros([KB], tl.int32)
@@ -72,9 +86,20 @@ def route_topk_kernel(
 
 @triton.jit
 def route_hash_kernel(
-    logits, logits_stride, table, input_ids, num_rows, weights, ids, factor, K: tl.constexpr, KB: tl.constexpr, E: tl.constexpr
+    logits,
+    logits_stride,
+    table,
+    input_ids,
+    num_rows,
+    weights,
+    ids,
+    factor,
+    K: tl.constexpr,
+    KB: tl.constexpr,
+    E: tl.constexpr,
 ):
-    """grid (T,): the K experts of the token id's table row. A token id beyond the table takes row 0, an expert id expert 0."""
+    """grid (T,): the K experts of the token id's table row. A token id beyond the table takes row
+    0, an expert id expert 0."""
     t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, KB)
     inside = k < K
@@ -115,9 +140,18 @@ def route_topk(logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) 
     num_tokens, num_experts = logits.shape
     if num_tokens:
         route_topk_kernel[(num_tokens,)](
-            logits, logits.stride(0), bias, weights, ids, scaling_factor,
-            E=num_experts, EB=triton.next_power_of_2(num_experts), K=top_k, KB=triton.next_power_of_2(top_k), num_warps=2,
-        )  # fmt: skip
+            logits,
+            logits.stride(0),
+            bias,
+            weights,
+            ids,
+            scaling_factor,
+            E=num_experts,
+            EB=triton.next_power_of_2(num_experts),
+            K=top_k,
+            KB=triton.next_power_of_2(top_k),
+            num_warps=2,
+        )
     return weights, ids
 
 

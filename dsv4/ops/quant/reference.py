@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantise, pack and unpack e4m3, e2m1 and ue8m0, bit for bit. Source: docs/model.md, 2.2 and 4.1."""
+"""Quantise, pack and unpack e4m3, e2m1 and ue8m0, bit for bit. Source: docs/model.md, 2.2 and
+4.1."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 
 def ue8m0_ceil(x: Tensor) -> Tensor:
-    """Biased exponent of the smallest power of two that is at least `x`: uint8, from the exponent bits of fp32.
+    """Biased exponent of the smallest power of two that is at least `x`: uint8, from the exponent
+    bits of fp32.
 
-    NaN gives 255, itself NaN as a scale; without the bound its exponent would wrap to 0 and hide it.
+    NaN gives 255, itself NaN as a scale; without the bound its exponent would wrap to 0 and hide
+    it.
     """
     bits = x.float().view(torch.int32)
     return ((bits >> 23) + (bits & 0x7FFFFF != 0)).clamp(max=255).to(torch.uint8)
@@ -38,7 +41,8 @@ def quantize_e4m3(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Quantise the last axis in groups with a power-of-two scale.
 
     x: [..., D], read as fp32. Returns codes uint8 [..., D] and ue8m0 scales uint8 [..., D / group]:
-    scale = 2**ceil(log2(max(amax, E4M3_AMAX_FLOOR) / E4M3_MAX)); values are clamped, then rounded to nearest even.
+    scale = 2**ceil(log2(max(amax, E4M3_AMAX_FLOOR) / E4M3_MAX)); values are clamped, then rounded
+    to nearest even.
     """
     groups = x.float().unflatten(-1, (-1, group))
     scale = ue8m0_ceil(groups.abs().amax(-1).clamp(min=E4M3_AMAX_FLOOR) * (1 / E4M3_MAX))
@@ -55,14 +59,15 @@ def dequantize_e4m3(codes: Tensor, scale: Tensor) -> Tensor:
 def quantize_e2m1(x: Tensor, group: int = INDEX_MXFP4_GROUP) -> tuple[Tensor, Tensor]:
     """Quantise the last axis to packed e2m1 with a power-of-two scale per group.
 
-    x: [..., D], read as fp32. Returns bytes uint8 [..., D / 2], even element in the low nibble, and ue8m0 scales
-    uint8 [..., D / group]. Ties go to the even code.
+    x: [..., D], read as fp32. Returns bytes uint8 [..., D / 2], even element in the low nibble, and
+    ue8m0 scales uint8 [..., D / group]. Ties go to the even code.
     """
     groups = x.float().unflatten(-1, (-1, group))
     scale = ue8m0_ceil(groups.abs().amax(-1).clamp(min=E2M1_AMAX_FLOOR) * (1 / E2M1_MAX))
     scaled = (groups / ue8m0_value(scale)[..., None]).clamp(-E2M1_MAX, E2M1_MAX)
     magnitude = scaled.abs()
-    # Between codes c and c+1 the midpoint goes to the even one: strict for even c, inclusive for odd c.
+    # Between codes c and c+1 the midpoint goes to the even one: strict for even c, inclusive for
+    # odd c.
     code = torch.zeros_like(magnitude, dtype=torch.uint8)
     for c in range(7):
         midpoint = (_E2M1[c] + _E2M1[c + 1]) / 2
@@ -72,7 +77,8 @@ def quantize_e2m1(x: Tensor, group: int = INDEX_MXFP4_GROUP) -> tuple[Tensor, Te
 
 
 def dequantize_e2m1(packed: Tensor, scale: Tensor) -> Tensor:
-    """Inverse of `quantize_e2m1`: packed uint8 or int8 [..., D / 2], ue8m0 bytes [..., D / group]; fp32 [..., D]."""
+    """Inverse of `quantize_e2m1`: packed uint8 or int8 [..., D / 2], ue8m0 bytes [..., D / group];
+    fp32 [..., D]."""
     packed = packed.view(torch.uint8)
     table = torch.tensor(_E2M1, device=packed.device)
     values = torch.stack([table[(packed & 15).int()], table[(packed >> 4).int()]], -1).flatten(-2)
@@ -85,26 +91,35 @@ def scale_value(scale: Tensor) -> Tensor:
 
 
 def dequantize_fp8_block(weight: Tensor, scale: Tensor) -> Tensor:
-    """An FP8 linear's weight as fp32: weight e4m3 [out, in], scale [ceil(out / 128), ceil(in / 128)] e8m0 or fp32."""
+    """An FP8 linear's weight as fp32: weight e4m3 [out, in], scale [ceil(out / 128), ceil(in /
+    128)] e8m0 or fp32."""
     out_features, in_features = weight.shape
-    blocks = scale_value(scale).repeat_interleave(FP8_BLOCK, 0)[:out_features].repeat_interleave(FP8_BLOCK, 1)[:, :in_features]
+    blocks = (
+        scale_value(scale)
+        .repeat_interleave(FP8_BLOCK, 0)[:out_features]
+        .repeat_interleave(FP8_BLOCK, 1)[:, :in_features]
+    )
     return weight.view(torch.float8_e4m3fn).float() * blocks
 
 
 def dequantize_expert(weight: Tensor, scale: Tensor) -> Tensor:
-    """A routed expert's weight as fp32, FP4 or FP8 by its dtype: [..., out, in] (FP4: [..., out, in / 2] bytes)."""
+    """A routed expert's weight as fp32, FP4 or FP8 by its dtype: [..., out, in] (FP4: [..., out, in
+    / 2] bytes)."""
     if weight.dtype in (torch.int8, torch.uint8):
         assert scale.shape[-1] * FP4_BLOCK == weight.shape[-1] * 2
         return dequantize_e2m1(weight, scale)
     flat = (
-        [dequantize_fp8_block(w, s) for w, s in zip(weight.flatten(0, -3), scale.flatten(0, -3), strict=True)] if weight.dim() > 2 else []
+        [dequantize_fp8_block(w, s) for w, s in zip(weight.flatten(0, -3), scale.flatten(0, -3), strict=True)]
+        if weight.dim() > 2
+        else []
     )
     return torch.stack(flat).view(weight.shape) if flat else dequantize_fp8_block(weight, scale)
 
 
 @functools.lru_cache(maxsize=4)
 def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
-    """Sylvester's Hadamard matrix, normalised by dim**-0.5: [dim, dim] fp32, symmetric and its own inverse."""
+    """Sylvester's Hadamard matrix, normalised by dim**-0.5: [dim, dim] fp32, symmetric and its own
+    inverse."""
     matrix = torch.ones(1, 1, device=device)
     while matrix.shape[0] < dim:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -112,15 +127,17 @@ def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Rotate the last axis (a power of two) by the normalised Hadamard matrix; fp32 out. Source: docs/model.md, 3.5."""
+    """Rotate the last axis (a power of two) by the normalised Hadamard matrix; fp32 out. Source:
+    docs/model.md, 3.5."""
     return x.float() @ hadamard_matrix(x.shape[-1], x.device)
 
 
 def encode_row(rows: Tensor, row_format: KvFormat | IndexFormat, rope_dim: int) -> tuple[Tensor, Tensor]:
-    """The value bytes and scale bytes of packed rows: uint8 [T, value_bytes] and uint8 [T, scale_bytes].
+    """The value bytes and scale bytes of packed rows: uint8 [T, value_bytes] and uint8 [T,
+    scale_bytes].
 
-    rows: [T, D]; they are rounded to bf16 before quantising, as the official kernels do (docs/model.md, 4.3).
-    Index formats expect rows that the Hadamard matrix has already rotated.
+    rows: [T, D]; they are rounded to bf16 before quantising, as the official kernels do
+    (docs/model.md, 4.3). Index formats expect rows that the Hadamard matrix has already rotated.
     """
     rows = rows.bfloat16()
     if row_format is KvFormat.FP8_DS_MLA:

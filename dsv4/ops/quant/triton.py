@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode and decode e4m3, e2m1 and ue8m0 inside kernels, as integers: Triton has no e4m3 type below sm89.
+"""Encode and decode e4m3, e2m1 and ue8m0 inside kernels, as integers: Triton has no e4m3 type below
+sm89.
 
-Every function equals its reference in `quant/reference.py` bit for bit. A row or group that holds a NaN is written with the
-scale 255, which decodes to NaN; decoding a code may therefore leave NaN codes unhandled.
+Every function equals its reference in `quant/reference.py` bit for bit. A row or group that holds a
+NaN is written with the scale 255, which decodes to NaN; decoding a code may therefore leave NaN
+codes unhandled.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def format_code(row_format: RowsFormat) -> int:
     return _FORMATS[row_format]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Scales
 
 
@@ -50,10 +52,11 @@ def ue8m0_value(code):
 
 @triton.jit
 def ue8m0_ceil(amax_bits, FLOOR: tl.constexpr, INVERSE_MAX: tl.constexpr):
-    """Biased exponent (int32, at most 255) of the smallest power of two >= max(amax, FLOOR) * INVERSE_MAX.
+    """Biased exponent (int32, at most 255) of the smallest power of two >= max(amax, FLOOR) *
+    INVERSE_MAX.
 
-    amax_bits: the fp32 bits of non-negative numbers as int32. Integers order like the numbers, with NaN above infinity,
-    so that a NaN survives the maximum, which tl.max over floats would drop.
+    amax_bits: the fp32 bits of non-negative numbers as int32. Integers order like the numbers, with
+    NaN above infinity, so that a NaN survives the maximum, which tl.max over floats would drop.
     """
     floor = tl.full((), FLOOR, tl.float32).to(tl.int32, bitcast=True)
     bits = (tl.maximum(amax_bits, floor).to(tl.float32, bitcast=True) * INVERSE_MAX).to(tl.int32, bitcast=True)
@@ -73,7 +76,7 @@ def abs_bits(x):
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Codes
 
 
@@ -85,7 +88,8 @@ def encode_e4m3(x):
     clamped = tl.minimum(magnitude, 0x43E00000)  # 448
     # Normal: drop 20 mantissa bits to nearest even; exponent bias 127 becomes 7.
     normal = (clamped + 0x7FFFF + ((clamped >> 20) & 1) - (120 << 23)) >> 20
-    # Below 2**-6: beside 2**14 one ulp of fp32 is 2**-9, e4m3's smallest step, so the addition rounds.
+    # Below 2**-6: beside 2**14 one ulp of fp32 is 2**-9, e4m3's smallest step, so the addition
+    # rounds.
     tiny = (clamped.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(clamped < 0x3C800000, tiny, normal)
     code = tl.where(magnitude > 0x7F800000, 0x7F, code)
@@ -114,8 +118,8 @@ def decode_e4m3(code):
 
 @triton.jit
 def _decode_e4m3_f16_ptx(code):
-    # Four codes in a register become four halves in two: the bytes go to the tops of the halves, then everything below
-    # the sign moves down by one, from e4m3's place to fp16's.
+    # Four codes in a register become four halves in two: the bytes go to the tops of the halves,
+    # then everything below the sign moves down by one, from e4m3's place to fp16's.
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 low, high, low_m, high_m;
@@ -149,8 +153,8 @@ def decode_e4m3_f16(code, PTX: tl.constexpr):
 
 @triton.jit
 def _decode_e4m3_bf16_ptx(code):
-    # As for fp16, by four places: bf16 bits of value * 2**-120, then times 2**120. sm80 multiplies bf16 by fma only;
-    # an addend of -0.0 keeps the sign of zeros.
+    # As for fp16, by four places: bf16 bits of value * 2**-120, then times 2**120. sm80 multiplies
+    # bf16 by fma only; an addend of -0.0 keeps the sign of zeros.
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 low, high, low_m, high_m, up, nil;
@@ -177,7 +181,8 @@ def _decode_e4m3_bf16_ptx(code):
 
 @triton.jit
 def dequantize_e4m3(code, scale, OUT: tl.constexpr, PTX: tl.constexpr):
-    """code * scale in OUT, exactly: codes uint8, scale fp32 powers of two that broadcast to them."""
+    """code * scale in OUT, exactly: codes uint8, scale fp32 powers of two that broadcast to
+    them."""
     if PTX and tl.bfloat16 == OUT:
         return _decode_e4m3_bf16_ptx(code) * scale.to(tl.bfloat16)
     return (decode_e4m3(code) * scale).to(OUT)
@@ -191,13 +196,14 @@ def decode_e2m1(code):
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2**126
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Rows
 
 
 @triton.jit
 def rotate_pairs(x, cos_sin, FIRST: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, SIGN: tl.constexpr = 1.0):
-    """RoPE on channels FIRST .. FIRST + ROPE of x [N, D] fp32, in interleaved pairs; other channels pass unchanged.
+    """RoPE on channels FIRST .. FIRST + ROPE of x [N, D] fp32, in interleaved pairs; other channels
+    pass unchanged.
 
     cos_sin: pointer to one table row, cosines then sines. SIGN -1 rotates back.
     """
@@ -215,7 +221,8 @@ def rotate_pairs(x, cos_sin, FIRST: tl.constexpr, ROPE: tl.constexpr, D: tl.cons
 
 @triton.jit
 def hadamard_sign(D: tl.constexpr):
-    """Sylvester's matrix without its norm: +1 or -1, fp32 [D, D]; the sign is the parity of row & column."""
+    """Sylvester's matrix without its norm: +1 or -1, fp32 [D, D]; the sign is the parity of row &
+    column."""
     both = tl.arange(0, D)[:, None] & tl.arange(0, D)[None, :]
     both = both ^ (both >> 4)
     both = both ^ (both >> 2)
@@ -227,10 +234,11 @@ def hadamard_sign(D: tl.constexpr):
 
 @triton.jit
 def hadamard_row(x, D: tl.constexpr):
-    """Sylvester's matrix times x [D] fp32, with its norm of D**-0.5. D is a power of two, at most 2**8.
+    """Sylvester's matrix times x [D] fp32, with its norm of D**-0.5. D is a power of two, at most
+    2**8.
 
-    Each step turns neighbours into their sum and difference and deals these to the two halves: bit by bit of the index,
-    back in order after as many steps as it has bits.
+    Each step turns neighbours into their sum and difference and deals these to the two halves: bit
+    by bit of the index, back in order after as many steps as it has bits.
     """
     for bit in tl.static_range(8):
         if (1 << bit) < D:
@@ -249,7 +257,8 @@ def store_row(
     ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Write one row, x [1, D] fp32, as row `row` of the page at the pointer `page`; packed rows are rounded to bf16 first.
+    """Write one row, x [1, D] fp32, as row `row` of the page at the pointer `page`; packed rows are
+    rounded to bf16 first.
 
     Index formats expect rows that the Hadamard matrix has already rotated.
     """

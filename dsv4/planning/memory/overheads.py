@@ -87,7 +87,9 @@ def all_to_all(config: V4Config, backend: str, max_num_batched_tokens: int, rank
     fixed = tokens * d * scaled + (config.num_experts_per_tok + 1) * tokens * d * 2
     ring = ranks * tokens * config.num_experts_per_tok * (d + config.moe_intermediate_size) * scaled
     return Range(
-        round(fixed), round(fixed + ring), "DeepGEMM's symmetric buffer (layout/mega_moe.cuh): fixed part, and with the longest ring"
+        round(fixed),
+        round(fixed + ring),
+        "DeepGEMM's symmetric buffer (layout/mega_moe.cuh): fixed part, and with the longest ring",
     )
 
 

@@ -90,7 +90,10 @@ def prove(deployment: Deployment, concurrency: int = 1) -> Proof:
     stages = range(deployment.pp)
     one = _prove_vllm if deployment.engine == "vllm" else _prove_sglang
     proofs = [one(deployment, stage, per_replica) for stage in stages]
-    return min(proofs, key=lambda p: (p.verdict is Verdict.FITS, p.verdict is Verdict.TIGHT, p.concurrency_low, -p.shortfall_bytes))
+    return min(
+        proofs,
+        key=lambda p: (p.verdict is Verdict.FITS, p.verdict is Verdict.TIGHT, p.concurrency_low, -p.shortfall_bytes),
+    )
 
 
 def weights_of(d: Deployment, stage: int) -> RankWeights:

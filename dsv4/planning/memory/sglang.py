@@ -72,7 +72,9 @@ class SglangPool:
         return max(min(full_tokens / context, by_window), 0.0)
 
 
-def sglang_pool(config: V4Config, formats: CacheFormats, request: SglangRequest, stage: range | None = None) -> SglangPool:
+def sglang_pool(
+    config: V4Config, formats: CacheFormats, request: SglangRequest, stage: range | None = None
+) -> SglangPool:
     """The pool of one rank of pipeline stage `stage` (default: the whole model)."""
     layers = [layer for layer in config.layers if stage is None or layer.index in stage]
     speculative = request.draft_tokens > 0

@@ -130,7 +130,9 @@ def stage_with_draft(stage: range, config: V4Config, num_draft_layers: int) -> r
     return range(stage.start, stage.stop + (num_draft_layers if is_last else 0))
 
 
-def _cache_layers(config: V4Config, formats: CacheFormats, num_draft_layers: int, mapping: StateMapping) -> Iterable[CacheLayer]:
+def _cache_layers(
+    config: V4Config, formats: CacheFormats, num_draft_layers: int, mapping: StateMapping
+) -> Iterable[CacheLayer]:
     draft = (LayerSpec(config.num_hidden_layers + i, LayerKind.SWA, Routing.TOPK) for i in range(num_draft_layers))
     for layer in (*config.layers, *draft):
         for spec in layer_caches(config, layer, formats, mapping):
@@ -140,12 +142,18 @@ def _cache_layers(config: V4Config, formats: CacheFormats, num_draft_layers: int
 def _groups(caches: Sequence[CacheLayer]) -> tuple[KvGroup, ...]:
     buckets: dict[tuple[int, int | None, bool], list[CacheLayer]] = {}
     for cache in caches:
-        buckets.setdefault((cache.spec.page_tokens, cache.spec.sliding_window, cache.spec.per_request), []).append(cache)
+        buckets.setdefault((cache.spec.page_tokens, cache.spec.sliding_window, cache.spec.per_request), []).append(
+            cache
+        )
     whole = [KvGroup(*key, tuple(members)) for key, members in buckets.items()]
     counts = [Counter(c.spec.page_bytes for c in g.caches) for g in whole]
-    # A bucket with as many layers of each page size repeats one pattern; the longest mixed pattern must stay whole.
+    # A bucket with as many layers of each page size repeats one pattern; the longest mixed pattern
+    # must stay whole.
     balanced = [len(set(count.values())) == 1 for count in counts]
-    floor = max((g.max_layers_per_page_size for g, b, c in zip(whole, balanced, counts, strict=True) if b and len(c) > 1), default=0)
+    floor = max(
+        (g.max_layers_per_page_size for g, b, c in zip(whole, balanced, counts, strict=True) if b and len(c) > 1),
+        default=0,
+    )
     if not floor:
         return _capped_to_widest(whole)
     repeats = _least_padding([g.max_layers_per_page_size for g, b in zip(whole, balanced, strict=True) if b], floor)

@@ -28,7 +28,12 @@ class Bytes:
     wo_a: int = 0
 
     def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.experts + other.experts, self.sharded + other.sharded, self.replicated + other.replicated, self.wo_a + other.wo_a)
+        return Bytes(
+            self.experts + other.experts,
+            self.sharded + other.sharded,
+            self.replicated + other.replicated,
+            self.wo_a + other.wo_a,
+        )
 
     @property
     def total(self) -> int:
@@ -97,7 +102,9 @@ def pipeline_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def stage_weights(config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool) -> tuple[RankWeights, ...]:
+def stage_weights(
+    config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool
+) -> tuple[RankWeights, ...]:
     """Weights of one rank of each pipeline stage.
 
     tp: attention tensor-parallel ranks; dp: attention replicas beside each other in a stage; ep:

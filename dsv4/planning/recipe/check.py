@@ -134,7 +134,9 @@ def _static_rungs(recipe: Recipe, path: Path) -> list[Rung]:
     rungs = [_rung("schema", [*named, *placed, *_record(recipe)])]
     if not recipe.can_work:
         stands = (
-            [] if broken or proof.verdict is not Verdict.FITS else ["marked cannot_work, yet no rule and no memory bound stands against it"]
+            []
+            if broken or proof.verdict is not Verdict.FITS
+            else ["marked cannot_work, yet no rule and no memory bound stands against it"]
         )
         return [*rungs, _rung("refusal", stands), _rung("memory", _proof_differs(recipe, proof))]
     plugin = recipe.engine.serves_with == "plugin"
@@ -179,11 +181,13 @@ def _close(a: Any, b: Any) -> bool:
     return bool(abs(a - b) <= max(TOLERANCE * max(abs(a), abs(b)), 0.011))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Engines
 
 
-def _engine_rungs(name: Engine, version: str, engine: InstalledEngine | None, cases: Mapping[Path, Recipe]) -> dict[Path, Rung]:
+def _engine_rungs(
+    name: Engine, version: str, engine: InstalledEngine | None, cases: Mapping[Path, Recipe]
+) -> dict[Path, Rung]:
     label = f"{name}-{version}"
     if engine is None or not cases:
         return {p: Rung(label, "skipped", (f"{name} {version} is not installed here",)) for p in cases}
@@ -222,7 +226,9 @@ def ask_engine(engine: InstalledEngine, cases: Sequence[Case]) -> dict[str, Answ
     try:
         answer = read_answer(run.stdout.strip().splitlines()[-1])
     except (ValidationError, IndexError) as e:
-        raise RecipeError(f"{engine.name} {engine.version} answered what cannot be read: {' '.join(str(e).split())[:300]}") from e
+        raise RecipeError(
+            f"{engine.name} {engine.version} answered what cannot be read: {' '.join(str(e).split())[:300]}"
+        ) from e
     if answer.version != engine.version:
         raise RecipeError(f"{engine.name} {engine.version} was asked, {answer.version} answered; check PYTHONPATH")
     return answer.cases
@@ -233,8 +239,15 @@ def case_of(recipe: Recipe, id: str) -> Case:  # noqa: A002 - the field's name
     geometry.
     """
     d = recipe.deployment()
-    argvs = (tuple(command.argv(node_rank=rank, head_addr="10.0.0.1")[2:]) for rank, command in enumerate(commands(recipe)))
-    return Case(id=id, argvs=tuple(argvs), env=tuple(sorted(recipe.env)), kv=kv_question(d, prove(d, recipe.lengths.concurrency)))
+    argvs = (
+        tuple(command.argv(node_rank=rank, head_addr="10.0.0.1")[2:]) for rank, command in enumerate(commands(recipe))
+    )
+    return Case(
+        id=id,
+        argvs=tuple(argvs),
+        env=tuple(sorted(recipe.env)),
+        kv=kv_question(d, prove(d, recipe.lengths.concurrency)),
+    )
 
 
 def kv_question(d: Deployment, proof: Proof) -> KvQuestion:
@@ -261,7 +274,8 @@ def kv_question(d: Deployment, proof: Proof) -> KvQuestion:
         async_scheduling=d.async_scheduling,
         dp=d.dp,
         swa_full_tokens_ratio=d.swa_full_tokens_ratio,
-        # Room for at least one request, so that the engine computes instead of refusing a tight plan.
+        # Room for at least one request, so that the engine computes instead of refusing a tight
+        # plan.
         pool_bytes=(max(proof.pool_low, 2 * proof.need_bytes),) * d.pp,
     )
 
@@ -288,7 +302,9 @@ def _block_pools_differ(d: Deployment, kv: BlockPools, pool_bytes: Sequence[int]
     for stage, theirs in enumerate(kv.stages):
         pool = vllm_stage_pool(d, stage)
         rows.append((f"stage {stage} bytes per block", pool.block_bytes, theirs.block_bytes))
-        rows.append((f"stage {stage} bytes per request", pool.request_bytes(d.max_model_len, flight), theirs.request_bytes))
+        rows.append(
+            (f"stage {stage} bytes per request", pool.request_bytes(d.max_model_len, flight), theirs.request_bytes)
+        )
         blocks.append(pool.num_blocks(pool_bytes[stage]))
     per_request = vllm_stage_pool(d, 0).request_blocks(d.max_model_len, flight)
     rows += [("blocks", min(blocks), kv.num_blocks), ("concurrency", min(blocks) / per_request, kv.concurrency)]

@@ -15,9 +15,17 @@ from dsv4.planning.recipe.schema import parse_recipe, proof_section
 
 _MARK = "  proof:"
 _EMPTY = {
-    "method": "formula", "weights_gib": 0.0, "budget_gib": 0.0, "pool_gib": [0.0, 0.0], "request_gib": 0.0, "reserve_gib": 0.0,
-    "need_gib": 0.0, "concurrency": [0.0, 0.0], "max_context": [0, 0], "verdict": "no",
-}  # fmt: skip
+    "method": "formula",
+    "weights_gib": 0.0,
+    "budget_gib": 0.0,
+    "pool_gib": [0.0, 0.0],
+    "request_gib": 0.0,
+    "reserve_gib": 0.0,
+    "need_gib": 0.0,
+    "concurrency": [0.0, 0.0],
+    "max_context": [0, 0],
+    "verdict": "no",
+}
 
 
 def rewrite(path: Path) -> None:

@@ -34,7 +34,8 @@ from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.planning.deployment import MAX_CONTEXT, Deployment, Speculation, find_checkpoint, usual_state
 from dsv4.planning.memory.proof import Proof
 
-# Flags that the typed fields render. A recipe that repeats one in extra_args would contradict itself one day.
+# Flags that the typed fields render. A recipe that repeats one in extra_args would contradict
+# itself one day.
 TYPED_FLAGS = frozenset(
     [
         "--model",
@@ -104,7 +105,10 @@ MAX_GPUS = 576  # eight NVL72 racks
 Gpus = Annotated[StrictInt, Field(ge=1, le=MAX_GPUS)]
 Requests = Annotated[StrictInt, Field(ge=1, le=65_536)]
 Gib = Annotated[float, Field(ge=0)]
-Span = Annotated[list[float], Field(min_length=2, max_length=2, description="[with the high end of every overhead, with the low end]")]
+Span = Annotated[
+    list[float],
+    Field(min_length=2, max_length=2, description="[with the high end of every overhead, with the low end]"),
+]
 
 
 class _Section(BaseModel):
@@ -119,7 +123,8 @@ class CheckpointSection(_Section):
 class EngineSection(_Section):
     name: Engine
     versions: StrictStr | None = Field(
-        default=None, description="PEP 440 range, where it is narrower than what dsv4 supports; at least one version dsv4 is tested with"
+        default=None,
+        description="PEP 440 range, where it is narrower than what dsv4 supports; at least one version dsv4 is tested with",
     )
     serves_with: Literal["native", "plugin"] = Field(description="the engine's own V4, or dsv4's kernels")
 
@@ -237,7 +242,9 @@ class Recipe(_Section):
             raise ValueError(f"versions {engine.versions!r} is not a PEP 440 range") from e
         tested = TESTED_VERSIONS[engine.name]
         if not any(v in versions for v in tested):
-            raise ValueError(f"no tested {engine.name} is in {engine.versions!r}; dsv4 is tested with {', '.join(tested)}")
+            raise ValueError(
+                f"no tested {engine.name} is in {engine.versions!r}; dsv4 is tested with {', '.join(tested)}"
+            )
         return engine
 
     @model_validator(mode="after")
@@ -276,7 +283,9 @@ class Recipe(_Section):
         """
         checkpoint = find_checkpoint(self.checkpoint.id)
         if self.parallel.pp > checkpoint.config.num_hidden_layers:
-            raise PlanError(f"parallel.pp is {self.parallel.pp}, {checkpoint.id} has {checkpoint.config.num_hidden_layers} layers")
+            raise PlanError(
+                f"parallel.pp is {self.parallel.pp}, {checkpoint.id} has {checkpoint.config.num_hidden_layers} layers"
+            )
         return Deployment(
             checkpoint=checkpoint,
             engine=self.engine.name,
@@ -368,7 +377,9 @@ def find_recipe(name: str) -> tuple[Recipe, Path]:
         near = [i for i in by_id if i.startswith(name)][:3] if name else []
         near = near or nearest(name, by_id, cutoff=0.3)
         raise RecipeError(
-            f"{name}: no such recipe; nearest: {', '.join(near)}" if near else f"{name}: no such recipe; see dsv4 recipes list"
+            f"{name}: no such recipe; nearest: {', '.join(near)}"
+            if near
+            else f"{name}: no such recipe; see dsv4 recipes list"
         )
     return read_recipe(path), path
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-in for torchvision in the development environment, and nowhere else.
 
-SGLang imports torchvision at module level for its image processors. PyPI's wheel is a CUDA build whose operators do not
-load beside a CPU torch ("operator torchvision::nms does not exist"), and a text model calls none of it. So every
-submodule can be imported here, and calling anything raises. Delete once SGLang imports torchvision lazily.
+SGLang imports torchvision at module level for its image processors. PyPI's wheel is a CUDA build
+whose operators do not load beside a CPU torch ("operator torchvision::nms does not exist"), and a
+text model calls none of it. So every submodule can be imported here, and calling anything raises.
+Delete once SGLang imports torchvision lazily.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ __version__ = "0.28.0"
 
 
 class InterpolationMode(enum.Enum):
-    """torchvision.transforms.InterpolationMode: processors name its members in default arguments."""
+    """torchvision.transforms.InterpolationMode: processors name its members in default
+    arguments."""
 
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"
@@ -41,7 +43,9 @@ class _Absent(types.ModuleType):
             raise AttributeError(name)
 
         def absent(*_: object, **__: object) -> None:
-            raise RuntimeError(f"{self.__name__}.{name}: torchvision is a stub in this environment; install the real one")
+            raise RuntimeError(
+                f"{self.__name__}.{name}: torchvision is a stub in this environment; install the real one"
+            )
 
         return absent
 
@@ -50,7 +54,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if fullname.startswith("torchvision.") else None
+        return (
+            importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+            if fullname.startswith("torchvision.")
+            else None
+        )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _Absent(spec.name)

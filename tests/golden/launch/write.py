@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites the golden command lines beside it: `python tests/golden/launch/write.py`, then read the diff."""
+"""Rewrites the golden command lines beside it: `python tests/golden/launch/write.py`, then read
+the diff."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ def command_lines() -> str:
 def files() -> dict[str, str]:
     """Golden file name: content."""
     suffix = {"shell": "sh", "compose": "compose.yaml", "k8s": "k8s.yaml"}
-    rendered = {f"{name}.{suffix[fmt]}": render(find_recipe(name)[0], fmt) + "\n" for name, fmts in FORMATS.items() for fmt in fmts}
+    rendered = {
+        f"{name}.{suffix[fmt]}": render(find_recipe(name)[0], fmt) + "\n"
+        for name, fmts in FORMATS.items()
+        for fmt in fmts
+    }
     return {"commands.txt": command_lines(), **rendered}
 
 

@@ -51,7 +51,8 @@ def _compress_store(state: PagedState, step: EntryStep) -> None:
             rows.unflatten(-1, (2, 2, -1))[..., 1, :].flatten(-2),
         )
     kv, score = rows.chunk(2, -1)
-    # Rows before the first token do not exist: whatever memory holds there, NaN included, must not enter.
+    # Rows before the first token do not exist: whatever memory holds there, NaN included, must not
+    # enter.
     kv = kv.masked_fill(missing[..., None], 0.0)
     pooled = pool(kv, score.masked_fill(missing[..., None], float("-inf")))
     entries = SlotMapping(state.entries.pages, state.entries.slots[tokens])

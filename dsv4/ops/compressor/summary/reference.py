@@ -52,7 +52,8 @@ class _Rows:
 
 
 def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) -> None:
-    """Pool what ends in this step into entries of each cache, and keep summaries of what stays open.
+    """Pool what ends in this step into entries of each cache, and keep summaries of what stays
+    open.
 
     State and tails that no request wrote are never read. A page may be filled by one request and
     continued from by another in the same step.
@@ -135,8 +136,9 @@ def _so_far(here: _Rows, request: Tensor, window: Tensor, last: Tensor, only_b: 
     offset = torch.arange((1 - here.overlap) * m, m, device=window.device)
     rows = _summarise_rows(here, request, window[:, None] + offset, use_a=offset < 0, last=last, only_b=only_b)
     kept = here.kept[request]  # [N, overlap, 3, D]
-    # The step starts inside or at this window: what came before is in `entry`, or there is nothing of this request's.
-    # It starts inside the window before: the rows of that one are in `following`. It starts earlier: all rows are here.
+    # The step starts inside or at this window: what came before is in `entry`, or there is nothing
+    # of this request's. It starts inside the window before: the rows of that one are in
+    # `following`. It starts earlier: all rows are here.
     resumes = start % (here.page_tokens if here.overlap == 2 else m) > 0
     earlier = _only(kept[:, 0], (start >= window) & resumes)
     if here.overlap == 2:

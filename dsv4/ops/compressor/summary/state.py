@@ -13,7 +13,8 @@ from dsv4.ops.pages import SlotMapping
 
 @dataclass(frozen=True)
 class SummaryState:
-    """One page of summaries per request, and with overlap 2 one summary behind each page of entries.
+    """One page of summaries per request, and with overlap 2 one summary behind each page of
+    entries.
 
     summaries: [P, overlap, 3, D] fp32
     state_page: [R] int32, each request's page of `summaries`

@@ -52,7 +52,8 @@ class SummaryGroup(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Some rows' largest score, sum of exponentials and weighted sum, per channel: [D] fp32 each."""
+    """Some rows' largest score, sum of exponentials and weighted sum, per channel: [D] fp32
+    each."""
 
     top: Any
     weight: Any
@@ -148,7 +149,8 @@ def _compress(
         window = tl.where(to_state, end // RATIO * RATIO + (job - OVERLAP - 1) * RATIO, window)
         window = tl.where(to_tail, position + 1, window)
         last = tl.where(to_state, end - 1, tl.where(to_tail, position, window + (RATIO - 1)))
-        # The window before this one ends a page, whose tail holds columns A; not while they are still being collected.
+        # The window before this one ends a page, whose tail holds columns A; not while they are
+        # still being collected.
         from_tail = (OVERLAP == 2) & (window % PAGE == 0) & (job > 0) & (job < 2 * OVERLAP)
         # Where in its page the summary that this job writes, or reads, lies.
         tail_place = tl.where(to_tail, position, window - 1) // PAGE
@@ -157,7 +159,8 @@ def _compress(
         tail_page = tl.load(table + tail_place, mask=wants_tail, other=-1)
         has_tail = (tail_page >= 0) & (tail_page < cache.num_tails)
         tail_at = cache.tail + tl.where(has_tail, tail_page, 0).to(tl.int64) * cache.tail_stride
-        # An entry that needs the state is the first token's, one that does not is its own last token's.
+        # An entry that needs the state is the first token's, one that does not is its own last
+        # token's.
         ends = (to_tail == 0) & (to_state == 0) & (last < end) & (is_first == (start > window - BEFORE))
         slot = tl.load(cache.entries.slot_mapping + token_of_0 + last, mask=ends, other=-1)
         to_entry = (slot >= 0) & (slot < cache.entries.num_slots)
