@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang.srt.arg_groups.model_override_base import register_model_override, resolving_view
 from sglang.srt.arg_groups.overrides import declare_resolution
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, Phase, with_phase
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dsv4.machine import env
@@ -72,17 +73,26 @@ def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
     if args.swa_full_tokens_ratio is None:
         found["swa_full_tokens_ratio"] = WINDOW_RATIO
     if args.device != "cpu":
-        # Prefill graphs would capture one step's metadata; decode graphs read kept buffers, but
-        # only kernels can be captured, unchecked.
-        resolved["disable_prefill_cuda_graph"] = True
-        resolved["disable_cuda_graph"] = (
-            args.disable_cuda_graph or env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK")
-        )
+        resolved["cuda_graph_config"] = captured_phases(args.cuda_graph_config)
         if config.expert_dtype == "fp4":
             found["moe_runner_backend"] = "marlin"
     if resolved:
         declare_resolution(server_args, "dsv4", **resolved)
     return found
+
+
+def captured_phases(config: CudaGraphConfig) -> CudaGraphConfig:
+    """SGLang's choice of graphs, without the phases that dsv4 cannot capture.
+
+    A prefill graph would keep the metadata of the step that was captured. Decode graphs read
+    buffers that keep their address, but only kernels can be captured: references and DSV4_CHECK
+    read lengths on the host. The flags --disable-*-cuda-graph are no place to say so, since SGLang
+    has read them before it asks its providers.
+    """
+    config = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
+    if env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK"):
+        config = with_phase(config, Phase.DECODE, backend=Backend.DISABLED)
+    return config
 
 
 def is_v4(kvc: Any) -> bool:

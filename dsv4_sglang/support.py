@@ -59,6 +59,11 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             "--json-model-override-args",
             "dsv4 reads config.json itself",
         ),
+        (
+            asked.cuda_graph_backend_prefill not in (None, "disabled"),
+            f"--cuda-graph-backend-prefill {asked.cuda_graph_backend_prefill}",
+            "a captured prefill would repeat the step that was captured",
+        ),
         (bool(args.enable_lora or args.lora_paths), "--enable-lora", "LoRA is not wired"),
     )
     for refused, flag, reason in refusals:

@@ -201,6 +201,7 @@ PROBES: dict[Engine, tuple[Probe, ...]] = {
                 "init_cuda_graph_state",
             ),
         ),
+        Probe("sglang.srt.model_executor.cuda_graph_config:with_phase", "parameter", ("config", "phase")),
         Probe("sglang.srt.arg_groups.choices", "attribute", ("ATTENTION_BACKEND_CHOICES",)),
         Probe("sglang.srt.arg_groups.model_override_base", "attribute", ("register_model_override", "resolving_view")),
         Probe("sglang.srt.arg_groups.overrides:declare_resolution", "parameter", ("server_args", "source")),

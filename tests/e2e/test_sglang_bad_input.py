@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from served import SGLANG
 
 import dsv4_sglang
 from tests.support import sglang_engine
-from tests.support.comparison import request
+from tests.support.comparison import ENV_DIR, ROOT, request
 from tests.support.refusal_checks import RefusalChecks
+
+PREVIOUS = ENV_DIR / "sglang-0.5.22"
 
 
 class TestSglang(RefusalChecks):
@@ -42,6 +45,7 @@ def configure(args):
         ({"init_expert_location": "{}"}, ["--init-expert-location"]),
         ({"moe_runner_backend": "triton"}, ["--moe-runner-backend triton", "marlin"]),
         ({"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}, ["--enable-lora"]),
+        ({"cuda_graph_backend_prefill": "breakable"}, ["--cuda-graph-backend-prefill breakable"]),
         ({"dtype": "float16"}, ["--dtype float16"]),
         ({"device": "cuda", "dtype": "float32"}, ["--dtype float32"]),
         (
@@ -56,22 +60,39 @@ def configure(args):
         "HfModelConfigParser",
     )
 
-    def test_what_is_chosen_on_a_gpu(self, tiny_flash: Path) -> None:
-        """Arguments are resolved before a GPU is touched: Marlin for FP4 experts, captured decode
-        steps, eager prefill."""
+    @pytest.mark.parametrize(
+        ("variables", "decode"),
+        [({}, "full"), ({"DSV4_OPS": "reference"}, "disabled"), ({"DSV4_CHECK": "1"}, "disabled")],
+        ids=["default", "references", "checked"],
+    )
+    @pytest.mark.parametrize("version", [None, PREVIOUS], ids=["installed", "previous"])
+    def test_what_is_chosen_on_a_gpu(
+        self, tiny_flash: Path, version: Path | None, variables: dict[str, str], decode: str
+    ) -> None:
+        """Marlin for FP4 experts, decode steps captured when kernels serve, prefill eager: as the
+        graph runners read it.
+
+        SGLang decides graphs by `is_cuda`, which is false on this machine, so it is told otherwise.
+        """
+        if version is not None and not (version / ".unpacked").exists():
+            pytest.skip(f"{version} is missing; `make env` unpacks it")
         code = f"""
 import json
+import sglang.srt.utils
 from sglang.srt.plugins import load_plugins
 load_plugins()
+sglang.srt.utils.is_cuda = lambda: True
 from sglang.srt.arg_groups.overrides import resolved_view
 from sglang.srt.server_args import ServerArgs
 args = ServerArgs(model_path={str(tiny_flash)!r}, device="cuda", context_length=512, skip_tokenizer_init=True)
 args.resolve_once()
 view = resolved_view(args)
-names = ("moe_runner_backend", "attention_backend", "page_size", "disable_cuda_graph", "disable_prefill_cuda_graph")
-print(json.dumps([getattr(view, name) for name in names]))
+graphs = view.cuda_graph_config
+print(json.dumps([view.moe_runner_backend, view.attention_backend, view.page_size, graphs.decode.backend, graphs.prefill.backend]))
 """
-        assert json.loads(self._python(code).splitlines()[-1]) == ["marlin", "dsv4_plugin", 256, False, True]
+        path = {} if version is None else {"PYTHONPATH": f"{version}:{ROOT}"}
+        got = json.loads(self._python(code, env=path | variables).splitlines()[-1])
+        assert got == ["marlin", "dsv4_plugin", 256, decode, "disabled"]
 
     def test_a_hook_that_did_not_apply_is_noticed(self, tiny_flash: Path) -> None:
         """SGLang only logs it; the attention backend finds a pool that is not ours."""
