@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat
 from dsv4.model.tensors import tensor_specs
 from dsv4.planning.deployment import all_checkpoints, find_checkpoint
-from dsv4.planning.memory import overheads as calibration
+from dsv4.planning.memory import overheads
 from dsv4.planning.memory.sglang import SglangRequest, sglang_pool
 from dsv4.planning.memory.vllm import in_flight_tokens, vllm_pool
 from dsv4.planning.memory.weights import inventory, pipeline_layers, stage_weights
@@ -112,7 +112,7 @@ def test_loaded_memory_of_a_log_lies_in_the_predicted_range(point):
     stage = stage_weights(
         find_checkpoint(point["model"]).config, tp=point["tp"], dp=1, ep=False, pp=point["pp"], with_draft=False
     )[0]
-    outside = calibration.non_torch(point["tp"])
+    outside = overheads.non_torch(point["tp"])
     low, high = stage.total_bytes + outside.low, stage.total_bytes + stage.wo_a_bytes + outside.high
     assert low / GIB <= point["printed_gib"] <= high / GIB
     assert low / GIB == pytest.approx(point["printed_gib"], rel=0.05)

@@ -15,7 +15,8 @@ from dsv4.machine.hardware import find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat, StateMapping
 from dsv4.planning.deployment import Deployment, Speculation, find_checkpoint
 from dsv4.planning.launch import deployment_commands
-from dsv4.planning.memory.proof import prove, sglang_stage_pool, vllm_stage_pool
+from dsv4.planning.memory import sglang, vllm
+from dsv4.planning.memory.proof import prove
 from dsv4.planning.memory.vllm import in_flight_tokens
 from dsv4.planning.planner import Question, plan
 from dsv4.planning.recipe import check as recipe_check
@@ -149,7 +150,7 @@ def test_groups_blocks_and_requests_equal_vllm_exactly(engine, version):
         theirs = answers[str(i)].kv
         assert answers[str(i)].kv_error is None
         flight = in_flight_tokens(d.max_num_batched_tokens, d.async_scheduling, d.pp)
-        pools = [vllm_stage_pool(d, stage) for stage in range(d.pp)]
+        pools = [vllm.stage_pool(d, stage) for stage in range(d.pp)]
         assert theirs.in_flight_tokens == flight
         assert [s.block_bytes for s in theirs.stages] == [p.block_bytes for p in pools]
         assert [s.request_bytes for s in theirs.stages] == [p.request_bytes(d.max_model_len, flight) for p in pools]
@@ -212,7 +213,7 @@ def test_pool_sizes_equal_sglang_exactly(engine, version):
     for i, d in enumerate(_sglang_grid()):
         assert answers[str(i)].kv_error is None
         for stage, theirs in enumerate(answers[str(i)].kv.stages):
-            pool = sglang_stage_pool(d, stage)
+            pool = sglang.stage_pool(d, stage)
             assert pool.bytes_per_full_token == pytest.approx(theirs.bytes_per_full_token, rel=1e-12)
             assert pool.fixed_bytes == pytest.approx(theirs.fixed_bytes, rel=1e-9)
             assert abs(pool.full_tokens(POOL_BYTES) - theirs.full_tokens) <= 256

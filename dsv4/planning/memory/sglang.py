@@ -23,6 +23,10 @@ from dsv4.model.kv_layout import (
     round_up,
     state_ring_rows,
 )
+from dsv4.planning.deployment import MAX_CONTEXT, Deployment
+from dsv4.planning.memory import overheads
+from dsv4.planning.memory.account import Proof, exchange_terms, term, verdict_of, weight_terms
+from dsv4.planning.memory.weights import pipeline_layers
 
 EVICTION_INTERVAL = 128  # SGLANG_SWA_EVICTION_INTERVAL's default
 PREFIX_TAILS_PER_REQUEST = 4  # cached prefixes that cap mode keeps resumable, per running request
@@ -130,3 +134,61 @@ def _cap_window_tokens(config: V4Config, request: SglangRequest) -> int:
     cap = live_window_tokens(config, request) * request.max_running_requests + _window_tokens_in_flight(request)
     tails = PREFIX_TAILS_PER_REQUEST * request.max_running_requests if request.radix_cache else 0
     return round_up(cap + tails * (config.sliding_window + PAGE_TOKENS), PAGE_TOKENS)
+
+
+# ----------------------------------------------------------------------------------------------
+# The proof
+
+
+def stage_pool(d: Deployment, stage: int) -> SglangPool:
+    """SGLang's pool on a rank of pipeline stage `stage`."""
+    request = SglangRequest(
+        max_running_requests=d.max_num_seqs,
+        chunked_prefill_tokens=d.max_num_batched_tokens,
+        swa_full_tokens_ratio=d.swa_full_tokens_ratio,
+        draft_tokens=d.speculation.num_tokens + 1 if d.has_draft else 0,
+        overlap_schedule=d.async_scheduling,
+    )
+    return sglang_pool(d.config, d.formats, request, pipeline_layers(d.config.num_hidden_layers, d.pp)[stage])
+
+
+def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
+    """Memory of one rank of pipeline stage `stage`, for `per_replica` requests at once."""
+    before = term("context before load", overheads.context(d.tp * d.dp))
+    weights = weight_terms(d, stage)
+    pool = stage_pool(d, stage)
+
+    def pool_bytes(context: int, loaded: int) -> int:
+        return int((d.gpu.total_bytes - context) * d.memory_fraction) - loaded
+
+    low = pool_bytes(before.high, sum(t.high for t in weights))
+    high = pool_bytes(before.low, sum(t.low for t in weights))
+    request = int(pool.bytes_for(d.max_model_len) - pool.fixed_bytes)
+    need = int(pool.bytes_for(per_replica * d.max_model_len))
+    tokens_low, tokens_high = pool.full_tokens(low), pool.full_tokens(high)
+    # The fraction leaves the rest of the card to activations and graphs: that must hold them.
+    headroom = int((d.gpu.total_bytes - before.high) * (1 - d.memory_fraction))
+    runtime = [
+        term("activation peak, in the headroom", overheads.activation(d.config, d.max_num_batched_tokens)),
+        term("CUDA graphs, in the headroom", overheads.graphs(d.max_num_seqs, d.decode_graphs_only)),
+        *exchange_terms(d, ", in the headroom"),
+    ]
+    lack_low, lack_high = (max(sum(getattr(t, end) for t in runtime) - headroom, 0) for end in ("high", "low"))
+    return Proof(
+        deployment=d,
+        stage=stage,
+        terms=(before, *weights, *runtime),
+        budget_bytes=int((d.gpu.total_bytes - before.high) * d.memory_fraction),
+        pool_low=low,
+        pool_high=high,
+        request_bytes=request,
+        reserve_bytes=int(pool.fixed_bytes),
+        need_bytes=need,
+        by_memory_low=pool.max_requests(tokens_low, d.max_model_len) * d.dp,
+        by_memory_high=pool.max_requests(tokens_high, d.max_model_len) * d.dp,
+        max_context_low=min(tokens_low // max(per_replica, 1), MAX_CONTEXT),
+        max_context_high=min(tokens_high // max(per_replica, 1), MAX_CONTEXT),
+        shortfall_bytes=max(need - low, lack_low, 0),
+        headroom_shortfall_bytes=lack_low,
+        verdict=verdict_of(need <= low and not lack_low, need <= high and not lack_high),
+    )

@@ -16,6 +16,10 @@ from dataclasses import dataclass, replace
 
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheFormats, CacheSpec, StateMapping, layer_caches
+from dsv4.planning.deployment import MAX_CONTEXT, Deployment
+from dsv4.planning.memory import overheads
+from dsv4.planning.memory.account import Proof, exchange_terms, term, verdict_of, weight_terms
+from dsv4.planning.memory.weights import pipeline_layers
 
 
 @dataclass(frozen=True)
@@ -200,3 +204,47 @@ def _least_padding(values: Sequence[int], lower_bound: int) -> int:
     """
     candidates = range(lower_bound, max(*values, lower_bound) + 1)
     return min(candidates, key=lambda d: (sum(-v % d for v in values), -d))
+
+
+# ----------------------------------------------------------------------------------------------
+# The proof
+
+
+def stage_pool(d: Deployment, stage: int) -> VllmPool:
+    """vLLM's pool on a rank of pipeline stage `stage`."""
+    layers = stage_with_draft(pipeline_layers(d.config.num_hidden_layers, d.pp)[stage], d.config, d.num_draft_layers)
+    return vllm_pool(d.config, d.formats, d.num_draft_layers, layers, mapping=d.state)
+
+
+def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
+    """Memory of one rank of pipeline stage `stage`, for `per_replica` requests at once."""
+    terms = [
+        *weight_terms(d, stage),
+        term("outside PyTorch", overheads.non_torch(d.tp * d.dp)),
+        term("activation peak", overheads.activation(d.config, d.max_num_batched_tokens)),
+        term("CUDA graphs", overheads.graphs(d.max_num_seqs, d.decode_graphs_only)),
+        *exchange_terms(d),
+    ]
+    budget = int(d.memory_fraction * d.gpu.total_bytes)
+    pool = stage_pool(d, stage)
+    flight = in_flight_tokens(d.max_num_batched_tokens, d.async_scheduling, d.pp)
+    low, high = budget - sum(t.high for t in terms), budget - sum(t.low for t in terms)
+    request = pool.request_bytes(d.max_model_len, flight)
+    need = per_replica * request + pool.block_bytes  # the pool holds back one null block
+    return Proof(
+        deployment=d,
+        stage=stage,
+        terms=tuple(terms),
+        budget_bytes=budget,
+        pool_low=low,
+        pool_high=high,
+        request_bytes=request,
+        reserve_bytes=pool.state_bytes(flight, d.max_model_len),
+        need_bytes=need,
+        by_memory_low=pool.max_concurrency(low, d.max_model_len, flight) * d.dp,
+        by_memory_high=pool.max_concurrency(high, d.max_model_len, flight) * d.dp,
+        max_context_low=pool.max_model_len(low, flight, MAX_CONTEXT, per_replica),
+        max_context_high=pool.max_model_len(high, flight, MAX_CONTEXT, per_replica),
+        shortfall_bytes=max(need - low, 0),
+        verdict=verdict_of(need <= low, need <= high),
+    )

@@ -27,7 +27,8 @@ from dsv4.machine.compat import TESTED_VERSIONS, Engine
 from dsv4.machine.hardware import GIB
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.launch import commands
-from dsv4.planning.memory.proof import Proof, Verdict, prove, sglang_stage_pool, vllm_stage_pool
+from dsv4.planning.memory import sglang, vllm
+from dsv4.planning.memory.proof import Proof, Verdict, prove
 from dsv4.planning.memory.vllm import in_flight_tokens, stage_with_draft
 from dsv4.planning.memory.weights import pipeline_layers
 from dsv4.planning.recipe.question import (
@@ -300,13 +301,13 @@ def _block_pools_differ(d: Deployment, kv: BlockPools, pool_bytes: Sequence[int]
     rows: list[tuple[str, float, float]] = [("in-flight tokens", flight, kv.in_flight_tokens)]
     blocks = []
     for stage, theirs in enumerate(kv.stages):
-        pool = vllm_stage_pool(d, stage)
+        pool = vllm.stage_pool(d, stage)
         rows.append((f"stage {stage} bytes per block", pool.block_bytes, theirs.block_bytes))
         rows.append(
             (f"stage {stage} bytes per request", pool.request_bytes(d.max_model_len, flight), theirs.request_bytes)
         )
         blocks.append(pool.num_blocks(pool_bytes[stage]))
-    per_request = vllm_stage_pool(d, 0).request_blocks(d.max_model_len, flight)
+    per_request = vllm.stage_pool(d, 0).request_blocks(d.max_model_len, flight)
     rows += [("blocks", min(blocks), kv.num_blocks), ("concurrency", min(blocks) / per_request, kv.concurrency)]
     return _differences("vLLM", rows)
 
@@ -314,7 +315,7 @@ def _block_pools_differ(d: Deployment, kv: BlockPools, pool_bytes: Sequence[int]
 def _token_pools_differ(d: Deployment, kv: TokenPools, pool_bytes: Sequence[int]) -> list[str]:
     rows: list[tuple[str, float, float]] = []
     for stage, theirs in enumerate(kv.stages):
-        pool = sglang_stage_pool(d, stage)
+        pool = sglang.stage_pool(d, stage)
         rows.append((f"stage {stage} bytes per full token", pool.bytes_per_full_token, theirs.bytes_per_full_token))
         rows.append((f"stage {stage} request-scoped bytes", pool.fixed_bytes, theirs.fixed_bytes))
         rows.append((f"stage {stage} pool tokens", pool.full_tokens(pool_bytes[stage]), theirs.full_tokens))

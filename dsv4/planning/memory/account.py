@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a proof consists of, and the terms that both engines' proofs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from dsv4.planning.deployment import Deployment
+from dsv4.planning.memory import overheads
+from dsv4.planning.memory.overheads import Range
+from dsv4.planning.memory.weights import RankWeights, stage_weights
+
+INVENTORY_SOURCE = "tensor inventory, equal to the released checkpoints to the byte"
+
+
+class Verdict(str, Enum):
+    """FITS with the high end of every range, TIGHT only with the low ends, NO otherwise."""
+
+    FITS = "fits"
+    TIGHT = "tight"
+    NO = "no"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of the proof, in bytes on the fullest rank."""
+
+    name: str
+    low: int
+    high: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Memory of the fullest rank. `*_low` assume the high end of every overhead, `*_high` the low
+    end.
+
+    budget_bytes: what the engine may use.
+    request_bytes: what its admission reserves for one request of max_model_len.
+    reserve_bytes: the part of request_bytes that does not depend on the context.
+    need_bytes: what the target concurrency takes on one replica.
+    by_memory_*: requests of max_model_len at once over all replicas, by KV alone.
+    shortfall_bytes: missing with the high ends, 0 when it fits.
+    headroom_shortfall_bytes: the part of it that activations and graphs lack outside SGLang's
+    fraction.
+    """
+
+    deployment: Deployment
+    stage: int
+    terms: tuple[Term, ...]
+    budget_bytes: int
+    pool_low: int
+    pool_high: int
+    request_bytes: int
+    reserve_bytes: int
+    need_bytes: int
+    by_memory_low: float
+    by_memory_high: float
+    max_context_low: int
+    max_context_high: int
+    shortfall_bytes: int
+    verdict: Verdict
+    headroom_shortfall_bytes: int = 0
+
+    @property
+    def concurrency_low(self) -> float:
+        """Requests of max_model_len at once over all replicas, by KV and by max_num_seqs."""
+        return min(self.by_memory_low, self.deployment.max_num_seqs * self.deployment.dp)
+
+    @property
+    def concurrency_high(self) -> float:
+        return min(self.by_memory_high, self.deployment.max_num_seqs * self.deployment.dp)
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(term.low for term in self.terms if term.name.startswith("weights"))
+
+
+def weights_of(d: Deployment, stage: int) -> RankWeights:
+    """Weights of one rank of pipeline stage `stage`."""
+    return stage_weights(d.config, tp=d.tp, dp=d.dp, ep=d.ep, pp=d.pp, with_draft=d.has_draft)[stage]
+
+
+def weight_terms(d: Deployment, stage: int) -> list[Term]:
+    """Weights of one rank of pipeline stage `stage`, and what widening them may take."""
+    w = weights_of(d, stage)
+    body = w.total_bytes - w.draft_bytes
+    terms = [Term("weights", body, body, INVENTORY_SOURCE)]
+    if w.draft_bytes:
+        terms.append(Term("weights of the draft", w.draft_bytes, w.draft_bytes, INVENTORY_SOURCE))
+    return [*terms, term("widened while loading", overheads.load_overhead(w.wo_a_bytes))]
+
+
+def exchange_terms(d: Deployment, suffix: str = "") -> list[Term]:
+    """Buffers of the expert exchange, where there are any."""
+    backend = d.moe_backend if d.a2a_backend == "none" else d.a2a_backend
+    buffers = overheads.all_to_all(d.config, backend, d.max_num_batched_tokens, d.tp * d.dp)
+    return [] if buffers is None else [term(f"expert exchange{suffix}", buffers)]
+
+
+def term(name: str, r: Range) -> Term:
+    """A range of overheads as a line of the proof."""
+    return Term(name, r.low, r.high, r.source)
+
+
+def verdict_of(with_high_ends: bool, with_low_ends: bool) -> Verdict:
+    """Whether it fits with the high, and with the low ends of every range."""
+    return Verdict.FITS if with_high_ends else Verdict.TIGHT if with_low_ends else Verdict.NO
