@@ -11,6 +11,7 @@ from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from torch import Tensor
+from torch.nn import functional
 
 from dsv4.errors import CompatError
 from dsv4.model.config import CSA_RATIO, HCA_RATIO
@@ -81,8 +82,9 @@ class V4AttentionBackend(AttentionBackend):
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len)
         tokens = plan.plan_tokens(batch)
         # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the
-        # request it borrows.
-        real = fb.out_cache_loc[: batch.num_tokens] >= PAGE_TOKENS
+        # request it borrows. A replayed graph is given the running requests' places alone.
+        places = fb.out_cache_loc[: batch.num_tokens]
+        real = functional.pad(places, (0, batch.num_tokens - places.shape[0])) >= PAGE_TOKENS
         tokens = plan.TokenPlan(tokens.request_of_token, tokens.positions, tokens.valid & real)
         rings = {
             CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2),

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A captured decode step of SGLang replayed with fewer requests than it was captured for.
+
+The view that the backend is given is made by the engine's own function: request slots and lengths
+are padded to the captured size, the cache locations are the running batch's alone.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.dp_attention import DpPaddingMode
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import build_replay_fb_view
+from torch import Tensor
+
+from dsv4.ops import plan
+from dsv4_sglang.metadata import V4AttentionBackend
+
+CONTEXT = 2048
+PAGE = 256
+CAPTURED = (1, 2, 4, 8, 12)
+
+
+class Pool:
+    """Window pages are the full ones in reverse order; page 0 stays nobody's."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+
+    def translate_loc_from_full_to_swa(self, loc: Tensor) -> Tensor:
+        return torch.where(loc < PAGE, loc, (self.num_pages - loc // PAGE) * PAGE + loc % PAGE)
+
+
+def backend(num_slots: int) -> V4AttentionBackend:
+    made: Any = object.__new__(V4AttentionBackend)
+    pages = CONTEXT // PAGE
+    # Slot 0 is nobody's, as SGLang keeps it for padding.
+    starts = torch.arange(num_slots)[:, None] * pages * PAGE - (pages - 1) * PAGE
+    made.req_to_token = (starts + torch.arange(CONTEXT)).clamp(min=0)
+    made.req_to_token[0] = 0
+    made.pool = Pool(num_slots * pages + 1)
+    made.window, made.context_len, made.ratios = 128, CONTEXT, [4, 128]
+    made.plan, made.buffers, made.max_bs = None, plan.GraphBuffers(), max(CAPTURED)
+    return made
+
+
+def running(made: Any, lens: list[int]) -> Any:
+    """A decode batch of requests in slots 1, 2, ..."""
+    slots, seq_lens = torch.arange(1, len(lens) + 1), torch.tensor(lens)
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=len(lens),
+        req_pool_indices=slots,
+        seq_lens=seq_lens,
+        seq_lens_cpu=seq_lens,
+        seq_lens_sum=int(seq_lens.sum()),
+        out_cache_loc=made.req_to_token[slots, seq_lens - 1],
+        spec_info=None,
+        lora_ids=None,
+        can_run_decode_cuda_graph=True,
+        max_seq_len_host=None,
+        max_seq_len_override=None,
+        out_cache_loc_virtual=None,
+        kv_loc_plan=None,
+        kv_loc_cols=None,
+    )
+
+
+def replayed(batch: Any, bs: int) -> Any:
+    raw, fill = batch.batch_size, 1
+    buffers = SimpleNamespace(
+        input_ids=torch.zeros(bs, dtype=torch.long),
+        positions=torch.zeros(bs, dtype=torch.long),
+        req_pool_indices=torch.cat([batch.req_pool_indices, torch.zeros(bs - raw, dtype=torch.long)]),
+        seq_lens=torch.cat([batch.seq_lens, torch.full((bs - raw,), fill)]),
+        seq_lens_cpu=torch.cat([batch.seq_lens, torch.full((bs - raw,), fill)]),
+        mamba_track_indices=None,
+    )
+    return build_replay_fb_view(
+        forward_batch=batch, buffers=buffers, bs=bs, raw_bs=raw, num_tokens=bs, global_num_tokens_cpu=None,
+        seq_len_fill_value=fill, capture_forward_mode=ForwardMode.DECODE, is_encoder_decoder=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", range(1, 13))
+def test_padded_rows_write_nowhere_and_the_others_are_as_in_an_eager_step(
+    monkeypatch: pytest.MonkeyPatch, raw: int
+) -> None:
+    monkeypatch.setattr(DpPaddingMode, "get_default_mode_in_cuda_graph", classmethod(lambda cls: None))
+    lens = [1, 3, 4, 127, 128, 129, 255, 256, 257, 511, 1024, 2047][:raw]
+    made = backend(num_slots=13)
+    batch, bs = running(made, lens), next(n for n in CAPTURED if n >= raw)
+    made.init_forward_metadata(batch)
+    eager = made.plan
+    made.init_forward_metadata_out_graph(replayed(batch, bs))
+    step = made.plan
+    assert step.tokens.valid.tolist() == [True] * raw + [False] * (bs - raw)
+    assert (step.window.slot_mapping[raw:] == -1).all()
+    assert torch.equal(step.window.slot_mapping[:raw], eager.window.slot_mapping)
+    assert torch.equal(step.window.lens[:raw], eager.window.lens)
+    for ratio in made.ratios:
+        entries, rings = step.entries[ratio], step.rings[ratio]
+        assert (entries.slot_mapping[raw:] == -1).all()
+        assert (rings.slot_mapping[raw:] == -1).all()
+        assert (entries.lens[raw:] == 0).all()
+        assert torch.equal(entries.slot_mapping[:raw], eager.entries[ratio].slot_mapping)
+        assert torch.equal(entries.lens[:raw], eager.entries[ratio].lens)
+        assert torch.equal(rings.slot_mapping[:raw], eager.rings[ratio].slot_mapping)
