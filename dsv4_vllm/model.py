@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture, is_breakable_cudagraph_enabled
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from dsv4.errors import CompatError
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -197,19 +198,24 @@ class LayerInputs:
     q: [T, H, 512]; kv: [T, 512]
     kv_gate: [T, 2 * overlap * 512] fp32, what entries are pooled from; None in window-only layers
     index: in CSA layers
+    table: [T, rope_dim] fp32, cosines and sines at the tokens' positions, of the layer's kind
+    entry_table: the same at the first position of the entry that each token belongs to; None in
+    window-only layers
     """
 
     q: Tensor
     kv: Tensor
     kv_gate: Tensor | None
     index: IndexInputs | None
-    rope: RopeTables
+    table: Tensor
+    entry_table: Tensor | None
 
     def first(self, n: int) -> LayerInputs:
         """Of the first n tokens."""
         kv_gate = None if self.kv_gate is None else self.kv_gate[:n]
         index = None if self.index is None else self.index.first(n)
-        return LayerInputs(self.q[:n], self.kv[:n], kv_gate, index, self.rope.first(n))
+        entry_table = None if self.entry_table is None else self.entry_table[:n]
+        return LayerInputs(self.q[:n], self.kv[:n], kv_gate, index, self.table[:n], entry_table)
 
 
 class V4Attention(nn.Module):
@@ -264,6 +270,10 @@ class V4Attention(nn.Module):
         if layer.kind is LayerKind.CSA:
             self.indexer = V4Indexer(config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY])
 
+        # Here and not at the class: vLLM 0.32 leaves the function as it is unless its variable was
+        # set before, which the engine does long after it has imported plugins.
+        self.attend = eager_break_during_capture(self._attend_in_step)
+
     def _caches(self, vllm_config: VllmConfig, prefix: str) -> dict[CacheRole, V4Cache]:
         formats, dtype = cache_formats(vllm_config), vllm_config.model_config.dtype
 
@@ -291,14 +301,14 @@ class V4Attention(nn.Module):
             index_q=index_q,
             index_weights=index_weights,
             index_kv_gate=index_kv_gate,
-            rope=rope,
+            table=rope.window if self.layer.kind is LayerKind.SWA else rope.compressed,
+            entry_table=rope.entry.get(self.layer.compress_ratio),
             out=o,
         )
         wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
         return self.wo_b(attention.output_a(o, None, wo_a))[0]  # `attend` has rotated back already
 
-    @eager_break_during_capture
-    def attend(
+    def _attend_in_step(
         self,
         *,
         q: Tensor,
@@ -307,14 +317,15 @@ class V4Attention(nn.Module):
         index_q: Tensor | None,
         index_weights: Tensor | None,
         index_kv_gate: Tensor | None,
-        rope: RopeTables,
+        table: Tensor,
+        entry_table: Tensor | None,
         out: Tensor,
     ) -> None:
         """Attend as `_attend` does; the result goes to `out` [T, H, 512].
 
-        Mixed batches run it eagerly between captured graph segments, so that it reads the step's
-        own metadata. Its tensors are loose: vLLM holds on to those in a container, and with them to
-        the graph's memory.
+        `attend` is this, run eagerly between the captured graph segments of mixed batches, so that
+        it reads the step's own metadata. Arguments are tensors: vLLM holds on to a container, and
+        with it to the graph's memory.
         """
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a profile or warm-up run has no caches yet
@@ -326,15 +337,15 @@ class V4Attention(nn.Module):
             index = IndexInputs(index_q, index_weights, index_kv_gate)
         step: WindowPlan = metadata[self.window.prefix]
         n = step.slot_mapping.shape[0]
-        out[:n] = self._attend(LayerInputs(q, kv, kv_gate, index, rope).first(n), step, metadata)
+        inputs = LayerInputs(q, kv, kv_gate, index, table, entry_table)
+        out[:n] = self._attend(inputs.first(n), step, metadata)
         out[n:].zero_()
 
     def _attend(self, inputs: LayerInputs, step: WindowPlan, metadata: dict[str, Any]) -> Tensor:
         """Write the caches, select entries, attend and rotate back: [T, H, 512]."""
         if check.enabled():
             check.enter_layer(self.prefix, step.tokens.request_of_token)
-        rope, norm, window = inputs.rope, self.kv_norm, self.window.pages
-        table = rope.window if self.layer.kind is LayerKind.SWA else rope.compressed
+        norm, window, table = self.kv_norm, self.window.pages, inputs.table
         q = attention.norm_rope_store(
             inputs.q, inputs.kv, norm.weight, norm.variance_epsilon, table, step.written(window)
         )
@@ -343,26 +354,28 @@ class V4Attention(nn.Module):
 
     def _entries(self, inputs: LayerInputs, tokens: TokenPlan, metadata: dict[str, Any]) -> Selection | None:
         """Store the entries that the step completes, and select those that each token attends."""
-        if self.compressor is None or inputs.kv_gate is None or self.entries is None or self.state is None:
+        if self.compressor is None or self.entries is None or self.state is None:
             return None
+        assert inputs.kv_gate is not None
+        assert inputs.entry_table is not None
         projected = [self.compressor.projected(inputs.kv_gate)]
         if self.indexer is not None and inputs.index is not None:
             projected.append(self.indexer.compressor.projected(inputs.index.kv_gate))
-        self.state.pool(projected, self._entry_step(tokens, inputs.rope), metadata)
+        self.state.pool(projected, self._entry_step(tokens, inputs.entry_table), metadata)
         plan: EntryPlan = metadata[self.entries.prefix]
         if self.indexer is None or inputs.index is None:
             return plan.everything(self.entries.pages, tokens)
         keys: EntryPlan = metadata[self.indexer.keys.prefix]
-        return self.indexer(inputs.index, tokens, keys, plan.table(self.entries.pages), inputs.rope.compressed)
+        return self.indexer(inputs.index, tokens, keys, plan.table(self.entries.pages), inputs.table)
 
-    def _entry_step(self, tokens: TokenPlan, rope: RopeTables) -> EntryStep:
+    def _entry_step(self, tokens: TokenPlan, entry_table: Tensor) -> EntryStep:
         return EntryStep(
             positions=tokens.positions,
             request_of_token=tokens.request_of_token,
             ratio=self.layer.compress_ratio,
             overlap=self.layer.overlap,
             eps=self.config.rms_norm_eps,
-            entry_cos_sin=rope.entry[self.layer.compress_ratio],
+            entry_cos_sin=entry_table,
         )
 
     def _take_memory(self, q: Tensor) -> None:
@@ -437,6 +450,21 @@ class V4Model(nn.Module):
         return mhc.head(streams, self.hc_head.site(self.norm.weight))
 
 
+def check_breaks(model: nn.Module) -> None:
+    """Raise CompatError where vLLM breaks graphs at attention and would capture ours whole.
+
+    A captured attention repeats the batch that was captured, in every later step, without a word.
+    """
+    layers = [m for m in model.modules() if isinstance(m, V4Attention)]
+    whole = [m.prefix for m in layers if not hasattr(m.attend, "__wrapped__")]
+    if is_breakable_cudagraph_enabled() and whole:
+        raise CompatError(
+            f"{len(whole)} of {len(layers)} attention layers would be captured with the batch of the capture, although"
+            " VLLM_USE_BREAKABLE_CUDAGRAPH is on: import nothing of dsv4_vllm before the engine is configured, or start"
+            " with --enforce-eager"
+        )
+
+
 class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
     """DeepSeek-V4-Flash and -Pro in vLLM."""
 
@@ -452,6 +480,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         self.v4_config = check_deployment(vllm_config)
         self.model_path = vllm_config.model_config.model
         self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
+        check_breaks(self)
         last = get_pp_group().is_last_rank
         self.lm_head = (
             ParallelLMHead(

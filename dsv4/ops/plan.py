@@ -182,10 +182,6 @@ class RopeTables:
     compressed: Tensor
     entry: dict[int, Tensor]
 
-    def first(self, n: int) -> RopeTables:
-        """Of the first n tokens."""
-        return RopeTables(self.window[:n], self.compressed[:n], {m: table[:n] for m, table in self.entry.items()})
-
 
 def rope_tables(positions: Tensor, window_freq: Tensor, compressed_freq: Tensor) -> RopeTables:
     """positions: [T]; window_freq, compressed_freq: [rope_dim / 2] fp32, of the two kinds of

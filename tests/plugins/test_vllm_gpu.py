@@ -78,6 +78,9 @@ def test_gpus_that_native_excludes_get_marlin_our_kernels_and_graphs(
     # Decode steps are captured: what is not made of kernels alone would say NEVER.
     assert report["graph_support"] == ["UNIFORM_BATCH"]
     assert report["graphs"] == "FULL_AND_PIECEWISE"
+    # The plugin was imported before vLLM said that it breaks graphs, as in a forked worker.
+    layers = find_checkpoint(model).config.num_hidden_layers
+    assert report["breaks"] == {"enabled": True, "layers": layers, "breakable": layers}
     assert (report["layout"], report["block_size"], report["mapping"]) == ("BLHNC", 256, "summary")
 
     config, packed = find_checkpoint(model).config, kv_cache_dtype == "fp8"

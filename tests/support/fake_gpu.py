@@ -100,10 +100,25 @@ def build(plan: dict[str, Any]) -> dict[str, Any]:
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "runner_v2": config.use_v2_model_runner,
             "graphs": str(config.compilation_config.cudagraph_mode),
+            "breaks": breaks(model),
             "methods": methods(model),
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         }
         return report | (unloaded(model, config) if loaded else caches(config))
+
+
+def breaks(model: torch.nn.Module) -> dict[str, Any]:
+    """Whether vLLM breaks graphs at attention, and how many attention layers it can break at."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+
+    from dsv4_vllm.model import V4Attention
+
+    layers = [m for m in model.modules() if isinstance(m, V4Attention)]
+    return {
+        "enabled": is_breakable_cudagraph_enabled(),
+        "layers": len(layers),
+        "breakable": sum(hasattr(layer.attend, "__wrapped__") for layer in layers),
+    }
 
 
 def methods(model: torch.nn.Module) -> dict[str, str]:
