@@ -15,7 +15,13 @@ from tests.support import sglang_engine, vllm_engine
 from tests.support.comparison import Oracle, assert_equal, request
 
 CHECKED = {"DSV4_CHECK": "1"}
-CHECKED_OPS = {"attention.norm_rope_store", "attention.sparse", *check.RULES}  # by type, and by name
+CHECKED_OPS = {
+    "attention.norm_rope_store",
+    "attention.sparse",
+    "compressor.save_state",
+    "compressor.update",
+    *check.RULES,
+}  # by type, and by name
 # Entries of the second request of a step go where no page is.
 BAD_SLOT = [
     "dsv4.ops.plan",

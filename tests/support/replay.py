@@ -49,7 +49,8 @@ class Replayed(ReferenceModel):
         csa = [layer.index for layer in layers if layer.kind is LayerKind.CSA]
         routed = [layer.index for layer in layers if layer.routing is Routing.TOPK]
         self.queries = {
-            i: torch.cat([values for values, _ in recorded["query"][n :: len(csa)]]) for n, i in enumerate(csa)
+            i: tuple(torch.cat(parts) for parts in zip(*recorded["query"][n :: len(csa)], strict=True))
+            for n, i in enumerate(csa)
         }
         self.topk_indices = {i: torch.cat(recorded["topk"][n :: len(csa)]) for n, i in enumerate(csa)}
         self.experts = {i: torch.cat(recorded["route"][n :: len(routed)]) for n, i in enumerate(routed)}
@@ -75,9 +76,10 @@ class Replayed(ReferenceModel):
 
     def _index_query(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor) -> IndexQuery:
         own = super()._index_query(layer, x, qr, table)
-        values = self.queries[layer.index]
+        values, weights = self.queries[layer.index]
         assert (own.values != values).float().mean() <= MOST_NEIGHBOURS
-        return IndexQuery(values, own.scales, own.weights, own.format)
+        _assert_scaled(weights, own.weights)
+        return IndexQuery(values, own.scales, weights, own.format)
 
     def _visible_topk(self, layer: LayerSpec, x: Tensor, qr: Tensor, table: Tensor, seen: Tensor) -> Tensor:
         is_topk = torch.zeros(seen.shape[0], seen.shape[1] + 1, dtype=torch.bool)
@@ -95,6 +97,19 @@ class Replayed(ReferenceModel):
         _assert_top(score + bias, is_topk, torch.ones_like(is_topk))
         weights = score.gather(1, ids)
         return weights / weights.sum(-1, keepdim=True) * scaling_factor, ids.int()
+
+
+def _assert_scaled(weights: Tensor, own: Tensor) -> None:
+    """Weights hold the scale of a head's codes, a power of two: they are the reference's own within
+    fp32 rounding, or, rarely, those of the neighbouring scale.
+
+    weights, own: [T, Hi] fp32
+    """
+    close = TIE * own.abs().amax(-1, keepdim=True)
+    same = (weights - own).abs() <= close
+    neighbour = ((weights - 2 * own).abs() <= close) | ((weights - own / 2).abs() <= close)
+    assert (same | neighbour).all()
+    assert (~same).float().mean() <= MOST_NEIGHBOURS
 
 
 def _assert_top(scores: Tensor, is_topk: Tensor, allowed: Tensor) -> None:
