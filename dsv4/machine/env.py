@@ -57,7 +57,8 @@ VARIABLES = {
             "DSV4_STATE",
             "auto",
             ("auto", "summary", "paged"),
-            "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping, auto = summary, but on the V1 runner of a GPU",
+            "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping,"
+            " auto = paged on GPUs with model runner V1, summary everywhere else",
         ),
         Variable(
             "DSV4_CPU_PLATFORM",

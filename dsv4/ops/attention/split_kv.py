@@ -201,8 +201,10 @@ def attend_kernel(
     a3 = tl.zeros([HB, 64], tl.float32)
 
     window_list = _list(window, t)
+    # Where a list begins is known before the keys are walked, unless its row must be loaded: each of
+    # the two orders keeps registers free that the other spills on sm120.
     entry_list = window_list
-    if entries.pages is not None:
+    if entries.pages is not None and entries.row is None:
         entry_list = _list(entries, t)
     num_window = tl.minimum(tl.maximum(tl.load(window.lens + t), 0), window.width)
     num_keys = num_window
@@ -216,6 +218,8 @@ def attend_kernel(
         window.page_rows, window.format, BN, PTX,
     )  # fmt: skip
     if entries.pages is not None:
+        if entries.row is not None:
+            entry_list = _list(entries, t)
         m, total, a0, a1, a2, a3 = _attend(
             q0, q1, q2, q3, m, total, a0, a1, a2, a3, entries, entry_list, tl.maximum(first - num_window, 0),
             last - num_window, scale_log2, entries.page_rows, entries.format, BN, PTX,
