@@ -201,8 +201,8 @@ def attend_kernel(
     a3 = tl.zeros([HB, 64], tl.float32)
 
     window_list = _list(window, t)
-    # Where a list begins is known before the keys are walked, unless its row must be loaded: each of
-    # the two orders keeps registers free that the other spills on sm120.
+    # Where a list begins is known before the keys are walked, unless its row must be loaded: each
+    # of the two orders keeps registers free that the other spills on sm120.
     entry_list = window_list
     if entries.pages is not None and entries.row is None:
         entry_list = _list(entries, t)
