@@ -113,18 +113,14 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(
     process, oracle = engine
     count = pytestconfig.getoption("--schedules")
 
-    @settings(
-        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    # Hypothesis draws its schedules from the text of this function: reformatted, the few of a CI
+    # run held no preemption.
+    # fmt: off
+    @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(REQUESTS, min_size=1, max_size=5))
     def one(requests: list[dict]) -> None:
         schedule = [
-            {
-                "step": r["step"],
-                "prompt": TEXTS[r["text"]][: r["length"]] + r["own"],
-                "max_tokens": r["max_tokens"],
-                "abort": r["abort"],
-            }
+            {"step": r["step"], "prompt": TEXTS[r["text"]][: r["length"]] + r["own"], "max_tokens": r["max_tokens"], "abort": r["abort"]}
             for r in requests
         ]
         result = process.run(schedule)
@@ -132,6 +128,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(
         process.compared += c.compared
         process.total += c.total
         assert c.worst <= TOLERANCE
+    # fmt: on
 
     one()
     print(

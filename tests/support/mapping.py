@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dsv4 import parameters as core
+from dsv4 import loading as core
 
 
 def record_mapping() -> list[list[Any]]:
