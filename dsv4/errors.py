@@ -81,3 +81,7 @@ class OpInputError(Dsv4Error):
 
 class CheckImpossibleError(Dsv4Error):
     """DSV4_CHECK=1 where values cannot be read."""
+
+
+class StatusError(Dsv4Error):
+    """A server's status is not what this dsv4 reads."""

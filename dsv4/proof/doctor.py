@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.errors import Dsv4Error, EnvError, UnsupportedDeviceError
+from dsv4.errors import Dsv4Error, EnvError, StatusError, UnsupportedDeviceError
 from dsv4.machine import compat, decide, env
 from dsv4.machine.compat import Engine
 from dsv4.machine.decide import Device
-from dsv4.proof.status import STATUS_ROUTE, ServerStatus, StatusError
+from dsv4.proof.status import STATUS_ROUTE, ServerStatus
 
 # Entry points through which each engine finds us: (group, name).
 ENTRY_POINTS: dict[Engine, tuple[tuple[str, str], ...]] = {

@@ -9,16 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import StatusError
 from dsv4.machine.compat import Engine, dsv4_version
 
 STATUS_ROUTE = "/dsv4/status"
 STATUS_RPC = "dsv4_status"  # the name under which a worker is asked
 OUR_PACKAGES = ("dsv4_vllm", "dsv4_sglang")
-
-
-class StatusError(Dsv4Error):
-    """A server's status is not what this dsv4 reads."""
 
 
 @dataclass(frozen=True)
