@@ -47,13 +47,18 @@ def sparse_attention(
     if entries is not None and entries.lens.numel():
         # What no token reads is not gathered: HCA's lists are as long as the longest context may
         # be.
-        lists.append(entries)
-        widths.append(min(int(entries.lens.max()), entries.slots.shape[1]))
+        width = min(int(entries.lens.max()), entries.slots.shape[1])
+        if width:
+            lists.append(entries)
+            widths.append(width)
     step = max(1, GATHER_BYTES // max(1, 4 * q.shape[-1] * sum(widths)))
     for start in range(0, q.shape[0], step):
         part = slice(start, start + step)
         gathered = [_gather(s, part, width, q.shape[-1]) for s, width in zip(lists, widths, strict=True)]
-        keys, valid = torch.cat([k for k, _ in gathered], 1), torch.cat([v for _, v in gathered], 1)
+        # A list alone is not copied.
+        keys, valid = (
+            gathered[0] if len(gathered) == 1 else (torch.cat(each, 1) for each in zip(*gathered, strict=True))
+        )
         out[part], lse[part] = _attend(q[part], keys, valid, sink)
     return out if cos_sin is None else apply_rope(out, cos_sin, inverse=True), lse
 
@@ -74,7 +79,7 @@ def _attend(q: Tensor, keys: Tensor, valid: Tensor, sink: Tensor) -> tuple[Tenso
     lse = torch.logsumexp(scores, -1)
     total = torch.logaddexp(lse, sink.float())
     # Without a valid key and with a sink of -inf both terms are -inf, whose difference is NaN.
-    p = torch.exp(scores - total[..., None]).masked_fill(~valid[:, None], 0.0)
+    p = torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None])
     return (p @ keys).to(q.dtype), lse
 
 
