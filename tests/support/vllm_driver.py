@@ -3,7 +3,8 @@
 tests.support.vllm_driver < plan.json > result.json`.
 
 The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record":
-file or None, "mutation": [module, old, new], "launches": bool}; a request is {"prompt": [ids],
+file or None, "mutation": [module, old, new], "launches": bool, "graphs": {"sizes", "mode"}}; a
+request is {"prompt": [ids],
 "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases
 one after another. `record` saves every row that was quantised, for replay through the reference
 model; `mutation` breaks a module's source on purpose; `launches` reports the kernels that each
@@ -114,6 +115,11 @@ def main() -> None:
         mapped = mapping.record_mapping()
     from vllm import LLM, SamplingParams
 
+    graphs = None
+    if plan.get("graphs"):
+        from tests.support import vllm_graphs
+
+        vllm_graphs.install(**plan["graphs"])
     start = time.monotonic()
     llm = LLM(enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, **plan["engine"])
     ready = time.monotonic() - start
@@ -125,6 +131,8 @@ def main() -> None:
         from tests.support.launches import record_launches
 
         launched = record_launches(V4DecoderLayer)
+    if plan.get("graphs"):
+        graphs = vllm_graphs.Graphs(llm)
     phases = []
     for phase in plan["phases"]:
         params = [
@@ -145,6 +153,8 @@ def main() -> None:
         "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
         "launches": launched,
     }
+    if graphs is not None:
+        result["graphs"] = graphs.report()
     if mapped:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         result["counts"] = {"mapped": mapped, "parameters": mapping.parameters(runner.get_model())}

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own graph machinery over tapes (`tape`), on a CPU: its manager chooses sizes, pads,
+captures, breaks and replays.
+
+Every replayed step is held against the same padded step run eagerly from the same caches: hidden
+states and every byte of every cache must be the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.plan import EntryPlan
+from tests.support import tape
+
+
+def install(sizes: list[int], mode: str) -> None:
+    """Before the engine is made: graphs of these sizes are asked for, and operators count as
+    kernels, which is what they are on the tape."""
+    from vllm.compilation import breakable_cudagraph
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+
+    import dsv4_vllm.metadata as metadata
+
+    tape.install()
+    metadata._captures = lambda vllm_config: True
+    breakable_cudagraph.weak_ref_tensor = tape.weak_ref_tensor
+    # A model's output is one tensor here.
+    breakable_cudagraph.weak_ref_tensors = tape.weak_ref_tensor
+    type(current_platform).graph_pool_handle = lambda self: (0, 1)
+    tape.Graph.owner = staticmethod(breakable_cudagraph.BreakableCUDAGraphCapture.current)
+    for module in (breakable_cudagraph, cudagraph_utils):
+        module.capture_pool = pool_of
+    cudagraph_utils.graph_capture = nothing
+    cudagraph_utils.current_stream = lambda: None
+    torch.accelerator.empty_cache = torch.accelerator.synchronize = lambda *args: None
+    torch.accelerator.get_memory_info = lambda *args: (0, 0)
+    start = model_runner.GPUModelRunner.__init__
+
+    def started(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        compilation = vllm_config.compilation_config
+        compilation.cudagraph_mode = CUDAGraphMode[mode]
+        compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, max(sizes)
+        start(self, vllm_config, *args, **kwargs)
+
+    model_runner.GPUModelRunner.__init__ = started
+
+
+@contextmanager
+def pool_of(pool: Any, vllm_config: Any) -> Any:
+    yield pool
+
+
+@contextmanager
+def nothing(*args: Any, **kwargs: Any) -> Any:
+    yield
+
+
+class Graphs:
+    """The graphs of one engine, and what its steps were replayed by."""
+
+    def __init__(self, llm: Any) -> None:
+        from vllm.v1.worker import workspace
+
+        self.runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self.replayed: Counter[str] = Counter()
+        self.different: list[str] = []
+        workspace.init_workspace_manager(self.runner.device)  # which a CPU worker leaves out
+        self.runner.capture_model()
+        manager = self.runner.cudagraph_manager
+        self._full, self._piecewise = manager.run_fullgraph, manager.run_pw_graph
+        manager.run_fullgraph, manager.run_pw_graph = self.run_full, self.run_piecewise
+        self._attention: dict[str, Any] = {}
+        connector = self.runner.kv_connector
+        before = connector.pre_forward
+
+        def pre_forward(*args: Any, **kwargs: Any) -> Any:
+            self._attention = kwargs.get("attn_metadata")
+            return before(*args, **kwargs)
+
+        connector.pre_forward = pre_forward
+
+    def modules(self) -> list[Any]:
+        """Every cache of the model."""
+        from dsv4_vllm.caches import V4Cache
+
+        return [m for m in self.runner.get_model().modules() if isinstance(m, V4Cache)]
+
+    def caches(self) -> dict[str, Tensor]:
+        """Their memory, by name."""
+        return {cache.prefix: cache.kv_cache for cache in self.modules()}
+
+    def run_full(self, desc: Any) -> Tensor:
+        from vllm.forward_context import set_forward_context
+
+        buffers, n = self.runner.input_buffers, desc.num_tokens
+
+        def eager() -> Tensor:
+            with set_forward_context(self.with_bounds_of_capture(), self.runner.vllm_config, num_tokens=n):
+                return self.runner.model(
+                    input_ids=buffers.input_ids[:n],
+                    positions=buffers.positions[:n],
+                    intermediate_tensors=None,
+                    inputs_embeds=None,
+                )
+
+        return self.compare(f"full {n}", lambda: self._full(desc), eager)
+
+    def with_bounds_of_capture(self) -> dict[str, Any]:
+        """The step's metadata with the host bounds that a captured decode step has: kernels split
+        their work by them, and so round differently, though all are right."""
+        specs = {cache.prefix: cache.spec for cache in self.modules()}
+
+        def bound(name: str, plan: Any) -> Any:
+            if not isinstance(plan, EntryPlan):
+                return plan
+            ratio = specs[name].page_tokens // specs[name].rows_per_page
+            return replace(plan, max_entries=self.runner.max_model_len // ratio)
+
+        return {name: bound(name, plan) for name, plan in self._attention.items()}
+
+    def run_piecewise(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        n = inputs["positions"].shape[0]
+        return self.compare(
+            f"piecewise {n}",
+            lambda: self._piecewise(model, inputs),
+            lambda: model(**inputs),
+        )
+
+    def compare(self, what: str, graph: Any, eager: Any) -> Tensor:
+        """Run both from the same caches; what the graph computed goes on."""
+        self.replayed[what] += 1
+        real, buffers = self.real_tokens(), self.runner.input_buffers
+        # Padding may hold anything of earlier steps.
+        n = int(what.split()[1])
+        buffers.input_ids[real:n], buffers.positions[real:n] = 1, 12345
+        caches = self.caches()
+        before = {name: cache.clone() for name, cache in caches.items()}
+        try:
+            got = graph().clone()
+        except (RuntimeError, IndexError) as error:  # a launch that no longer fits its own tensors
+            self.different.append(f"{what}: {error}")
+            got = None
+        after = {name: cache.clone() for name, cache in caches.items()}
+        for name, cache in caches.items():
+            cache.copy_(before[name])
+        want = eager()
+        if got is None:
+            return want
+        if not same(got[:real], want[:real]):
+            self.different.append(f"{what}: hidden states of {real} tokens")
+        self.different += [f"{what}: {name}" for name, cache in caches.items() if not same(after[name], cache)]
+        for name, cache in caches.items():
+            cache.copy_(after[name])
+        return got
+
+    def real_tokens(self) -> int:
+        """Tokens of the step that are no padding."""
+        return int(self.runner.input_buffers.query_start_loc.max())
+
+    def report(self) -> dict[str, Any]:
+        pools = tape.Graph.pools.values()
+        return {
+            "replayed": dict(self.replayed),
+            "different": self.different[:20],
+            "captured": len(tape.Graph.captured),
+            "launches": sum(len(g.tape.launches) for g in tape.Graph.captured if g.tape is not None),
+            "held": sum(p.held for p in pools),
+            "peak": sum(p.peak for p in pools),
+        }
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bytes."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
