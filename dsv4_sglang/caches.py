@@ -14,6 +14,7 @@ request's slot, so no allocator of our own is needed:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ from dsv4.ops.pages import Pages, SlotMapping, row_storage, view_pages
 from dsv4_sglang import released_config
 from dsv4_sglang.options import deployed_formats
 from dsv4_sglang.step import StepPlan
+
+logger = logging.getLogger(__name__)
 
 _STATE_ROLES = (CacheRole.STATE, CacheRole.INDEX_STATE)
 
@@ -218,9 +221,11 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
 
 def build_pool(kvc: Any, sizes: Any, req_to_token_pool: Any) -> V4Pool:
     """The pool that SGLang asks for at start."""
+    formats = deployed_formats(kvc)
+    logger.info("dsv4: --kv-cache-dtype %s stores %s", kvc.kv_cache_dtype_str, formats.described())
     pool = V4Pool(
         config=released_config.read(kvc.model_config.hf_config),
-        formats=deployed_formats(kvc),
+        formats=formats,
         dtype=kvc.model_config.dtype,
         full_tokens=sizes.full_max_total_num_tokens,
         window_tokens=sizes.swa_max_total_num_tokens,

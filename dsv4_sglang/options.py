@@ -14,25 +14,29 @@ from dsv4.model.kv_layout import CacheFormats
 _PACKED_CACHE_DTYPES = ("fp8_e4m3",)
 
 
-def cache_formats(kv_cache_dtype: str, dtype: torch.dtype, fp4_indexer: bool = False) -> CacheFormats:
+def cache_formats(
+    kv_cache_dtype: str, dtype: torch.dtype, fp4_indexer: bool = False, *, on_cpu: bool = False
+) -> CacheFormats:
     """The storage formats that --kv-cache-dtype and --enable-deepseek-v4-fp4-indexer ask for.
 
-    auto and the model's own dtype store plain rows; fp8_e4m3 the native 584-byte rows with fp8
-    index keys (or mxfp4 ones on request). Raises Dsv4Error for anything else.
+    fp8_e4m3 stores the native 584-byte rows with fp8 index keys (or mxfp4 ones on request), the
+    model's own dtype plain rows. auto is fp8_e4m3 on a GPU, as in SGLang's own V4, and plain rows
+    on a CPU. Raises Dsv4Error for anything else.
     """
     own = {torch.bfloat16: ("bf16", "bfloat16")}.get(dtype, ())
-    if kv_cache_dtype in ("auto", *own):
+    if kv_cache_dtype in own or (kv_cache_dtype == "auto" and on_cpu):
         return CacheFormats.plain(dtype.itemsize)
-    if kv_cache_dtype not in _PACKED_CACHE_DTYPES:
-        known = ", ".join(_PACKED_CACHE_DTYPES)
-        raise Dsv4Error(
-            f"--kv-cache-dtype {kv_cache_dtype}: dsv4 stores auto (plain rows) or {known} with --dtype {dtype}"
-        )
+    if kv_cache_dtype not in ("auto", *_PACKED_CACHE_DTYPES):
+        known = ", ".join((*own, *_PACKED_CACHE_DTYPES))
+        raise Dsv4Error(f"--kv-cache-dtype {kv_cache_dtype}: dsv4 stores auto or {known} with --dtype {dtype}")
     return CacheFormats.packed(dtype.itemsize, mxfp4_keys=fp4_indexer)
 
 
 def deployed_formats(kvc: Any) -> CacheFormats:
     """`cache_formats` of the running engine."""
     return cache_formats(
-        kvc.kv_cache_dtype_str, kvc.model_config.dtype, get_exec().kernel.enable_deepseek_v4_fp4_indexer
+        kvc.kv_cache_dtype_str,
+        kvc.model_config.dtype,
+        get_exec().kernel.enable_deepseek_v4_fp4_indexer,
+        on_cpu=kvc.device == "cpu",
     )

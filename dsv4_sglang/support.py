@@ -95,7 +95,8 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         raise DeploymentError(
             f"--chunked-prefill-size {chunk}: SGLang wants a multiple of V4's page of {PAGE_TOKENS} tokens"
         )
-    cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer)
+    on_cpu = args.device == "cpu"
+    cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer, on_cpu=on_cpu)
 
 
 def check_gpu(config: V4Config, dtype: torch.dtype, gpu: Device) -> None:

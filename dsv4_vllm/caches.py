@@ -54,12 +54,23 @@ class V4Cache(nn.Module, AttentionLayerBase):
         self.dtype = dtype
         self.row_format, _ = row_storage(spec.role, formats, dtype)
         self.kv_cache = torch.tensor([])
-        self._pages: Pages | None = None
-        self._tail: Tensor | None = None
         context = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"Duplicate layer name: {prefix}")
         context[prefix] = self
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """What vLLM allocated, [pages, 1, rows, content]; empty before, and after it is taken
+        back."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, memory: Tensor) -> None:
+        # vLLM assigns an empty tensor to free the cache: nothing here may hold on to it.
+        self._kv_cache = memory
+        self._pages: Pages | None = None
+        self._tail: Tensor | None = None
 
     @property
     def pages(self) -> Pages:
@@ -76,6 +87,14 @@ class V4Cache(nn.Module, AttentionLayerBase):
         self.kv_cache = kv_cache
         self._pages = view_pages(kv_cache.squeeze(1), self.spec, self.row_format)
         self._tail = view_tail(kv_cache, self.spec) if self.spec.tail_bytes else None
+
+    def empty_pages(self, num_pages: int, device: torch.device) -> Tensor:
+        """Memory as vLLM binds it, for so many pages, of zeros."""
+        _, dtype = row_storage(self.spec.role, self.formats, self.dtype)
+        rows, width, page = self.spec.rows_per_page, self.spec.row.row_bytes, self.spec.page_bytes
+        memory = torch.zeros(num_pages * page, dtype=torch.uint8, device=device).view(dtype)
+        strides = [n // dtype.itemsize for n in (page, rows * width, width)]
+        return memory.as_strided((num_pages, 1, rows, width // dtype.itemsize), (*strides, 1))
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return SummaryBackend if self.spec.per_request else _BACKENDS[self.spec.role]

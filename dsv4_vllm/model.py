@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -44,7 +45,10 @@ from dsv4_vllm.caches import V4Cache, layer_state
 from dsv4_vllm.loading import load_weights
 from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
+from dsv4_vllm.rehearsal import stage
 from dsv4_vllm.support import check_deployment
+
+logger = logging.getLogger(__name__)
 
 
 class V4Mlp(nn.Module):
@@ -164,7 +168,6 @@ class V4Indexer(nn.Module):
         )
         self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor")
         self.keys = keys
-        self.max_entries = vllm_config.model_config.max_model_len // layer.compress_ratio
 
     def forward(
         self, inputs: IndexInputs, tokens: TokenPlan, plan: EntryPlan, entries: PageTable, cos_sin: Tensor
@@ -260,7 +263,8 @@ class V4Attention(nn.Module):
             quant_config=quant,
             prefix=f"{prefix}.wo_b",
         )
-        caches = self._caches(vllm_config, prefix)
+        self.caches = caches = self._caches(vllm_config, prefix)
+        self.max_model_len = vllm_config.model_config.max_model_len
         self.window = caches[CacheRole.WINDOW]
         self.compressor = self.indexer = self.entries = self.state = None
         if layer.kind is not LayerKind.SWA:
@@ -327,19 +331,30 @@ class V4Attention(nn.Module):
         it reads the step's own metadata. Arguments are tensors: vLLM holds on to a container, and
         with it to the graph's memory.
         """
-        metadata = get_forward_context().attn_metadata
-        if not isinstance(metadata, dict):  # a profile or warm-up run has no caches yet
-            self._take_memory(q)
-            out.zero_()
-            return
         index = None
         if index_q is not None and index_weights is not None and index_kv_gate is not None:
             index = IndexInputs(index_q, index_weights, index_kv_gate)
+        inputs = LayerInputs(q, kv, kv_gate, index, table, entry_table)
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # a profile or warm-up run
+            self._rehearse(inputs)
+            out.zero_()
+            return
         step: WindowPlan = metadata[self.window.prefix]
         n = step.slot_mapping.shape[0]
-        inputs = LayerInputs(q, kv, kv_gate, index, table, entry_table)
         out[:n] = self._attend(inputs.first(n), step, metadata)
         out[n:].zero_()
+
+    def _rehearse(self, inputs: LayerInputs) -> None:
+        """Take the memory of a step during vLLM's memory profile; the KV pool gets what is left. A
+        CPU's pool does not depend on it."""
+        if inputs.q.device.type != "cpu":
+            self.attend_padding(inputs)
+
+    def attend_padding(self, inputs: LayerInputs) -> Tensor:
+        """Attend as in a step whose tokens are all padding: [T, H, 512]."""
+        with stage(self.caches, inputs.q.shape[0], self.max_model_len, inputs.q.device) as metadata:
+            return self._attend(inputs, metadata[self.window.prefix], metadata)
 
     def _attend(self, inputs: LayerInputs, step: WindowPlan, metadata: dict[str, Any]) -> Tensor:
         """Write the caches, select entries, attend and rotate back: [T, H, 512]."""
@@ -377,12 +392,6 @@ class V4Attention(nn.Module):
             eps=self.config.rms_norm_eps,
             entry_cos_sin=entry_table,
         )
-
-    def _take_memory(self, q: Tensor) -> None:
-        """Allocate a step's workspace during vLLM's memory profile; the KV pool gets what is
-        left."""
-        logits_bytes = 0 if self.indexer is None else indexer.workspace_bytes(q.shape[0], self.indexer.max_entries)
-        _ = torch.empty_like(q), torch.empty(logits_bytes, dtype=torch.uint8, device=q.device)
 
 
 class V4DecoderLayer(nn.Module):
@@ -478,6 +487,8 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.v4_config = check_deployment(vllm_config)
+        asked, stored = vllm_config.cache_config.cache_dtype, cache_formats(vllm_config).described()
+        logger.info("dsv4: --kv-cache-dtype %s stores %s", asked, stored)
         self.model_path = vllm_config.model_config.model
         self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
         check_breaks(self)

@@ -15,16 +15,19 @@ _PACKED_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_ds_mla")
 def cache_formats(vllm_config: VllmConfig) -> CacheFormats:
     """The storage formats that --kv-cache-dtype and --attention-config.indexer_kv_dtype ask for.
 
-    auto and the model's own dtype store plain rows; fp8, fp8_e4m3 and fp8_ds_mla store the native
-    584-byte rows with fp8 index keys (or mxfp4 ones on request). Raises Dsv4Error for anything
-    else.
+    fp8, fp8_e4m3 and fp8_ds_mla store the native 584-byte rows with fp8 index keys (or mxfp4 ones
+    on request), the model's own dtype plain rows. auto is fp8_ds_mla on a GPU, as in vLLM's own V4,
+    and plain rows on a CPU. Raises Dsv4Error for anything else.
     """
-    itemsize = vllm_config.model_config.dtype.itemsize
+    own, itemsize = str(vllm_config.model_config.dtype).removeprefix("torch."), vllm_config.model_config.dtype.itemsize
     dtype, index = vllm_config.cache_config.cache_dtype, getattr(vllm_config.attention_config, "indexer_kv_dtype", None)
-    if dtype in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
+    if dtype == "auto":
+        dtype = own if vllm_config.device_config.device_type == "cpu" else "fp8_ds_mla"
+    if dtype == own:
         return CacheFormats.plain(itemsize)
     if dtype not in _PACKED_CACHE_DTYPES:
-        raise Dsv4Error(f"--kv-cache-dtype {dtype}: dsv4 stores auto (plain rows) or {', '.join(_PACKED_CACHE_DTYPES)}")
+        known = ", ".join(_PACKED_CACHE_DTYPES)
+        raise Dsv4Error(f"--kv-cache-dtype {dtype}: dsv4 stores auto, {own} (plain rows), or {known} (packed rows)")
     return CacheFormats.packed(itemsize, mxfp4_keys=index == "mxfp4")
 
 

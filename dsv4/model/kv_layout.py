@@ -124,6 +124,12 @@ class CacheFormats:
         """The native 584-byte rows, and fp8 or mxfp4 index keys."""
         return CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.MXFP4 if mxfp4_keys else IndexFormat.FP8, itemsize)
 
+    def described(self) -> str:
+        """In words, for a log."""
+        if self.kv is KvFormat.PLAIN:
+            return f"plain rows of {8 * self.itemsize}-bit values"
+        return f"packed {self.kv.value} rows and {self.index.value} index keys"
+
     @property
     def alignment(self) -> int:
         """Page alignment the native kernels expect: 576 for fp8_ds_mla, else 512."""

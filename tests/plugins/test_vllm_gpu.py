@@ -52,7 +52,7 @@ def released(model: str, tiny: Path, folder: Path) -> Path:
     ("model", "capability", "name", "newest", "kv_cache_dtype"),
     [
         ("flash", (8, 0), "NVIDIA A100-SXM4-80GB", False, "auto"),
-        ("pro", (8, 9), "NVIDIA L40S", True, "fp8"),
+        ("pro", (8, 9), "NVIDIA L40S", True, "bfloat16"),
     ],
 )
 def test_gpus_that_native_excludes_get_marlin_our_kernels_and_graphs(
@@ -83,7 +83,7 @@ def test_gpus_that_native_excludes_get_marlin_our_kernels_and_graphs(
     assert report["breaks"] == {"enabled": True, "layers": layers, "breakable": layers}
     assert (report["layout"], report["block_size"], report["mapping"]) == ("BLHNC", 256, "summary")
 
-    config, packed = find_checkpoint(model).config, kv_cache_dtype == "fp8"
+    config, packed = find_checkpoint(model).config, kv_cache_dtype == "auto"
     formats = (
         CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8, 2)
         if packed

@@ -43,10 +43,10 @@ class CaptureError(RuntimeError):
 
 
 class Pool:
-    """The memory of graphs that share a pool: bytes held now, and at most."""
+    """The memory of graphs that share a pool: bytes held now, at most, and taken in all."""
 
     def __init__(self) -> None:
-        self.held = self.peak = 0
+        self.held = self.peak = self.taken = 0
         self._holders: dict[int, int] = {}
 
     def hold(self, tensor: Tensor) -> None:
@@ -54,7 +54,7 @@ class Pool:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._holders:
-            self.held += size
+            self.held, self.taken = self.held + size, self.taken + size
             self.peak = max(self.peak, self.held)
         self._holders[key] = self._holders.get(key, 0) + 1
         weakref.finalize(tensor, self._release, key, size)
@@ -161,7 +161,7 @@ def aliases(value: Any) -> Any:
     return value
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Sees every operator of PyTorch while a graph is captured."""
 
     def __init__(self, tape: Tape) -> None:
@@ -198,7 +198,7 @@ class Graph:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.tape: Tape | None = None
-        self._recorder: _Recorder | None = None
+        self._recorder: Recorder | None = None
         self._poisons = True
         self.replays = 0
 
@@ -214,7 +214,7 @@ class Graph:
         shared = Graph.pools.setdefault(id(pool), Pool())
         self.tape = Graph.recording = Tape(shared, storages)
         Graph.captured.append(self)
-        self._recorder = _Recorder(self.tape)
+        self._recorder = Recorder(self.tape)
         self._recorder.__enter__()
 
     def capture_end(self) -> None:

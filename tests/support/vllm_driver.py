@@ -3,8 +3,8 @@
 tests.support.vllm_driver < plan.json > result.json`.
 
 The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record":
-file or None, "mutation": [module, old, new], "launches": bool, "graphs": {"sizes", "mode"}}; a
-request is {"prompt": [ids],
+file or None, "mutation": [module, old, new], "launches": bool, "graphs": {"sizes", "mode"},
+"memory": bool}; a request is {"prompt": [ids],
 "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases
 one after another. `record` saves every row that was quantised, for replay through the reference
 model; `mutation` breaks a module's source on purpose; `launches` reports the kernels that each
@@ -133,6 +133,11 @@ def main() -> None:
         launched = record_launches(V4DecoderLayer)
     if plan.get("graphs"):
         graphs = vllm_graphs.Graphs(llm)
+    taken = None
+    if plan.get("memory"):
+        from tests.support import vllm_memory
+
+        taken = vllm_memory.record_attention(llm)
     phases = []
     for phase in plan["phases"]:
         params = [
@@ -153,6 +158,8 @@ def main() -> None:
         "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
         "launches": launched,
     }
+    if taken is not None:
+        result |= {"memory": taken, "still_held": vllm_memory.still_held(llm)}
     if graphs is not None:
         result["graphs"] = graphs.report()
     if mapped:

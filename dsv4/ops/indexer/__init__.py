@@ -22,12 +22,6 @@ LOGITS_WORKSPACE_BYTES = 256 << 20
 LOGIT_BYTES = 4
 
 
-def workspace_bytes(num_tokens: int, max_entries: int) -> int:
-    """What the logits of `select` take at once, at most."""
-    one_token = LOGIT_BYTES * max_entries
-    return max(one_token, min(num_tokens * one_token, LOGITS_WORKSPACE_BYTES))
-
-
 def select(
     query: IndexQuery,
     keys: PageTable,
@@ -54,4 +48,4 @@ def select(
     return Selection(entries.pages, slots, entry_lens.clamp(max=k))
 
 
-__all__ = ["IndexQuery", "logits", "prepare_query", "select", "topk", "workspace_bytes"]
+__all__ = ["IndexQuery", "logits", "prepare_query", "select", "topk"]
