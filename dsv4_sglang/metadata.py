@@ -11,13 +11,12 @@ from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from torch import Tensor
-from torch.nn import functional
 
 from dsv4.errors import CompatError
 from dsv4.model.config import CSA_RATIO, HCA_RATIO
 from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4.ops import plan
-from dsv4.ops.compressor.ring import RingPlan, Rings, plan_many, plan_single
+from dsv4.ops.compressor.ring import Rings, plan_many, plan_single
 from dsv4.ops.pages import BatchView
 from dsv4_sglang.caches import V4Pool
 from dsv4_sglang.names import ATTENTION_BACKEND
@@ -47,8 +46,6 @@ class V4AttentionBackend(AttentionBackend):
         self.context_len = runner.model_config.context_len
         self.ratios = sorted({layer.compress_ratio for layer in pool.config.layers} - {0})
         self.plan: StepPlan | None = None
-        self.buffers = plan.GraphBuffers()
-        self.max_bs = 0
 
     # ---- SGLang's interface -----------------------------------------------------------------
 
@@ -60,12 +57,15 @@ class V4AttentionBackend(AttentionBackend):
         self.plan = self._plan(forward_batch, int(lens.max()))
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self.max_bs = max_bs
+        """Nothing is kept outside the graphs."""
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        """Captured decode steps read buffers that keep their address and cover the longest
-        context."""
-        self.plan = self._copied(self._plan(forward_batch, self.context_len), forward_batch.batch_size)
+        """Nothing: the plan of a captured decode step is made in the graph."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Plan a captured decode step, for the longest context: every input has a fixed address,
+        the batch's buffers and SGLang's request table alike."""
+        self.plan = self._plan(forward_batch, self.context_len)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -82,9 +82,8 @@ class V4AttentionBackend(AttentionBackend):
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len)
         tokens = plan.plan_tokens(batch)
         # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the
-        # request it borrows. A replayed graph is given the running requests' places alone.
-        places = fb.out_cache_loc[: batch.num_tokens]
-        real = functional.pad(places, (0, batch.num_tokens - places.shape[0])) >= PAGE_TOKENS
+        # request it borrows.
+        real = fb.out_cache_loc[: batch.num_tokens] >= PAGE_TOKENS
         tokens = plan.TokenPlan(tokens.request_of_token, tokens.positions, tokens.valid & real)
         rings = {
             CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2),
@@ -107,34 +106,6 @@ class V4AttentionBackend(AttentionBackend):
         starts = self.req_to_token[req_pool_indices, :max_seq_len:PAGE_TOKENS].long()
         window = self.pool.translate_loc_from_full_to_swa(starts).clamp(min=0)
         return (starts // PAGE_TOKENS).int(), (window // PAGE_TOKENS).int()
-
-    def _copied(self, step: StepPlan, batch_size: int) -> StepPlan:
-        """The step of a captured decode, in buffers that keep their address."""
-        copies: dict[str, Tensor] = {}  # both ratios have one block table
-
-        def copy(name: str, value: Tensor) -> Tensor:
-            if name not in copies:
-                copies[name] = self.buffers.copy_in(name, value, (max(self.max_bs, batch_size), *value.shape[1:]))
-            return copies[name]
-
-        def entries(m: int, e: plan.EntryPlan) -> plan.EntryPlan:
-            return plan.EntryPlan(
-                copy("block_table", e.block_table),
-                copy(f"entry_slot_mapping{m}", e.slot_mapping),
-                copy(f"entry_lens{m}", e.lens),
-                e.max_entries,
-                None if e.request_slots is None else copy(f"request_slots{m}", e.request_slots),
-            )
-
-        def ring(m: int, r: RingPlan) -> RingPlan:
-            slots = copy(f"ring_store{m}", r.slot_mapping)
-            return RingPlan(copy(f"ring_positions{m}", r.positions), copy(f"ring_table{m}", r.block_table), slots)
-
-        return StepPlan(
-            step.window.copied(copy),
-            {m: entries(m, e) for m, e in step.entries.items()},
-            {m: ring(m, r) for m, r in step.rings.items()},
-        )
 
 
 def _batch_view(fb: ForwardBatch, max_seq_len: int) -> BatchView:

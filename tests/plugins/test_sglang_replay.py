@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A captured decode step of SGLang replayed with fewer requests than it was captured for.
+"""The plan of a captured decode step of SGLang for fewer requests than it was captured for.
 
-The view that the backend is given is made by the engine's own function: request slots and lengths
-are padded to the captured size, the cache locations are the running batch's alone.
+That SGLang's own runner pads and replays so is in tests/e2e/test_sglang_graphs.py.
 """
 
 from __future__ import annotations
@@ -12,12 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.dp_attention import DpPaddingMode
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.model_executor.runner.decode_cuda_graph_runner import build_replay_fb_view
 from torch import Tensor
 
-from dsv4.ops import plan
 from dsv4_sglang.metadata import V4AttentionBackend
 
 CONTEXT = 2048
@@ -44,7 +40,7 @@ def backend(num_slots: int) -> V4AttentionBackend:
     made.req_to_token[0] = 0
     made.pool = Pool(num_slots * pages + 1)
     made.window, made.context_len, made.ratios = 128, CONTEXT, [4, 128]
-    made.plan, made.buffers, made.max_bs = None, plan.GraphBuffers(), max(CAPTURED)
+    made.plan = None
     return made
 
 
@@ -57,46 +53,31 @@ def running(made: Any, lens: list[int]) -> Any:
         req_pool_indices=slots,
         seq_lens=seq_lens,
         seq_lens_cpu=seq_lens,
-        seq_lens_sum=int(seq_lens.sum()),
         out_cache_loc=made.req_to_token[slots, seq_lens - 1],
-        spec_info=None,
-        lora_ids=None,
-        can_run_decode_cuda_graph=True,
-        max_seq_len_host=None,
-        max_seq_len_override=None,
-        out_cache_loc_virtual=None,
-        kv_loc_plan=None,
-        kv_loc_cols=None,
     )
 
 
 def replayed(batch: Any, bs: int) -> Any:
-    raw, fill = batch.batch_size, 1
-    buffers = SimpleNamespace(
-        input_ids=torch.zeros(bs, dtype=torch.long),
-        positions=torch.zeros(bs, dtype=torch.long),
+    """The batch in buffers of the captured size: SGLang pads slots and places with 0, lengths with
+    the backend's fill value."""
+    raw, fill = batch.batch_size, V4AttentionBackend.get_cuda_graph_seq_len_fill_value(object())  # type: ignore[arg-type]
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=bs,
         req_pool_indices=torch.cat([batch.req_pool_indices, torch.zeros(bs - raw, dtype=torch.long)]),
         seq_lens=torch.cat([batch.seq_lens, torch.full((bs - raw,), fill)]),
-        seq_lens_cpu=torch.cat([batch.seq_lens, torch.full((bs - raw,), fill)]),
-        mamba_track_indices=None,
+        out_cache_loc=torch.cat([batch.out_cache_loc, torch.zeros(bs - raw, dtype=torch.long)]),
     )
-    return build_replay_fb_view(
-        forward_batch=batch, buffers=buffers, bs=bs, raw_bs=raw, num_tokens=bs, global_num_tokens_cpu=None,
-        seq_len_fill_value=fill, capture_forward_mode=ForwardMode.DECODE, is_encoder_decoder=False,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("raw", range(1, 13))
-def test_padded_rows_write_nowhere_and_the_others_are_as_in_an_eager_step(
-    monkeypatch: pytest.MonkeyPatch, raw: int
-) -> None:
-    monkeypatch.setattr(DpPaddingMode, "get_default_mode_in_cuda_graph", classmethod(lambda cls: None))
+def test_padded_rows_write_nowhere_and_the_others_are_as_in_an_eager_step(raw: int) -> None:
     lens = [1, 3, 4, 127, 128, 129, 255, 256, 257, 511, 1024, 2047][:raw]
     made = backend(num_slots=13)
     batch, bs = running(made, lens), next(n for n in CAPTURED if n >= raw)
     made.init_forward_metadata(batch)
     eager = made.plan
-    made.init_forward_metadata_out_graph(replayed(batch, bs))
+    made.init_forward_metadata_in_graph(replayed(batch, bs))
     step = made.plan
     assert step.tokens.valid.tolist() == [True] * raw + [False] * (bs - raw)
     assert (step.window.slot_mapping[raw:] == -1).all()

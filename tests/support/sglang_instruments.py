@@ -7,6 +7,7 @@ file for every row that was quantised, for replay through the reference model; "
 old, new], break a module's source; "chunk": prefill chunks of that many tokens, whatever page they
 end in; "skip_hook": a hook target that silently does not apply; "allow_fp4_indexer": mxfp4 index
 keys on any device;
+"graphs": sizes of decode graphs, replayed from tapes;
 "mapping": report where tensors were loaded; "launches": report the kernels that each layer
 launched. Under TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
 """
@@ -26,6 +27,7 @@ RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 COUNTS: dict[str, Any] = {"poisoned_pages": 0, "prefill_steps": 0, "largest_prefill": 0}
 RECORDED: list[dict[str, list[Any]]] = []
 MAPPED: list[list[list[Any]]] = []
+GRAPHS: list[Any] = []
 
 
 def register() -> None:
@@ -80,6 +82,10 @@ def before_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     if batch.forward_mode.is_extend():
         COUNTS["prefill_steps"] += 1
         COUNTS["largest_prefill"] = max(COUNTS["largest_prefill"], sum(batch.extend_lens))
+    if PLAN.get("graphs") and not GRAPHS:
+        from tests.support.sglang_graphs import Graphs
+
+        GRAPHS.append(Graphs(scheduler.tp_worker.model_runner, PLAN["graphs"]))
     if PLAN.get("poison"):
         COUNTS["poisoned_pages"] += poison(scheduler)
     if PLAN.get("launches") and "launches" not in COUNTS:
@@ -140,6 +146,8 @@ def add_counts(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
 
         found = {"mapped": MAPPED[0], "parameters": parameters(scheduler.tp_worker.model_runner.model)}
         result.internal_state["dsv4_test"] = COUNTS | found
+    if GRAPHS:
+        result.internal_state["dsv4_test"] = COUNTS | {"graphs": GRAPHS[0].report()}
     if RECORDED:
         import torch
 

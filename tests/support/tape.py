@@ -108,7 +108,7 @@ class Tape:
                 key = tensor.untyped_storage()._cdata
                 if key not in given:
                     self._storages[key] = tensor.untyped_storage()
-                    made.append((place, aten.alias(tensor)))
+                    made.append((place, alias(tensor)))
                 if key in self._storages:
                     self.pool.hold(tensor)
             if made or writes:
@@ -143,10 +143,16 @@ def _parts(value: Any) -> list[Any]:
     return []
 
 
+def alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same memory. PyTorch's own views would hold on to the object too."""
+    where = tensor.storage_offset(), tensor.shape, tensor.stride()
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), *where)
+
+
 def aliases(value: Any) -> Any:
-    """The same with every tensor replaced by another of the same memory: nobody else's object."""
+    """The same with every tensor replaced by another of the same memory."""
     if isinstance(value, Tensor):
-        return aten.alias(value)
+        return alias(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(aliases(part) for part in value))
     if isinstance(value, (tuple, list)):
