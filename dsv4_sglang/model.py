@@ -226,7 +226,7 @@ class V4Attention(nn.Module):
         qr, kv = self.fused_wqa_wkv(x)[0].split([c.q_lora_rank, c.head_dim], -1)
         qr = self.q_norm(qr.contiguous())
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, c.head_dim))
-        o = self._attend(x, qr, q, kv.contiguous(), rope)
+        o = self._attend(x, qr, q, kv, rope)
         wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
         return self.wo_b(attention.output_a(o, None, wo_a))[0]  # `_attend` has rotated back already
 

@@ -290,7 +290,7 @@ class V4Attention(nn.Module):
     def forward(self, x: Tensor, rope: RopeTables) -> Tensor:
         c = self.config
         qr, kv = self.fused_wqa_wkv(x)[0].split([c.q_lora_rank, c.head_dim], -1)
-        qr = self.q_norm(qr.contiguous())
+        qr = self.q_norm(qr)
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, c.head_dim))
         kv_gate = self.compressor.project(x) if self.compressor else None
         index_q = index_weights = index_kv_gate = None
@@ -300,7 +300,7 @@ class V4Attention(nn.Module):
         o = torch.empty_like(q)
         self.attend(
             q=q,
-            kv=kv.contiguous(),
+            kv=kv,
             kv_gate=kv_gate,
             index_q=index_q,
             index_weights=index_weights,
@@ -337,27 +337,27 @@ class V4Attention(nn.Module):
         inputs = LayerInputs(q, kv, kv_gate, index, table, entry_table)
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a profile or warm-up run
-            self._rehearse(inputs)
+            self._rehearse(inputs, out)
             out.zero_()
             return
         step: WindowPlan = metadata[self.window.prefix]
         n = step.slot_mapping.shape[0]
-        out[:n] = self._attend(inputs.first(n), step, metadata)
+        self._attend(inputs.first(n), step, metadata, out[:n])
         out[n:].zero_()
 
-    def _rehearse(self, inputs: LayerInputs) -> None:
+    def _rehearse(self, inputs: LayerInputs, out: Tensor) -> None:
         """Take the memory of a step during vLLM's memory profile; the KV pool gets what is left. A
         CPU's pool does not depend on it."""
         if inputs.q.device.type != "cpu":
-            self.attend_padding(inputs)
+            self.attend_padding(inputs, out)
 
-    def attend_padding(self, inputs: LayerInputs) -> Tensor:
-        """Attend as in a step whose tokens are all padding: [T, H, 512]."""
+    def attend_padding(self, inputs: LayerInputs, out: Tensor) -> None:
+        """Attend as in a step whose tokens are all padding."""
         with stage(self.caches, inputs.q.shape[0], self.max_model_len, inputs.q.device) as metadata:
-            return self._attend(inputs, metadata[self.window.prefix], metadata)
+            self._attend(inputs, metadata[self.window.prefix], metadata, out)
 
-    def _attend(self, inputs: LayerInputs, step: WindowPlan, metadata: dict[str, Any]) -> Tensor:
-        """Write the caches, select entries, attend and rotate back: [T, H, 512]."""
+    def _attend(self, inputs: LayerInputs, step: WindowPlan, metadata: dict[str, Any], out: Tensor) -> None:
+        """Write the caches, select entries, attend and rotate back, into `out` [T, H, 512]."""
         if check.enabled():
             check.enter_layer(self.prefix, step.tokens.request_of_token)
         norm, window, table = self.kv_norm, self.window.pages, inputs.table
@@ -365,7 +365,7 @@ class V4Attention(nn.Module):
             inputs.q, inputs.kv, norm.weight, norm.variance_epsilon, table, step.written(window)
         )
         entries = self._entries(inputs, step.tokens, metadata)
-        return attention.sparse_attention(q, step.read(window), entries, self.attn_sink, table)[0]
+        attention.sparse_attention(q, step.read(window), entries, self.attn_sink, table, out=out)
 
     def _entries(self, inputs: LayerInputs, tokens: TokenPlan, metadata: dict[str, Any]) -> Selection | None:
         """Store the entries that the step completes, and select those that each token attends."""

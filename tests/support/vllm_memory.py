@@ -20,32 +20,31 @@ def record_attention(llm: Any) -> list[dict[str, Any]]:
     attend = V4Attention._attend
     calls: list[dict[str, Any]] = []
 
-    def held(function: Any, *args: Any) -> tuple[Tensor, tuple[int, int]]:
+    def held(function: Any, *args: Any) -> tuple[int, int]:
         pool = tape.Pool()
         recorder = tape.Recorder(tape.Tape(pool, {}))
         tape.Graph.recording = recorder.tape
         try:
             with torch.inference_mode(), recorder:
-                return function(*args), (pool.peak, pool.taken)
+                function(*args)
+                return pool.peak, pool.taken
         finally:
             tape.Graph.recording = None
 
-    def watched(self: V4Attention, inputs: LayerInputs, *rest: Any) -> Tensor:
-        def rehearse(_: V4Attention, *rest: Any) -> Tensor:
-            nonlocal profile
-            out, profile = held(attend, self, *rest)
-            return out
+    def watched(self: V4Attention, inputs: LayerInputs, step: Any, metadata: Any, out: Tensor) -> None:
+        taken: list[tuple[int, int]] = []
 
-        profile = (0, 0)
+        def rehearse(_: V4Attention, *args: Any) -> None:
+            taken.append(held(attend, self, *args))
+
         V4Attention._attend = rehearse
         try:
-            out, step = held(attend, self, inputs, *rest)
-            self.attend_padding(inputs)
+            self.attend_padding(inputs, torch.empty_like(out))
+            taken.append(held(attend, self, inputs, step, metadata, out))
         finally:
             V4Attention._attend = watched
         tokens = inputs.q.shape[0]
-        calls.append({"kind": self.layer.kind.value, "tokens": tokens, "step": step, "profile": profile})
-        return out
+        calls.append({"kind": self.layer.kind.value, "tokens": tokens, "profile": taken[0], "step": taken[1]})
 
     tape.install()
     V4Attention._attend = watched

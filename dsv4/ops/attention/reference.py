@@ -27,7 +27,13 @@ def norm_rope_store(
 
 
 def sparse_attention(
-    q: Tensor, window: Selection, entries: Selection | None, sink: Tensor, cos_sin: Tensor | None = None
+    q: Tensor,
+    window: Selection,
+    entries: Selection | None,
+    sink: Tensor,
+    cos_sin: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q . k * D**-0.5) over window and compressed keys jointly, with one extra logit per
     head in the denominator.
@@ -41,7 +47,7 @@ def sparse_attention(
     Returns o [T, H, D] in q's dtype and the log-sum-exp [T, H] fp32 without the sink. A token with
     no valid key gets zeros and -inf.
     """
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lists, widths = [window], [window.slots.shape[1]]
     if entries is not None and entries.lens.numel():
@@ -60,7 +66,9 @@ def sparse_attention(
             gathered[0] if len(gathered) == 1 else (torch.cat(each, 1) for each in zip(*gathered, strict=True))
         )
         out[part], lse[part] = _attend(q[part], keys, valid, sink)
-    return out if cos_sin is None else apply_rope(out, cos_sin, inverse=True), lse
+    if cos_sin is not None:
+        out.copy_(apply_rope(out, cos_sin, inverse=True))
+    return out, lse
 
 
 def _gather(selection: Selection, tokens: slice, width: int, dim: int) -> tuple[Tensor, Tensor]:

@@ -286,6 +286,7 @@ def sparse_attention(
     sink: Tensor,
     cos_sin: Tensor | None = None,
     *,
+    out: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_attention`. num_splits: parts per token; None chooses from shapes.
@@ -296,7 +297,7 @@ def sparse_attention(
     rope_dim = KV_ROPE_DIM if cos_sin is None else cos_sin.shape[-1]
     if (dim, rope_dim) != (512, KV_ROPE_DIM):
         raise ValueError(f"the kernel is written for rows of 448 + 64 channels, not {dim - rope_dim} + {rope_dim}")
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if num_tokens == 0:
         return out, lse

@@ -39,12 +39,20 @@ def select(
     entry_lens: [T] int32, visible entries; entry j of a request pools its tokens from 4j on
     max_entries: host bound on entry_lens
     """
-    slots = torch.empty(entry_lens.shape[0], k, dtype=torch.int32, device=entry_lens.device)
+    num_tokens = entry_lens.shape[0]
     step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
-    for start in range(0, entry_lens.shape[0], step):
-        part = slice(start, start + step)
+
+    def chosen(part: slice) -> Tensor:
         scores = logits(query[part], keys, request_of_token[part], entry_lens[part], max_entries)
-        slots[part] = topk(scores, entry_lens[part], k, entries, request_of_token[part])
+        return topk(scores, entry_lens[part], k, entries, request_of_token[part])
+
+    if num_tokens <= step:
+        slots = chosen(slice(None))
+    else:
+        slots = torch.empty(num_tokens, k, dtype=torch.int32, device=entry_lens.device)
+        for start in range(0, num_tokens, step):
+            part = slice(start, start + step)
+            slots[part] = chosen(part)
     return Selection(entries.pages, slots, entry_lens.clamp(max=k))
 
 
