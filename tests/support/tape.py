@@ -35,6 +35,7 @@ HOST_READS = {
     aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten.unique_dim,
     aten._unique2, aten.repeat_interleave,
 }  # fmt: skip
+NO_LAUNCH = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.scalar_tensor}
 HOST_DATA = {aten.lift_fresh, aten.lift_fresh_copy}
 
 
@@ -75,6 +76,12 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     made: list[tuple[int, Tensor]]
+
+    @property
+    def works(self) -> bool:
+        """Whether a GPU would be launched: not for memory alone, nor for nothing."""
+        packet = getattr(self.function, "overloadpacket", None)
+        return packet not in NO_LAUNCH and all(t.numel() for t in tensors_of(self.args[:1]))
 
     def run(self) -> None:
         result = tensors_of(self.function(*self.args, **self.kwargs))
@@ -189,6 +196,22 @@ class Recorder(TorchDispatchMode):
 
 def _by_mask(indices: Any) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the launches of PyTorch's operators: those that make or write something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tensors_of((args, kwargs or {}))}
+        results = [t for t in tensors_of(result) if t.numel()]
+        made = any(t.untyped_storage()._cdata not in given for t in results)
+        self.launches += func.overloadpacket not in NO_LAUNCH and (made or (func._schema.is_mutable and bool(results)))
+        return result
 
 
 class Graph:

@@ -87,6 +87,17 @@ class Graphs:
             return before(*args, **kwargs)
 
         connector.pre_forward = pre_forward
+        self.outside: dict[int, int] = {}
+        plan = self.runner.model_state.prepare_attn
+
+        def prepare_attn(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            counting = tape.Counting()
+            with counting:
+                made = plan(batch, *args, **kwargs)
+            self.outside[batch.num_tokens] = counting.launches
+            return made
+
+        self.runner.model_state.prepare_attn = prepare_attn
 
     def modules(self) -> list[Any]:
         """Every cache of the model."""
@@ -166,13 +177,20 @@ class Graphs:
         """Tokens of the step that are no padding."""
         return int(self.runner.input_buffers.query_start_loc.max())
 
+    def smallest(self) -> tape.Tape:
+        """The tape of the full graph of one request."""
+        graphs = self.runner.cudagraph_manager.graphs
+        return next(graph.tape for desc, graph in graphs.items() if desc.num_tokens == 1)
+
     def report(self) -> dict[str, Any]:
         pools = tape.Graph.pools.values()
         return {
             "replayed": dict(self.replayed),
             "different": self.different[:20],
             "captured": len(tape.Graph.captured),
-            "launches": sum(len(g.tape.launches) for g in tape.Graph.captured if g.tape is not None),
+            # Of a decode step of one request: in its graph, and before it for attention's metadata.
+            "inside": [launch.name for launch in self.smallest().launches if launch.works],
+            "outside": self.outside.get(1),
             "held": sum(p.held for p in pools),
             "peak": sum(p.peak for p in pools),
         }
