@@ -31,10 +31,15 @@ from dsv4_vllm.options import state_mapping
 
 @dataclass
 class StateMetadata(AttentionMetadata):
-    """block_table: [R, n] int32; slot_mapping: [T] int32."""
+    """A step's rows of open windows.
+
+    block_table: [R, n] int32; slot_mapping: [T] int32
+    shared: whether a request may read a row that another writes in this step
+    """
 
     block_table: Tensor
     slot_mapping: Tensor
+    shared: bool
 
 
 @dataclass
@@ -118,9 +123,10 @@ class StateBuilder(V4MetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StateMetadata:
         tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
-        return StateMetadata(
-            table, self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size))
-        )
+        slot_mapping = self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size))
+        # vLLM caches a block when it schedules it, so another request of this step may hit it. One
+        # new token completes no entry that reaches back to before a hit, which ends a page.
+        return StateMetadata(table, slot_mapping, shared=common_attn_metadata.max_query_len > 1)
 
 
 class SummaryBuilder(V4MetadataBuilder):

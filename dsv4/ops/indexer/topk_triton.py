@@ -166,6 +166,8 @@ def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
     """
     num_tokens, n = scores.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=scores.device)
+    if n == 0:
+        return out.fill_(-1)
     lens = torch.full((num_tokens,), n, dtype=torch.int32, device=scores.device)
     _reduce(_Candidates(scores, indices, lens, n), k, out, None, None)
     return out

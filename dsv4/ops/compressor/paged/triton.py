@@ -216,9 +216,12 @@ def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
     _launch("compressor.compress_store", states, step, save=False)
 
 
-def update(states: Sequence[PagedState], step: EntryStep) -> None:
+def update(states: Sequence[PagedState], step: EntryStep, *, shared: bool = False) -> None:
     """See `reference.update`. Raises ValueError for more than a CSA layer's two caches."""
-    _launch("compressor.update", states, step, save=True)
+    if shared:  # programs of one launch run in any order: a row must be written in a launch before
+        for state in states:
+            save_state(state.projected, step.positions, state.rows)
+    _launch("compressor.update", states, step, save=not shared)
 
 
 def _row_types(ratio: int) -> RowGroup:
