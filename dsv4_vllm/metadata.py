@@ -201,8 +201,13 @@ class SummaryBackend(V4Backend):
 NEVER_CALLED_OPS = frozenset({"moe.experts", "moe.experts_mxfp4", "compressor.save_state", "compressor.compress_store"})
 
 
+def unused_ops(vllm_config: VllmConfig) -> frozenset[str]:
+    """Operators that a deployment does not call; those of the state mapping that is not in use are
+    among them."""
+    other = "summary.compress" if state_mapping(vllm_config) is StateMapping.PAGED else "compressor.update"
+    return NEVER_CALLED_OPS | {other}
+
+
 def _captures(vllm_config: VllmConfig) -> bool:
-    """Whether a decode step is made of kernels alone; the operators of the state mapping that is
-    not in use do not count."""
-    unused = {"summary.compress"} if state_mapping(vllm_config) is StateMapping.PAGED else {"compressor.update"}
-    return registry.all_kernels(torch.device(vllm_config.device_config.device_type), NEVER_CALLED_OPS | unused)
+    """Whether a decode step is made of kernels alone."""
+    return registry.all_kernels(torch.device(vllm_config.device_config.device_type), unused_ops(vllm_config))

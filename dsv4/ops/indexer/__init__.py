@@ -20,6 +20,7 @@ topk = operator("indexer.topk", reference.topk, triton="dsv4.ops.indexer.triton:
 # grow with the context.
 LOGITS_WORKSPACE_BYTES = 256 << 20
 LOGIT_BYTES = 4
+SLICE_TOKENS = 4  # int32 of so many tokens are 16 bytes
 
 
 def workspace_bytes(num_tokens: int, max_entries: int) -> int:
@@ -47,6 +48,8 @@ def select(
     """
     slots = torch.empty(entry_lens.shape[0], k, dtype=torch.int32, device=entry_lens.device)
     step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
+    # Triton compiles anew for pointers that are not aligned to 16 bytes.
+    step = step if step < SLICE_TOKENS else step // SLICE_TOKENS * SLICE_TOKENS
     for start in range(0, entry_lens.shape[0], step):
         part = slice(start, start + step)
         scores = logits(query[part], keys, request_of_token[part], entry_lens[part], max_entries)
