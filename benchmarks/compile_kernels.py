@@ -55,7 +55,12 @@ TENSOR_MEMORY_COLUMNS = 512
 STUB_INSTRUCTIONS = 24  # Triton emits a stub of about 16 instead of a kernel that overflows tensor memory
 
 # Bytes a lane may spill, by kernel and target; what was measured, not a wish.
-SPILLS: dict[str, dict[str, int]] = {}
+SPILLS: dict[str, dict[str, int]] = {
+    "attend": {"sm90": 16, "sm100": 20, "sm120": 120},
+    "compress_store": {"sm86": 4},
+    "prefill_logits": {"sm80": 20, "sm86": 12, "sm120": 24},
+    "topk": {"sm80": 8},
+}
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 
@@ -201,7 +206,8 @@ def experts(tokens: int) -> None:
     own."""
     w13, s13, w2, s2 = (torch.zeros(1, dtype=torch.uint8).expand(256, *shape) for shape in EXPERT_SHAPES)
     x, weights = torch.zeros(tokens, 4096, dtype=torch.bfloat16), torch.zeros(tokens, 6)
-    moe.experts_mxfp4(x, w13, s13, w2, s2, weights, torch.full((tokens, 6), -1, dtype=torch.int32), 10.0)
+    nobody = torch.full((tokens, 6), -1, dtype=torch.int32)
+    moe.experts_mxfp4(x, w13, s13, w2, s2, weights=weights, ids=nobody, limit=10.0)
 
 
 EXPERT_SHAPES = ((4096, 2048), (4096, 128), (4096, 1024), (4096, 64))  # of w1|w3, their scales, w2, its scales

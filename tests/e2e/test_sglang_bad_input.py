@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ from tests.support.comparison import ENV_DIR, ROOT, request
 from tests.support.refusal_checks import RefusalChecks
 
 PREVIOUS = ENV_DIR / "sglang-0.5.22"
+
+
+def toolkit(folder: Path) -> dict[str, str]:
+    """An environment with the compilers that SGLang needs on a GPU."""
+    (folder / "bin").mkdir()
+    for program in ("nvcc", "ninja"):
+        (folder / "bin" / program).write_text("#!/bin/sh\n")
+        (folder / "bin" / program).chmod(0o755)
+    return {"CUDA_HOME": str(folder), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 
 class TestSglang(RefusalChecks):
@@ -74,7 +84,7 @@ def configure(args):
     )
     @pytest.mark.parametrize("version", [None, PREVIOUS], ids=["installed", "previous"])
     def test_what_is_chosen_on_a_gpu(
-        self, tiny_flash: Path, version: Path | None, variables: dict[str, str], decode: str
+        self, tiny_flash: Path, tmp_path: Path, version: Path | None, variables: dict[str, str], decode: str
     ) -> None:
         """Marlin for FP4 experts, decode steps captured when kernels serve, prefill eager: as the
         graph runners read it.
@@ -98,7 +108,7 @@ graphs = view.cuda_graph_config
 print(json.dumps([view.moe_runner_backend, view.attention_backend, view.page_size, graphs.decode.backend, graphs.prefill.backend]))
 """
         path = {} if version is None else {"PYTHONPATH": f"{version}:{ROOT}"}
-        got = json.loads(self._python(code, env=path | variables).splitlines()[-1])
+        got = json.loads(self._python(code, env=path | variables | toolkit(tmp_path)).splitlines()[-1])
         assert got == ["marlin", "dsv4_plugin", 256, decode, "disabled"]
 
     def test_a_hook_that_did_not_apply_is_noticed(self, tiny_flash: Path) -> None:
