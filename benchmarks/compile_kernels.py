@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-compile every shipped kernel configuration for every supported GPU, with none at hand, and
+"""Cross-compile every kernel as it is launched for every supported GPU, with none at hand, and
 bound its resources.
 
     python benchmarks/compile_kernels.py [--targets sm80,gfx942] [--only TEXT] [--json FILE]
 
-Prints registers, spilled bytes per lane and shared memory. Fails when a configuration does not
-compile, does not fit the device, spills more than the budget beside the kernel, is an empty stub,
-or names an fp8 type. That something compiles is no proof that it loads: Triton checks shared and
-tensor memory only on the GPU, so both are checked here.
+What is compiled is what engines launch to warm up, recorded on a GPU that is not here: types,
+constants, divisibility and options are those of the launch, by Triton's own rules. Prints
+registers, spilled bytes per lane and shared memory. Fails when a kernel does not compile, does not
+fit the device, spills more than its budget, is an empty stub, names an fp8 type, or is launched by
+nobody. That something compiles is no proof that it loads: Triton checks shared and tensor memory
+only on the GPU, so both are checked here.
 """
 
 from __future__ import annotations
@@ -20,21 +22,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     sys.exit("unset TRITON_INTERPRET: it replaces the compiler")
+os.environ["DSV4_OPS"] = "triton"
 
+import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from dsv4.ops.kernels import KERNEL_MODULES, Shipped, import_kernels
+from dsv4.model.config import V4Config
+from dsv4.model.kv_layout import CacheFormats, StateMapping
+from dsv4.ops import attention, moe
+from dsv4.ops.kernels import KERNEL_MODULES, launched_kernels
+from dsv4.ops.launches import Variant, recorded
+from dsv4.ops.warm_up import ServedModel, allocate, warm_up
 
 KIB = 1 << 10
 # Shared memory one block may use: CUDA programming guide, table of compute capabilities; LDS of a
@@ -45,11 +52,48 @@ SHARED_LIMIT = {
 }  # fmt: skip
 LIKE = {"sm89": "sm86", "sm103": "sm100"}  # they compile alike, but for some registers; budgets are the second's
 TENSOR_MEMORY_COLUMNS = 512
-# Triton makes a constant of every integer argument that is 1, as the number of tokens often is:
-# another kernel, which must compile too. Once per configuration is enough, since that fails in
-# Triton's front end.
-ONES_ON = "sm80"
 STUB_INSTRUCTIONS = 24  # Triton emits a stub of about 16 instead of a kernel that overflows tensor memory
+
+# Bytes a lane may spill, by kernel and target; what was measured, not a wish.
+SPILLS: dict[str, dict[str, int]] = {
+    "attend": {"sm90": 16, "sm100": 20, "sm120": 120},
+    "compress_store": {"sm86": 4},
+    "prefill_logits": {"sm80": 20, "sm86": 12, "sm120": 24},
+    "topk": {"sm80": 8},
+}
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A released model as one rank of an engine serves it."""
+
+    checkpoint: str
+    tp: int
+    mapping: StateMapping
+    formats: CacheFormats
+
+    def served(self) -> ServedModel:
+        return ServedModel(
+            config=V4Config.from_path(CONFIGS / f"DeepSeek-V4-{self.checkpoint}.json"),
+            tp=self.tp,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            mapping=self.mapping,
+            index_format=self.formats.index,
+            max_context=1 << 20,
+            routed_ids=torch.int64 if self.mapping is StateMapping.RING else None,
+        )
+
+
+FP8, MXFP4, BF16 = CacheFormats.packed(2, False), CacheFormats.packed(2, True), CacheFormats.plain(2)
+DEPLOYMENTS = (
+    Deployment("Flash", 1, StateMapping.SUMMARY, FP8),
+    Deployment("Flash", 8, StateMapping.PAGED, FP8),
+    Deployment("Pro", 8, StateMapping.RING, BF16),
+    Deployment("Pro", 2, StateMapping.SUMMARY, MXFP4),
+)
 
 
 @dataclass
@@ -66,27 +110,13 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def compile_one(shipped: Shipped, target: str, ones: bool = False) -> Row:
-    """Compile one configuration for one target and judge it. ones: with every integer as 1, see
-    `ONES_ON`."""
-    row, start = Row(shipped.name + (" ones" if ones else ""), target), time.monotonic()
+def compile_one(variant: Variant, name: str, target: str) -> Row:
+    """Compile one kernel as it is launched on one target, and judge it."""
+    row, start = Row(name, target), time.monotonic()
     nvidia = target.startswith("sm")
     capability = int(target[2:]) if nvidia else 0
-    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, "enable_fp_fusion": True}
-    if nvidia:
-        # Without it ptxas settles on 128 registers or fewer once a kernel spills, although 255 are
-        # allowed.
-        options["maxnreg"] = min(255, 65536 // (32 * shipped.num_warps))
-    arguments = shipped.arguments(target, ones)
-    source = ASTSource(
-        fn=shipped.kernel,
-        signature=shipped.signature(arguments),
-        constexprs={a.path: a.value for a in arguments if a.type == "constexpr"},
-        attrs={a.path: [["tt.divisibility", 16]] for a in arguments if a.aligned},
-    )
-    gpu = GPUTarget("cuda", capability, 32) if nvidia else GPUTarget("hip", target, 64)
     try:
-        compiled = triton.compile(source, target=gpu, options=options)
+        compiled = variant.compile(target)
     except Exception as error:
         e: BaseException = error
         while e.__cause__ is not None:
@@ -101,22 +131,21 @@ def compile_one(shipped: Shipped, target: str, ones: bool = False) -> Row:
             row.problems.append(f"{tensor_memory} columns of tensor memory, the device has {TENSOR_MEMORY_COLUMNS}")
     else:
         _read_amdgcn(row, compiled.asm["amdgcn"])
-    if not ones:  # with lengths of 1, some kernels have next to nothing left to do
-        _judge(row, shipped, compiled.asm["ttir"])
+    _judge(row, variant, compiled.asm["ttir"])
     row.seconds = round(time.monotonic() - start, 1)
     return row
 
 
-def _judge(row: Row, shipped: Shipped, ttir: str) -> None:
+def _judge(row: Row, variant: Variant, ttir: str) -> None:
     if row.shared > SHARED_LIMIT[row.target]:
         row.problems.append(
             f"{row.shared / KIB:.0f} KiB of shared memory, the device has {SHARED_LIMIT[row.target] / KIB:.0f}"
         )
     if 0 < row.instructions < STUB_INSTRUCTIONS:
         row.problems.append(f"a stub of {row.instructions} instructions, not a kernel")
-    budget = shipped.spill.get(LIKE.get(row.target, row.target), 0)
+    budget = SPILLS.get(variant.name.removesuffix("_kernel"), {}).get(LIKE.get(row.target, row.target), 0)
     if row.spill > budget:
-        row.problems.append(f"spills {row.spill} bytes a lane, the budget beside the kernel is {budget}")
+        row.problems.append(f"spills {row.spill} bytes a lane, the kernel's budget is {budget}")
     fp8 = set(re.findall(r"f8E\d\w+", ttir))
     if fp8:
         row.problems.append(f"uses {', '.join(sorted(fp8))}, which sm80 and sm86 do not have")
@@ -152,23 +181,91 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def shipped_kernels(only: str = "") -> Iterator[Shipped]:
-    """Every configuration that a kernel module lists in SHIPPED."""
-    for module in import_kernels(KERNEL_MODULES):
-        yield from (s for s in getattr(module, "SHIPPED", ()) if only in s.name)
+# ---- what is launched ----------------------------------------------------------------------
 
 
-_queue: list[Shipped] = []  # what forked workers compile from: kernels cannot be pickled
+def launched(target: str) -> list[Variant]:
+    """Every variant that the deployments launch on a target, and what only the library offers."""
+    with recorded(target) as found:
+        for deployment in DEPLOYMENTS:
+            model = deployment.served()
+            warm_up(model, allocate(model, deployment.formats))
+        attention.output_a(
+            torch.zeros(1, 64, 512, dtype=torch.bfloat16),
+            torch.zeros(1, 64),
+            torch.zeros(8, 1024, 4096, dtype=torch.bfloat16),
+        )
+        if target.startswith("gfx"):
+            experts(1)
+            experts(1024)
+    return list({variant.key: variant for variant in found}.values())
 
 
-def _compile_queued(index: int, target: str, ones: bool) -> Row:
-    return compile_one(_queue[index], target, ones)
+def experts(tokens: int) -> None:
+    """Flash's, with no token routed to any; on NVIDIA GPUs the engines have kernels of their
+    own."""
+    w13, s13, w2, s2 = (torch.zeros(1, dtype=torch.uint8).expand(256, *shape) for shape in EXPERT_SHAPES)
+    x, weights = torch.zeros(tokens, 4096, dtype=torch.bfloat16), torch.zeros(tokens, 6)
+    nobody = torch.full((tokens, 6), -1, dtype=torch.int32)
+    moe.experts_mxfp4(x, w13, s13, w2, s2, weights=weights, ids=nobody, limit=10.0)
+
+
+EXPERT_SHAPES = ((4096, 2048), (4096, 128), (4096, 1024), (4096, 64))  # of w1|w3, their scales, w2, its scales
+
+
+# What a reader calls a constant of a kernel; those of neither list go without saying.
+WORDS = {
+    ("entries.pages", None): "window", ("entries.page_rows", 64): "csa", ("entries.page_rows", 2): "hca",
+    ("window.format", 0): "bf16", ("window.format", 1): "fp8", ("ONE_SPLIT", True): "whole", ("ONE_SPLIT", False): "split",
+    ("FORMAT", 0): "bf16", ("FORMAT", 1): "fp8", ("FORMAT", 2): "fp8-keys", ("FORMAT", 3): "mxfp4-keys",
+    ("first.entries.FORMAT", 0): "bf16", ("first.entries.FORMAT", 1): "fp8",
+    ("second.entries.FORMAT", 0): "bf16-keys", ("second.entries.FORMAT", 2): "fp8-keys",
+    ("second.entries.FORMAT", 3): "mxfp4-keys", ("RATIO", 4): "csa", ("RATIO", 128): "hca",
+    ("SAVE", True): "saving", ("SAVE", False): "saved", ("FINAL", True): "last", ("FINAL", False): "first",
+}  # fmt: skip
+SHOWN = {"H": "H", "BD": "D", "N": "N", "CHUNK": "", "WIDTH": "W", "BM": "M", "LEVEL": "level"}
+PARTS = {(True, False): "tails", (False, True): "entries", (True, True): "decode"}  # TAILS, POOL of `summary`
+
+
+def names(variants: list[Variant]) -> list[str]:
+    """A name for each, by its kernel and its constants; a number tells apart those that differ in
+    what Triton knows of their arguments."""
+    found: list[str] = []
+    for variant in variants:
+        constants = _constants(variant)
+        words = [
+            WORDS.get((c, v)) or (f"{SHOWN[c]}{v}" if c in SHOWN else "")
+            for c, v in constants.items()
+            if c in SHOWN or (c, v) in WORDS
+        ]
+        words += [PARTS[constants["TAILS"], constants["POOL"]]] if "TAILS" in constants else []
+        found.append(" ".join([variant.name.removesuffix("_kernel"), *words]))
+    return [f"{n} {found[: i + 1].count(n)}" if n in found[:i] else n for i, n in enumerate(found)]
+
+
+def _constants(variant: Variant) -> dict[str, Any]:
+    """By name, those of groups as group.element."""
+    found = {}
+    for path, value in variant.constants.items():
+        name, signature = variant.kernel.arg_names[path[0]], list(variant.signature.values())[path[0]]
+        for at in path[1:]:
+            name, signature = f"{name}.{type(signature)._fields[at]}", signature[at]
+        found[name] = getattr(value, "value", value)
+    return found
+
+
+_queue: dict[str, list[tuple[str, Variant]]] = {}  # what forked workers compile from: kernels cannot be pickled
+
+
+def _compile_queued(target: str, index: int) -> Row:
+    name, variant = _queue[target][index]
+    return compile_one(variant, name, target)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(SHARED_LIMIT), help="comma-separated; default: %(default)s")
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
     parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
@@ -176,25 +273,27 @@ def main() -> int:
     unknown = set(targets) - set(SHARED_LIMIT)
     if unknown:
         parser.error(f"unknown targets {', '.join(sorted(unknown))}; known are {', '.join(SHARED_LIMIT)}")
-    start, rows = time.monotonic(), []
+    start, rows, failures = time.monotonic(), [], []
+    for target in targets:
+        variants = launched(target)
+        missing = {k.__name__ for k in launched_kernels(KERNEL_MODULES)} - {v.name for v in variants}
+        missing -= set() if target.startswith("gfx") else {"gate_up_kernel", "down_kernel"}
+        failures += [f"{name} on {target}: nothing launches it, so it was not compiled" for name in sorted(missing)]
+        _queue[target] = [entry for entry in zip(names(variants), variants, strict=True) if args.only in entry[0]]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         print(f"triton {triton.__version__}; registers / spilled bytes per lane / shared KiB", flush=True)
-        _queue.extend(shipped_kernels(args.only))
         pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("fork"))
-        for index, shipped in enumerate(_queue):
-            wanted = [(target, False) for target in targets if shipped.serves(target)]
-            if ONES_ON in targets and shipped.serves(ONES_ON):
-                wanted.append((ONES_ON, True))
-            found = list(pool.map(_compile_queued, *zip(*((index, *w) for w in wanted), strict=True))) if wanted else []
+        for name in sorted({name for queue in _queue.values() for name, _ in queue}):
+            wanted = [(t, i) for t in targets for i, (queued, _) in enumerate(_queue[t]) if queued == name]
+            found = list(pool.map(_compile_queued, *zip(*wanted, strict=True)))
             rows += found
             cells = (
-                f"{r.target}{r.kernel[len(shipped.name) :]} {r.registers}/{r.spill}/{r.shared / KIB:.0f}{' FAIL' if r.problems else ''}"
-                for r in found
+                f"{r.target} {r.registers}/{r.spill}/{r.shared / KIB:.0f}{' FAIL' if r.problems else ''}" for r in found
             )
-            print(f"{shipped.name:34s} {'  '.join(cells)}", flush=True)
+            print(f"{name:34s} {'  '.join(cells)}", flush=True)
     pool.shutdown()
-    failures = [f"{r.kernel} on {r.target}: {problem}" for r in rows for problem in r.problems]
+    failures += [f"{r.kernel} on {r.target}: {problem}" for r in rows for problem in r.problems]
     if args.json:
         args.json.write_text(
             json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1) + "\n"

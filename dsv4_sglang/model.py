@@ -42,9 +42,11 @@ from dsv4_sglang.loading import load_weights
 from dsv4_sglang.metadata import V4AttentionBackend
 from dsv4_sglang.quant import V4QuantConfig
 from dsv4_sglang.step import StepPlan
+from dsv4_sglang.warm_up import compile_kernels
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
 
 class V4Mlp(nn.Module):
@@ -330,6 +332,11 @@ class DeepseekV4PluginForCausalLM(nn.Module):
 
     def get_attention_sliding_window_size(self) -> int:
         return self.v4_config.sliding_window
+
+    @torch.no_grad()
+    def prepare_before_cuda_graph_capture(self, model_runner: ModelRunner) -> None:
+        """SGLang calls this once on a GPU, whether it captures graphs or not."""
+        compile_kernels(self.v4_config, model_runner)
 
     @torch.no_grad()
     def forward(

@@ -4,6 +4,8 @@ is read."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from dsv4_sglang.names import ATTENTION_BACKEND
 from dsv4_sglang.options import cache_formats
 
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16}
+
+
+# Those that hand over released tensors by their released names; dummy makes them up.
+LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
 
 def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
@@ -40,6 +46,42 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             args.enable_dp_attention or args.attn_dp_size > 1,
             "--enable-dp-attention (--attn-dp-size)",
             "DP attention is not wired",
+        ),
+        (
+            args.dp_size > 1,
+            f"--dp-size {args.dp_size}",
+            "replicas behind one server are not tested; start one server per replica",
+        ),
+        (
+            args.enable_return_routed_experts,
+            "--enable-return-routed-experts",
+            "dsv4's router does not report its choices, which would come back as zeros",
+        ),
+        (
+            args.expert_distribution_recorder_mode is not None,
+            "--expert-distribution-recorder-mode",
+            "dsv4's router does not report its choices",
+        ),
+        (
+            args.enable_deterministic_inference or args.rl_on_policy_target is not None,
+            "--enable-deterministic-inference (--rl-on-policy-target)",
+            "attention is split by the size of the batch, so a request's last bits depend on its neighbours",
+        ),
+        (args.enable_memory_saver, "--enable-memory-saver", "releasing and restoring dsv4's caches is not tested"),
+        (
+            args.disable_hybrid_swa_memory,
+            "--disable-hybrid-swa-memory",
+            "dsv4's pool has pages that live as long as the window",
+        ),
+        (
+            args.load_format not in LOAD_FORMATS,
+            f"--load-format {args.load_format}",
+            f"dsv4 reads the released safetensors, by {' or '.join(LOAD_FORMATS)}",
+        ),
+        (
+            getattr(args, "enable_paged_experts", False),  # new in 0.5.23
+            "--enable-paged-experts",
+            "experts stay where they were loaded",
         ),
         (args.pp_size > 1, "--pp-size", "pipeline parallelism is not wired"),
         (
@@ -81,6 +123,8 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         )
     if args.device != "cpu":
         check_gpu(config, _DTYPES[args.dtype], weakest(detect_devices()))
+        if config.expert_dtype == "fp4":
+            check_compilers()
     if why_not := config.why_not_sharded(args.tp_size):
         raise DeploymentError(f"--tp-size {why_not}")
     for flag, value in (
@@ -99,11 +143,36 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
     cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer, on_cpu=on_cpu)
 
 
+def check_compilers() -> None:
+    """Refuse a machine on which SGLang cannot compile Marlin, which it does behind the download of
+    the weights. Raises DeploymentError naming what is missing.
+
+    Where SGLang looks is sglang/kernels/jit/utils/compile/toolchain.py.
+    """
+    found = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    home = home or (str(Path(found).parents[1]) if found else "/usr/local/cuda")
+    nvcc = Path(home, "bin", "nvcc")
+    missing = [
+        what for what, there in ((f"nvcc ({nvcc})", nvcc.exists()), ("ninja", shutil.which("ninja"))) if not there
+    ]
+    if missing:
+        raise DeploymentError(
+            f"{' and '.join(missing)} not found: SGLang compiles Marlin's kernels for FP4 experts on this machine."
+            " Install the CUDA toolkit, set CUDA_HOME where it is elsewhere, and `pip install ninja`"
+        )
+
+
 def check_gpu(config: V4Config, dtype: torch.dtype, gpu: Device) -> None:
     """Refuse what SGLang's GPU kernels lack, before they fail to compile in the first step. Raises
     DeploymentError."""
     if dtype is torch.float32:
         raise DeploymentError("--dtype float32: V4 is served in float32 on a CPU alone; leave it out")
+    if config.expert_dtype == "fp4" and gpu.kind == "rocm":
+        raise DeploymentError(
+            "expert_dtype fp4 on ROCm: SGLang runs FP4 experts for dsv4 by Marlin, which is for NVIDIA GPUs alone;"
+            " serve a checkpoint with FP8 experts, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4"
+        )
     if config.expert_dtype == "fp8" and gpu.capability is not None and gpu.capability < (8, 9):
         raise DeploymentError(
             f"expert_dtype fp8: SGLang runs FP8 experts by kernels that multiply in fp8, which {gpu.arch} cannot;"

@@ -130,7 +130,9 @@ class PagedLayerState(LayerState):
 
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
         given = zip(self.pairs, projected, strict=True)
-        paged.update([self._state(windows, entries, each, metadata) for (windows, entries), each in given], step)
+        states = [self._state(windows, entries, each, metadata) for (windows, entries), each in given]
+        rows: StateMetadata = metadata[self.pairs[0][0].prefix]
+        paged.update(states, step, shared=rows.shared)
 
     def _state(
         self,

@@ -31,10 +31,15 @@ from dsv4_vllm.options import state_mapping
 
 @dataclass
 class StateMetadata(AttentionMetadata):
-    """block_table: [R, n] int32; slot_mapping: [T] int32."""
+    """A step's rows of open windows.
+
+    block_table: [R, n] int32; slot_mapping: [T] int32
+    shared: whether a request may read a row that another writes in this step
+    """
 
     block_table: Tensor
     slot_mapping: Tensor
+    shared: bool
 
 
 @dataclass
@@ -118,9 +123,10 @@ class StateBuilder(V4MetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StateMetadata:
         tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
-        return StateMetadata(
-            table, self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size))
-        )
+        slot_mapping = self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size))
+        # vLLM caches a block when it schedules it, so another request of this step may hit it. One
+        # new token completes no entry that reaches back to before a hit, which ends a page.
+        return StateMetadata(table, slot_mapping, shared=common_attn_metadata.max_query_len > 1)
 
 
 class SummaryBuilder(V4MetadataBuilder):
@@ -195,8 +201,13 @@ class SummaryBackend(V4Backend):
 NEVER_CALLED_OPS = frozenset({"moe.experts", "moe.experts_mxfp4", "compressor.save_state", "compressor.compress_store"})
 
 
+def unused_ops(vllm_config: VllmConfig) -> frozenset[str]:
+    """Operators that a deployment does not call; those of the state mapping that is not in use are
+    among them."""
+    other = "summary.compress" if state_mapping(vllm_config) is StateMapping.PAGED else "compressor.update"
+    return NEVER_CALLED_OPS | {other}
+
+
 def _captures(vllm_config: VllmConfig) -> bool:
-    """Whether a decode step is made of kernels alone; the operators of the state mapping that is
-    not in use do not count."""
-    unused = {"summary.compress"} if state_mapping(vllm_config) is StateMapping.PAGED else {"compressor.update"}
-    return registry.all_kernels(torch.device(vllm_config.device_config.device_type), NEVER_CALLED_OPS | unused)
+    """Whether a decode step is made of kernels alone."""
+    return registry.all_kernels(torch.device(vllm_config.device_config.device_type), unused_ops(vllm_config))

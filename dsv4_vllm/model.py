@@ -28,6 +28,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_prefix
+from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
@@ -47,6 +48,7 @@ from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.rehearsal import stage
 from dsv4_vllm.support import check_deployment
+from dsv4_vllm.warm_up import KernelWarmUp
 
 logger = logging.getLogger(__name__)
 
@@ -492,6 +494,9 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         self.model_path = vllm_config.model_config.model
         self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
         check_breaks(self)
+        attentions = {m.layer.index: m for m in self.model.modules() if isinstance(m, V4Attention)}
+        self.kernel_warm_up = KernelWarmUp(self.v4_config, vllm_config, attentions)
+        JitWarmupRegistry.register(self.kernel_warm_up)
         last = get_pp_group().is_last_rank
         self.lm_head = (
             ParallelLMHead(

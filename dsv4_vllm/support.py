@@ -4,11 +4,15 @@ read."""
 
 from __future__ import annotations
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 from dsv4.errors import DeploymentError
 from dsv4.model.config import V4Config
 from dsv4_vllm.options import cache_formats, state_mapping
+
+# Those that hand over released tensors by their released names; dummy makes them up.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
 
 def check_deployment(vllm_config: VllmConfig) -> V4Config:
@@ -30,6 +34,47 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
             parallel.decode_context_parallel_size > 1,
             "--decode-context-parallel-size",
             "the caches are replicated; use 1",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            "--data-parallel-size",
+            "ranks that share experts are not tested with V4's hash-routed layers; use 1, and start one server per replica",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "--prefill-context-parallel-size",
+            "the compressor pools neighbouring tokens, which would lie on two ranks; use 1",
+        ),
+        (
+            parallel.use_ubatching,
+            "--enable-dbo (--ubatch-size)",
+            "steps in two halves are not tested with dsv4's metadata; leave it out",
+        ),
+        (parallel.enable_elastic_ep, "--enable-elastic-ep", "experts stay where they were loaded; leave it out"),
+        (
+            vllm_config.cache_config.kv_offloading_size is not None,
+            "--kv-offloading-size",
+            "KV offloading has not been tested with dsv4's caches; leave it out",
+        ),
+        (
+            bool(vllm_config.cache_config.kv_cache_dtype_skip_layers),
+            "--kv-cache-dtype-skip-layers",
+            "all layers store one format; leave it out",
+        ),
+        (
+            vllm_config.aux_output_config.enabled,
+            "--enable-return-routed-experts",
+            "dsv4's router does not report its choices; leave it out",
+        ),
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            "VLLM_BATCH_INVARIANT",
+            "attention is split by the size of the batch, so a request's last bits depend on its neighbours; unset it",
+        ),
+        (
+            vllm_config.load_config.load_format not in LOAD_FORMATS,
+            f"--load-format {vllm_config.load_config.load_format}",
+            f"dsv4 reads the released safetensors; use {' or '.join(LOAD_FORMATS)}",
         ),
         (parallel.enable_eplb, "--enable-eplb", "expert load balancing is not wired; leave it out"),
         (vllm_config.lora_config is not None, "--enable-lora", "LoRA is not wired; leave it out"),

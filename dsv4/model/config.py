@@ -44,6 +44,7 @@ class Routing(str, Enum):
     TOPK = "topk"  # by score plus bias
 
 
+FP8_BLOCK = 128  # weights in a row, and in a column, that share a scale
 _TOO_LARGE = 2**53  # above it a JSON number is no count, and floats skip integers
 _KIND_OF_RATIO = {0: LayerKind.SWA, 1: LayerKind.SWA, CSA_RATIO: LayerKind.CSA, HCA_RATIO: LayerKind.HCA}
 _RATIO_OF_KIND = {LayerKind.SWA: 0, LayerKind.CSA: CSA_RATIO, LayerKind.HCA: HCA_RATIO}
@@ -137,9 +138,14 @@ class V4Config:
         return self.num_attention_heads // self.o_groups
 
     def why_not_sharded(self, tp: int) -> str | None:
-        """What stands against `tp` tensor-parallel ranks, which split heads and output groups; None
-        when nothing does."""
-        shares = (("num_attention_heads", self.num_attention_heads), ("o_groups", self.o_groups))
+        """What stands against `tp` tensor-parallel ranks, which split heads, output groups and the
+        shared experts' blocks of 128; None when nothing does."""
+        shared = self.moe_intermediate_size * self.n_shared_experts
+        shares = (
+            ("num_attention_heads", self.num_attention_heads),
+            ("o_groups", self.o_groups),
+            (f"the shared experts' {shared} channels in blocks of {FP8_BLOCK}, thus", max(1, shared // FP8_BLOCK)),
+        )
         for what, count in shares:
             if count % tp:
                 fits = [n for n in range(1, count + 1) if all(c % n == 0 for _, c in shares)]

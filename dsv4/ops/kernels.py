@@ -7,8 +7,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,20 @@ KERNEL_MODULES = tuple(
 )
 
 AMD_ARCHS = ("gfx942", "gfx950")  # the ones the kernels are compiled for in CI
+PRETENDED_PROCESSORS = 108  # of a GPU that is not here
+
+_pretended: list[str] = []
+
+
+@contextmanager
+def pretending(target: str) -> Iterator[None]:
+    """Let launches be those of a GPU (sm90, gfx942, ...) that is not here. They do not run: see
+    `dsv4.ops.launches`."""
+    _pretended.append(target)
+    try:
+        yield
+    finally:
+        _pretended.pop()
 
 
 def interpreting() -> bool:
@@ -34,10 +49,27 @@ def import_kernels(names: Sequence[str]) -> list[ModuleType]:
     return [importlib.import_module(name) for name in names]
 
 
+def launched_kernels(names: Sequence[str]) -> list[Any]:
+    """Every kernel that modules define, or import from the files beside them: a jitted function
+    whose name ends in `_kernel`."""
+    files = {file for module in import_kernels(names) for file in (module, *_beside(module))}
+    found = {name: value for file in files for name, value in vars(file).items() if name.endswith("_kernel")}
+    return [found[name] for name in sorted(found)]
+
+
+def _beside(module: ModuleType) -> list[ModuleType]:
+    folder = module.__name__.rpartition(".")[0]
+    imported = {str(getattr(value, "__module__", None) or "") for value in vars(module).values()}
+    imported |= {value.__name__ for value in vars(module).values() if isinstance(value, ModuleType)}
+    return [sys.modules[name] for name in imported if name.startswith(f"{folder}.") and name in sys.modules]
+
+
 def refuse_triton(device: torch.device) -> str | None:
     """Why dsv4's Triton kernels cannot run on `device`, or None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if _pretended:
+        return None
     if device.type == "cpu":
         return (
             None if interpreting() else "Triton has no CPU compiler; TRITON_INTERPRET=1 interprets its kernels, slowly"
@@ -74,21 +106,24 @@ def _refuse_gpu(index: int) -> str | None:
     return f"{properties.name} has compute capability {have}, the kernels need {need}"
 
 
-@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 4 for the interpreter, so that work is split there too."""
+    return PRETENDED_PROCESSORS if _pretended else _processors(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def on_amd() -> bool:
     """Whether torch drives AMD GPUs."""
-    return torch.version.hip is not None
+    return _pretended[-1].startswith("gfx") if _pretended else torch.version.hip is not None
 
 
-@functools.cache
 def packed_decode(device: torch.device) -> bool:
     """Whether the kernels may use inline PTX."""
-    return device.type == "cuda" and not on_amd()
+    return (device.type == "cuda" or bool(_pretended)) and not on_amd()
 
 
 def register_limit(device: torch.device, num_warps: int) -> dict[str, int]:
@@ -98,101 +133,3 @@ def register_limit(device: torch.device, num_warps: int) -> dict[str, int]:
     allowed.
     """
     return {"maxnreg": min(255, 65536 // (32 * num_warps))} if packed_decode(device) else {}
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument of a compiled kernel, or one element of a group of them.
-
-    path: (argument,), or (argument, element, ...) in a group
-    name: the argument's, or the element's
-    type: Triton's, "constexpr" for a constant, whose value is `value`
-    """
-
-    path: tuple[int, ...]
-    name: str
-    type: str
-    value: Any = None
-
-    @property
-    def aligned(self) -> bool:
-        """Divisible by 16, as PyTorch's pointers and V4's strides are."""
-        return self.type.startswith("*") or (self.type != "constexpr" and self.name.endswith("stride"))
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """One configuration that serves, for `make kernels`: compiled for every target, with its
-    resources bounded.
-
-    types: "*bf16", "i32", ... by argument name, where `_type_of`'s rules do not give it
-    constants: values of the constexpr arguments
-    spill: bytes of registers a lane may spill by target, 0 for the others; what was measured, not a
-    wish vendor: nvidia or amd for a configuration that serves only there
-
-    A kernel that takes a group of values takes a NamedTuple. Its type is the same NamedTuple filled
-    with types; what is no string in it is a constant, which a kernel must use in place
-    (`keys.rows`): assigned to a variable, it is one no more.
-
-        class Keys(NamedTuple):
-            pages: Any
-            page_stride: Any
-            rows: Any  # constexpr
-
-        kernel[grid](Keys(data, data.stride(0), tl.constexpr(64)), out)
-        Shipped("read", kernel, {"keys": Keys("*u8", "i32", 64), "out": "*bf16"}, {}, num_warps=4)
-    """
-
-    name: str
-    kernel: Any
-    types: Mapping[str, Any]
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int = 2
-    spill: Mapping[str, int] = field(default_factory=dict)
-    vendor: str = ""
-
-    def arguments(self, target: str, ones: bool = False) -> list[Argument]:
-        """What it is compiled for. ones: with every integer as 1, which Triton makes a constant."""
-        found: list[Argument] = []
-        for at, name in enumerate(self.kernel.arg_names):
-            constant = name in self.constants
-            found += _leaves((at,), name, self.constants[name] if constant else self._type_of(name), constant)
-        if ones:
-            found = [replace(a, type="constexpr", value=1) if a.type == "i32" and not a.aligned else a for a in found]
-        return [replace(a, value=target.startswith("sm")) if a.name == "PTX" else a for a in found]
-
-    def signature(self, arguments: Sequence[Argument]) -> dict[str, Any]:
-        """Triton's type of every argument, groups as they are given."""
-        types = {a.path: a.type for a in arguments}
-        return {name: _regroup((at,), types, self.types.get(name)) for at, name in enumerate(self.kernel.arg_names)}
-
-    def serves(self, target: str) -> bool:
-        """Whether it is used on a target (sm90, gfx942, ...)."""
-        return self.vendor in ("", "nvidia" if target.startswith("sm") else "amd")
-
-    def _type_of(self, name: str) -> Any:
-        if name in self.types:
-            return self.types[name]
-        return "fp32" if name in ("eps", "rms_eps", "hc_eps", "scale_log2") else "i32"
-
-
-def _is_group(given: Any) -> bool:
-    return isinstance(given, tuple) and hasattr(given, "_fields")
-
-
-def _leaves(path: tuple[int, ...], name: str, given: Any, constant: bool) -> list[Argument]:
-    if _is_group(given) and not constant:
-        elements = enumerate(zip(given._fields, given, strict=True))
-        return [
-            leaf
-            for at, (of, element) in elements
-            for leaf in _leaves((*path, at), of, element, not isinstance(element, (str, tuple)))
-        ]
-    return [Argument(path, name, "constexpr", given) if constant else Argument(path, name, given)]
-
-
-def _regroup(path: tuple[int, ...], types: Mapping[tuple[int, ...], str], like: Any) -> Any:
-    if path in types:
-        return types[path]
-    return type(like)(*(_regroup((*path, at), types, element) for at, element in enumerate(like)))

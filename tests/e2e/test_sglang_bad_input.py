@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ from tests.support.comparison import ENV_DIR, ROOT, request
 from tests.support.refusal_checks import RefusalChecks
 
 PREVIOUS = ENV_DIR / "sglang-0.5.22"
+
+
+def toolkit(folder: Path) -> dict[str, str]:
+    """An environment with the compilers that SGLang needs on a GPU."""
+    (folder / "bin").mkdir()
+    for program in ("nvcc", "ninja"):
+        (folder / "bin" / program).write_text("#!/bin/sh\n")
+        (folder / "bin" / program).chmod(0o755)
+    return {"CUDA_HOME": str(folder), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 
 class TestSglang(RefusalChecks):
@@ -40,6 +50,13 @@ def configure(args):
         ({"attn_cp_size": 2, "tp_size": 2}, ["--attn-cp-size"]),
         ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, ["--enable-dp-attention"]),
         ({"pp_size": 2}, ["--pp-size"]),
+        ({"dp_size": 2}, ["--dp-size 2", "one server per replica"]),
+        ({"enable_return_routed_experts": True}, ["--enable-return-routed-experts", "zeros"]),
+        ({"expert_distribution_recorder_mode": "stat"}, ["--expert-distribution-recorder-mode"]),
+        ({"enable_deterministic_inference": True}, ["--enable-deterministic-inference"]),
+        ({"enable_memory_saver": True}, ["--enable-memory-saver"]),
+        ({"disable_hybrid_swa_memory": True}, ["--disable-hybrid-swa-memory"]),
+        ({"load_format": "sharded_state"}, ["--load-format sharded_state", "safetensors"]),
         ({"moe_a2a_backend": "deepep", "tp_size": 2}, ["--moe-a2a-backend deepep"]),
         ({"ep_num_redundant_experts": 2, "tp_size": 2, "ep_size": 2}, ["--ep-num-redundant-experts"]),
         ({"init_expert_location": "{}"}, ["--init-expert-location"]),
@@ -67,7 +84,7 @@ def configure(args):
     )
     @pytest.mark.parametrize("version", [None, PREVIOUS], ids=["installed", "previous"])
     def test_what_is_chosen_on_a_gpu(
-        self, tiny_flash: Path, version: Path | None, variables: dict[str, str], decode: str
+        self, tiny_flash: Path, tmp_path: Path, version: Path | None, variables: dict[str, str], decode: str
     ) -> None:
         """Marlin for FP4 experts, decode steps captured when kernels serve, prefill eager: as the
         graph runners read it.
@@ -91,7 +108,7 @@ graphs = view.cuda_graph_config
 print(json.dumps([view.moe_runner_backend, view.attention_backend, view.page_size, graphs.decode.backend, graphs.prefill.backend]))
 """
         path = {} if version is None else {"PYTHONPATH": f"{version}:{ROOT}"}
-        got = json.loads(self._python(code, env=path | variables).splitlines()[-1])
+        got = json.loads(self._python(code, env=path | variables | toolkit(tmp_path)).splitlines()[-1])
         assert got == ["marlin", "dsv4_plugin", 256, decode, "disabled"]
 
     def test_a_hook_that_did_not_apply_is_noticed(self, tiny_flash: Path) -> None:

@@ -25,6 +25,12 @@ def configure(args):
         ({"kv_cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype fp8_e5m2", "fp8_ds_mla"]),
         ({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, ["--speculative-config"]),
         ({"enable_lora": True}, ["--enable-lora"]),
+        ({"data_parallel_size": 2}, ["--data-parallel-size", "one server per replica"]),
+        ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),
+        ({"enable_return_routed_experts": True}, ["routed"]),
+        ({"kv_cache_dtype_skip_layers": ["0"], "kv_cache_dtype": "fp8"}, ["--kv-cache-dtype-skip-layers"]),
+        ({"load_format": "sharded_state"}, ["--load-format sharded_state", "safetensors"]),
+        ({"load_format": "tensorizer"}, ["tensorizer"]),
     )
     unsupported = ("0.40.0", ">=0.32,<0.34")
     registered = (

@@ -200,6 +200,11 @@ def test_long_rows_up_to_a_million_tokens_and_beyond(n: int, k: int) -> None:
     check_topk(scores, torch.tensor([n, n - 1, n - 8191, n], dtype=torch.int32), k)
 
 
+def test_ranks_that_chose_nothing_merge_to_nothing() -> None:
+    nothing = torch.empty(3, 0, dtype=torch.int32)
+    assert torch.equal(topk_kernels.merge(nothing.float(), nothing, 4), torch.full((3, 4), -1, dtype=torch.int32))
+
+
 def test_ranks_choices_merge_in_two_launches_too() -> None:
     """Candidates of 40 ranks, most of which have fewer than k: index -1 behind them."""
     k, ranks = 512, 40

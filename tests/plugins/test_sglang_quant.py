@@ -18,6 +18,7 @@ import torch
 from served import HOST, free_port
 from torch import Tensor
 
+from dsv4.errors import DeploymentError
 from dsv4.loading import load_released
 from dsv4.machine.decide import Device
 from dsv4.model.config import V4Config
@@ -280,7 +281,6 @@ def test_dense_fp8_linears_are_weight_only_below_sm89(gpu: tuple[int, int]) -> N
 @pytest.mark.parametrize("capability", SM8X, ids=str)
 def test_fp8_experts_are_refused_where_no_kernel_takes_them(capability: tuple[int, int], tmp_path: Path) -> None:
     """Base checkpoints: SGLang's FP8 experts have no weight-only kernel."""
-    from dsv4.errors import DeploymentError
     from dsv4_sglang.support import check_gpu
 
     config = V4Config.from_path(write_tiny(tmp_path / "tiny", "flash", num_layers=4, experts="fp8"))
@@ -317,3 +317,29 @@ def test_marlin_has_a_tile_for_every_shard_of_the_released_checkpoints(file: Pat
                 assert all(size % 128 == 0 for size in shape), (spec.name, tp, shape)
         assert config.hidden_size % 128 == 0
         assert config.moe_intermediate_size // tp % 64 == 0
+
+
+def test_a_machine_without_compilers_is_refused_before_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from dsv4_sglang.support import check_compilers
+
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(DeploymentError, match=rf"nvcc \({programs}/nvcc\) and ninja not found.*CUDA_HOME"):
+        check_compilers()
+    (programs / "nvcc").touch()
+    with pytest.raises(DeploymentError, match=r"^ninja not found"):
+        check_compilers()
+    (programs / "ninja").touch()
+    (programs / "ninja").chmod(0o755)
+    check_compilers()
+
+
+def test_fp4_experts_are_refused_on_rocm(tiny_flash: Path) -> None:
+    from dsv4_sglang.support import check_gpu
+
+    with pytest.raises(DeploymentError, match="expert_dtype fp4 on ROCm"):
+        check_gpu(V4Config.from_path(tiny_flash / "config.json"), torch.bfloat16, Device("rocm", "MI300X"))

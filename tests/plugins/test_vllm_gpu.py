@@ -81,6 +81,7 @@ def test_gpus_that_native_excludes_get_marlin_our_kernels_and_graphs(
     # The plugin was imported before vLLM said that it breaks graphs, as in a forked worker.
     layers = find_checkpoint(model).config.num_hidden_layers
     assert report["breaks"] == {"enabled": True, "layers": layers, "breakable": layers}
+    assert report["warm_up"] == [[layers, "dsv4"]]
     assert (report["layout"], report["block_size"], report["mapping"]) == ("BLHNC", 256, "summary")
 
     config, packed = find_checkpoint(model).config, kv_cache_dtype == "auto"

@@ -77,6 +77,7 @@ def build(plan: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     loaded = plan["tensors"] == "loaded"
@@ -94,7 +95,8 @@ def build(plan: dict[str, Any]) -> dict[str, Any]:
         free.close()
         init_distributed_environment(world_size=1, rank=0, local_rank=0, distributed_init_method=where, backend="gloo")
         initialize_model_parallel(1, 1)
-        with set_default_torch_dtype(config.model_config.dtype), device:
+        registry = JitWarmupRegistry(config)
+        with set_default_torch_dtype(config.model_config.dtype), device, registry.activate():
             model = initialize_model(vllm_config=config)
         report = {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -102,6 +104,7 @@ def build(plan: dict[str, Any]) -> dict[str, Any]:
             "graphs": str(config.compilation_config.cudagraph_mode),
             "breaks": breaks(model),
             "methods": methods(model),
+            "warm_up": warm_up(registry),
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         }
         return report | (unloaded(model, config) if loaded else caches(config))
@@ -119,6 +122,16 @@ def breaks(model: torch.nn.Module) -> dict[str, Any]:
         "layers": len(layers),
         "breakable": sum(hasattr(layer.attend, "__wrapped__") for layer in layers),
     }
+
+
+def warm_up(registry: Any) -> list[list[Any]]:
+    """What vLLM's registry has dsv4 compile: for how many layers, and by which keys."""
+    from dsv4_vllm.warm_up import KernelWarmUp
+
+    asked: list[list[Any]] = []
+    KernelWarmUp.compile_many = lambda self, keys: asked.append([len(self.attentions), *keys])  # type: ignore[method-assign]
+    registry.warmup()
+    return asked
 
 
 def methods(model: torch.nn.Module) -> dict[str, str]:

@@ -9,7 +9,8 @@ end in; "skip_hook": a hook target that silently does not apply; "allow_fp4_inde
 keys on any device;
 "graphs": sizes of decode graphs, replayed from tapes;
 "mapping": report where tensors were loaded; "launches": report the kernels that each layer
-launched. Under TRITON_INTERPRET=1 the interpreter computes in bf16 as GPUs do.
+launched, "variants" those that the warm-up would not have compiled. Under TRITON_INTERPRET=1 the
+interpreter computes in bf16 as GPUs do.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ COUNTS: dict[str, Any] = {"poisoned_pages": 0, "prefill_steps": 0, "largest_pref
 RECORDED: list[dict[str, list[Any]]] = []
 MAPPED: list[list[list[Any]]] = []
 GRAPHS: list[Any] = []
+VARIANTS: list[Any] = []
 
 
 def register() -> None:
@@ -93,6 +95,10 @@ def before_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         from tests.support.launches import record_launches
 
         COUNTS["launches"] = record_launches(V4DecoderLayer)
+    if PLAN.get("variants") and not VARIANTS:
+        from tests.support.variants import ServedVariants
+
+        VARIANTS.append(ServedVariants())
     if PLAN.get("record") and not RECORDED:
         from tests.support.replay import record_quantised
 
@@ -148,6 +154,10 @@ def add_counts(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         result.internal_state["dsv4_test"] = COUNTS | found
     if GRAPHS:
         result.internal_state["dsv4_test"] = COUNTS | {"graphs": GRAPHS[0].report()}
+    if VARIANTS:
+        runner = scheduler.tp_worker.model_runner
+        report = VARIANTS[0].report(lambda: runner.model.prepare_before_cuda_graph_capture(runner))
+        result.internal_state["dsv4_test"] = COUNTS | {"variants": report}
     if RECORDED:
         import torch
 

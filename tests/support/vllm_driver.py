@@ -3,12 +3,12 @@
 tests.support.vllm_driver < plan.json > result.json`.
 
 The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record":
-file or None, "mutation": [module, old, new], "launches": bool, "graphs": {"sizes", "mode"},
-"memory": bool}; a request is {"prompt": [ids],
-"max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted together, phases
-one after another. `record` saves every row that was quantised, for replay through the reference
-model; `mutation` breaks a module's source on purpose; `launches` reports the kernels that each
-layer launched.
+file or None, "mutation": [module, old, new], "launches": bool, "variants": bool, "graphs": {"sizes",
+"mode"}, "memory": bool}; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}.
+The requests of a phase are submitted together, phases one after another. `record` saves every row
+that was quantised, for replay through the reference model; `mutation` breaks a module's source on
+purpose; `launches` reports the kernels that each layer launched, `variants` those that the warm-up
+would not have compiled; `graphs` captures and replays steps, `memory` reports what attention takes.
 """
 
 from __future__ import annotations
@@ -138,6 +138,11 @@ def main() -> None:
         from tests.support import vllm_memory
 
         taken = vllm_memory.record_attention(llm)
+    variants = None
+    if plan.get("variants"):
+        from tests.support.variants import ServedVariants
+
+        variants = ServedVariants()
     phases = []
     for phase in plan["phases"]:
         params = [
@@ -165,6 +170,9 @@ def main() -> None:
     if mapped:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         result["counts"] = {"mapped": mapped, "parameters": mapping.parameters(runner.get_model())}
+    if variants is not None:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        result["variants"] = variants.report(lambda: runner.get_model().kernel_warm_up.compile_many(["dsv4"]))
     if recorded is not None:
         import torch
 

@@ -10,7 +10,6 @@ log-sum-exp; `combine_kernel` joins them and adds the sink.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.kernels import Shipped, on_amd, packed_decode, processors, register_limit
+from dsv4.ops.kernels import on_amd, packed_decode, processors, register_limit
 from dsv4.ops.pages import KV_ROPE_DIM, Selection
 from dsv4.ops.quant.triton import dequantize_e4m3, format_code, rotate_pairs, ue8m0_value
 
@@ -31,14 +30,16 @@ KEYS_PER_SPLIT = 128  # fewer keys than this do not pay for another part and for
 
 class Keys(NamedTuple):
     """A `Selection`, as kernels take it. page_rows and format are constants, row and all of a
-    missing Selection None."""
+    missing Selection None.
+
+    What changes from step to step is an argument of its own: Triton compiles anew for every class
+    of an integer in a group.
+    """
 
     pages: Any
     page_stride: Any
     num_slots: Any
     slots: Any
-    slots_stride: Any
-    width: Any
     lens: Any
     row: Any
     page_rows: Any
@@ -152,21 +153,27 @@ def _attend(
 
 
 @triton.jit
-def _list(keys, t):
+def _list(keys, stride, t):
     """Where the list of token t begins."""
     row = t
     if keys.row is not None:
         row = tl.load(keys.row + t).to(tl.int64)
-    return keys.slots + row * keys.slots_stride
+    return keys.slots + row * stride
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_splits", "window_stride", "window_width", "entries_stride", "entries_width"],
+)
 def attend_kernel(
     q,
     q_token_stride,
     q_head_stride,
     window,
+    window_stride,
+    window_width,
     entries,
+    entries_stride,
+    entries_width,
     sink,
     cos_sin,
     out,
@@ -182,7 +189,8 @@ def attend_kernel(
     PTX: tl.constexpr,
 ):
     """grid (T, cdiv(H, HB), num_splits). A token's keys are its window, then its entries; each
-    split takes an equal share of the keys that the token really has. window, entries: Keys.
+    split takes an equal share of the keys that the token really has. window, entries: Keys, whose
+    lists lie *_stride apart and have *_width places.
     part_out [T, num_splits, H, 512] fp32, part_lse [T, num_splits, H] fp32 in log2 units."""
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -200,16 +208,16 @@ def attend_kernel(
     a2 = tl.zeros([HB, 64], tl.float32)
     a3 = tl.zeros([HB, 64], tl.float32)
 
-    window_list = _list(window, t)
+    window_list = _list(window, window_stride, t)
     # Where a list begins is known before the keys are walked, unless its row must be loaded: each
     # of the two orders keeps registers free that the other spills on sm120.
     entry_list = window_list
     if entries.pages is not None and entries.row is None:
-        entry_list = _list(entries, t)
-    num_window = tl.minimum(tl.maximum(tl.load(window.lens + t), 0), window.width)
+        entry_list = _list(entries, entries_stride, t)
+    num_window = tl.minimum(tl.maximum(tl.load(window.lens + t), 0), window_width)
     num_keys = num_window
     if entries.pages is not None:
-        num_keys += tl.minimum(tl.maximum(tl.load(entries.lens + t), 0), entries.width)
+        num_keys += tl.minimum(tl.maximum(tl.load(entries.lens + t), 0), entries_width)
     share = tl.cdiv(tl.cdiv(num_keys, BN), num_splits) * BN
     first = split * share
     last = tl.minimum(first + share, num_keys)
@@ -219,7 +227,7 @@ def attend_kernel(
     )  # fmt: skip
     if entries.pages is not None:
         if entries.row is not None:
-            entry_list = _list(entries, t)
+            entry_list = _list(entries, entries_stride, t)
         m, total, a0, a1, a2, a3 = _attend(
             q0, q1, q2, q3, m, total, a0, a1, a2, a3, entries, entry_list, tl.maximum(first - num_window, 0),
             last - num_window, scale_log2, entries.page_rows, entries.format, BN, PTX,
@@ -248,7 +256,7 @@ def attend_kernel(
     tl.store(o + 448 + tl.arange(0, 64)[None, :], a3, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, num_splits, H: tl.constexpr, SPLITS: tl.constexpr):
     """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a
     power of two >= num_splits."""
@@ -316,7 +324,9 @@ def sparse_attention(
         q.stride(0),
         q.stride(1),
         _kernel_keys(window),
+        *_lists(window),
         NO_KEYS if entries is None else _kernel_keys(entries),
+        *(_lists(window) if entries is None else _lists(entries)),
         sink,
         cos_sin,
         out,
@@ -343,7 +353,7 @@ def sparse_attention(
             lse,
             num_splits,
             H=num_heads,
-            SPLITS=triton.next_power_of_2(num_splits),
+            SPLITS=max(MAX_SPLITS, triton.next_power_of_2(num_splits)),
             num_warps=4,
         )
     return out, lse
@@ -359,8 +369,6 @@ def _kernel_keys(selection: Selection) -> Keys:
         page_stride=pages.data.stride(0),
         num_slots=pages.num_slots,
         slots=slots,
-        slots_stride=slots.stride(0),
-        width=slots.shape[1],
         lens=selection.lens,
         row=selection.row,
         page_rows=tl.constexpr(pages.rows),
@@ -368,47 +376,6 @@ def _kernel_keys(selection: Selection) -> Keys:
     )
 
 
-_TYPES = {
-    "q": "*bf16",
-    "out": "*bf16",
-    "sink": "*fp32",
-    "cos_sin": "*fp32",
-    "lse": "*fp32",
-    "part_out": "*fp32",
-    "part_lse": "*fp32",
-}
-
-
-def _keys_type(row_format: int, page_rows: int, by_row: bool) -> Keys:
-    return Keys(
-        pages="*u8" if row_format else "*bf16",
-        page_stride="i32",
-        num_slots="i32",
-        slots="*i32",
-        slots_stride="i32",
-        width="i32",
-        lens="*i32",
-        row="*i32" if by_row else None,
-        page_rows=page_rows,
-        format=row_format,
-    )
-
-
-def _shipped(name: str, num_heads: int, row_format: int, entries: Keys, one_split: bool) -> Iterator[Shipped]:
-    for vendor in ("nvidia", "amd"):
-        tile = tile_for(num_heads, vendor == "amd")
-        constants = {"H": num_heads, "HB": tile.heads, "BN": tile.keys, "ONE_SPLIT": one_split, "PTX": True}
-        types = {**_TYPES, "window": _keys_type(row_format, 64, by_row=False), "entries": entries}
-        yield Shipped(name, attend_kernel, types, constants, tile.num_warps, spill=SPILL, vendor=vendor)
-
-
-SPILL = {"sm80": 16, "sm120": 200}
-
-SHIPPED = (
-    *_shipped("attend csa fp8 H64 split", 64, 1, _keys_type(1, 64, by_row=False), one_split=False),
-    *_shipped("attend hca fp8 H64 prefill", 64, 1, _keys_type(1, 2, by_row=True), one_split=True),
-    *_shipped("attend csa fp8 H8 split", 8, 1, _keys_type(1, 64, by_row=False), one_split=False),
-    *_shipped("attend csa bf16 H128 split", 128, 0, _keys_type(0, 64, by_row=False), one_split=False),
-    *_shipped("attend window bf16 H16 split", 16, 0, NO_KEYS, one_split=False),
-    Shipped("combine H64", combine_kernel, _TYPES, {"H": 64, "SPLITS": 64}, 4),
-)
+def _lists(selection: Selection) -> tuple[int, int]:
+    """How far its lists lie apart, and their width."""
+    return selection.slots.stride(0), selection.slots.shape[1]

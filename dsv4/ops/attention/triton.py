@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.attention import split_kv
 from dsv4.ops.attention.split_kv import sparse_attention
-from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import SlotMapping
 from dsv4.ops.quant.triton import format_code, rotate_pairs, store_row
 
@@ -151,27 +149,3 @@ def output_a(o: Tensor, cos_sin: Tensor | None, wo_a: Tensor) -> Tensor:
     out = torch.empty(num_tokens, *wo_a.shape[:2], dtype=o.dtype, device=o.device)
     torch.bmm(groups.transpose(0, 1), wo_a.transpose(1, 2), out=out.transpose(0, 1))
     return out.flatten(1)
-
-
-_TYPES = {
-    "q": "*bf16",
-    "kv": "*bf16",
-    "kv_weight": "*bf16",
-    "o": "*bf16",
-    "out": "*bf16",
-    "cos_sin": "*fp32",
-    "slots": "*i32",
-}
-
-
-def _store(name: str, num_heads: int, row_format: int) -> Shipped:
-    constants = {"H": num_heads, "D": 512, "ROPE": 64, "HB": HEADS_PER_PROGRAM, "ROWS": 64, "FORMAT": row_format}
-    return Shipped(name, norm_rope_store_kernel, {**_TYPES, "pages": "*u8" if row_format else "*bf16"}, constants, 4)
-
-
-SHIPPED = (
-    _store("norm_rope_store fp8 H64", 64, 1),
-    _store("norm_rope_store bf16 H8", 8, 0),
-    Shipped("rotate_back H64", rotate_back_kernel, _TYPES, {"H": 64, "D": 512, "ROPE": 64, "HB": HEADS_PER_PROGRAM}, 4),
-    *split_kv.SHIPPED,
-)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dsv4.ops.compressor.projected import Projected
 from dsv4.ops.pages import SlotMapping
@@ -78,6 +79,11 @@ def at_most_two(op: str, groups: Sequence[Group]) -> tuple[Group, Group | None]:
     return groups[0], groups[1] if len(groups) > 1 else None
 
 
+def table_shape(block_table: Tensor) -> tuple[int, int]:
+    """How far its rows lie apart, and its columns."""
+    return block_table.stride(0), block_table.shape[1]
+
+
 @triton.jit
 def store_entry(pooled, norm_weight, eps, cos_sin, entries, slot, D: tl.constexpr, ROPE: tl.constexpr):
     """Normalise, rotate, quantise and store one pooled entry.
@@ -94,18 +100,3 @@ def store_entry(pooled, norm_weight, eps, cos_sin, entries, slot, D: tl.constexp
         row = tl.reshape(hadamard_row(x, D), [1, D])
     page = entries.pages + (slot // entries.ROWS).to(tl.int64) * entries.page_stride
     store_row(page, slot % entries.ROWS, row, D, ROPE, entries.ROWS, entries.FORMAT)
-
-
-# --------------------------------------------------------------------------------------------
-# Types of the configurations that serve
-
-
-def projected_types(dim: int) -> ProjectedGroup:
-    return ProjectedGroup(
-        kv="*fp32", kv_stride="i32", gate="*fp32", gate_stride="i32", ape="*fp32", norm_weight="*bf16", D=dim
-    )
-
-
-def entry_types(ratio: int, row_format: int) -> EntryGroup:
-    """For pages of 256 tokens."""
-    return EntryGroup("*i32", "*u8" if row_format else "*bf16", "i32", "i32", 256 // ratio, row_format)

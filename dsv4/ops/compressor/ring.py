@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dsv4.model.kv_layout import round_up
 from dsv4.ops.compressor.paged import PagedState, save_state, update
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.pages import BatchView, Pages, SlotMapping
@@ -121,7 +122,7 @@ def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView) -> RingPlan:
         keep_slot_mapping=kept.int(),
         carry_from=source.flatten().long(),
         carry_to=target.flatten().long(),
-        num_pages=capacity + 1,
+        num_pages=round_up(capacity + 1, 16),  # Triton compiles anew for other classes of this integer
     )
 
 

@@ -20,6 +20,7 @@ topk = operator("indexer.topk", reference.topk, triton="dsv4.ops.indexer.triton:
 # grow with the context.
 LOGITS_WORKSPACE_BYTES = 256 << 20
 LOGIT_BYTES = 4
+SLICE_TOKENS = 4  # int32 of so many tokens are 16 bytes
 
 
 def select(
@@ -41,6 +42,8 @@ def select(
     """
     num_tokens = entry_lens.shape[0]
     step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
+    # Triton compiles anew for pointers that are not aligned to 16 bytes.
+    step = step if step < SLICE_TOKENS else step // SLICE_TOKENS * SLICE_TOKENS
 
     def chosen(part: slice) -> Tensor:
         scores = logits(query[part], keys, request_of_token[part], entry_lens[part], max_entries)

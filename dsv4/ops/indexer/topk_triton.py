@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.kernels import Shipped, on_amd, register_limit
+from dsv4.ops.kernels import on_amd, register_limit
 from dsv4.ops.pages import PageTable
 
 CHUNK = 8192
@@ -52,7 +52,7 @@ def _keys(scores, indices, at, length, INDEXED: tl.constexpr):
     return tl.where(inside, _ordered(tl.load(scores + at, mask=inside, other=0.0)), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_entries", "block_table_stride", "block_table_width"])
 def topk_kernel(
     scores,
     scores_stride,
@@ -166,6 +166,8 @@ def merge(scores: Tensor, indices: Tensor, k: int) -> Tensor:
     """
     num_tokens, n = scores.shape
     out = torch.empty(num_tokens, k, dtype=torch.int32, device=scores.device)
+    if n == 0:
+        return out.fill_(-1)
     lens = torch.full((num_tokens,), n, dtype=torch.int32, device=scores.device)
     _reduce(_Candidates(scores, indices, lens, n), k, out, None, None)
     return out
@@ -228,32 +230,3 @@ def _chunk(width: int, level: int) -> int:
 def _warps(chunk: int, amd: bool) -> int:
     """32 candidates a thread, and no more than the 1024 threads of a block: AMD's warps have 64."""
     return min(max(4, chunk // 1024), 16 if amd else 32)
-
-
-_TYPES = {
-    "scores": "*fp32",
-    "indices": "*i32",
-    "lens": "*i32",
-    "out_scores": "*fp32",
-    "out_indices": "*i32",
-    "block_table": "*i32",
-    "request_of_token": "*i32",
-}
-
-
-def _shipped(name: str, chunk: int, level: int, final: bool, vendor: str = "") -> Shipped:
-    constants = {
-        "CHUNK": chunk, "BLOCK": min(chunk, CHUNK), "FIRST": CHUNK, "LEVEL": level, "FINAL": final, "MERGE": False,
-        "ROWS": 64 if final else 0,
-    }  # fmt: skip
-    return Shipped(name, topk_kernel, _TYPES, constants, _warps(chunk, vendor == "amd"), vendor=vendor)
-
-
-SHIPPED = (
-    _shipped("topk short", SMALL_CHUNK, 0, final=True),
-    _shipped("topk first of two", CHUNK, 0, final=False),
-    _shipped("topk last of 8192", CHUNK, 1, final=True),
-    _shipped("topk last of 16384", 2 * CHUNK, 1, final=True),
-    _shipped("topk last of 32768 nvidia", WIDE_CHUNK, 1, final=True, vendor="nvidia"),
-    _shipped("topk last of 32768 amd", WIDE_CHUNK, 1, final=True, vendor="amd"),
-)

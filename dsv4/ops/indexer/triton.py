@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.model.kv_layout import IndexFormat
-from dsv4.ops.indexer import topk_triton as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.indexer.topk_triton import topk
-from dsv4.ops.kernels import Shipped, packed_decode, processors, register_limit
+from dsv4.ops.kernels import packed_decode, processors, register_limit
 from dsv4.ops.pages import PageTable
 from dsv4.ops.quant.triton import (
     E2M1_FLOOR,
@@ -205,7 +204,7 @@ def _score(qa, qb, w, ka, kb, factor):
     return tl.sum(tl.where(s < 0, 0.0, s) * w[:, None], 0) * factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "block_table_width", "max_entries"])
 def decode_logits_kernel(
     values, scales, weights, pages, page_stride, num_pages, block_table, block_table_stride, block_table_width,
     request_of_token, entry_lens, out, out_stride, max_entries,
@@ -230,7 +229,7 @@ def decode_logits_kernel(
             tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor), mask=entry < last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "block_table_width", "max_entries", "num_tokens"])
 def prefill_logits_kernel(
     values,
     scales,
@@ -336,60 +335,3 @@ def logits(
         parts = max(1, min(tiles, triton.cdiv(4 * processors(device), num_tokens), MAX_PARTS))
         decode_logits_kernel[(num_tokens, parts)](*args, **shape)
     return out
-
-
-# --------------------------------------------------------------------------------------------
-
-_TYPES = {
-    "q": "*bf16",
-    "weights": "*fp32",
-    "cos_sin": "*fp32",
-    "values": "*u8",
-    "scales": "*u8",
-    "out_weights": "*fp32",
-    "weight_scale": "fp32",
-    "pages": "*u8",
-    "block_table": "*i32",
-    "request_of_token": "*i32",
-    "entry_lens": "*i32",
-    "out": "*fp32",
-}
-_PLAIN = {**_TYPES, "values": "*bf16", "pages": "*bf16"}
-_SHAPE = {"H": 64, "HB": 64, "BN": KEYS_PER_TILE, "ROWS": 64, "PTX": True}
-
-
-def _query(name: str, row_format: int, types: dict[str, str]) -> Shipped:
-    return Shipped(
-        name,
-        prepare_query_kernel,
-        {**types, "weights": "*bf16"},
-        {"H": 64, "HB": 64, "D": 128, "ROPE": 64, "FORMAT": row_format},
-        8,
-    )
-
-
-SHIPPED = (
-    _query("index query fp8", 2, _TYPES),
-    _query("index query mxfp4", 3, _TYPES),
-    _query("index query bf16", 0, _PLAIN),
-    Shipped("index decode fp8", decode_logits_kernel, _TYPES, dict(_SHAPE, FORMAT=2), 4),
-    Shipped("index decode mxfp4", decode_logits_kernel, _TYPES, dict(_SHAPE, FORMAT=3), 4),
-    Shipped("index decode bf16", decode_logits_kernel, _PLAIN, dict(_SHAPE, FORMAT=0), 4),
-    Shipped(
-        "index prefill fp8",
-        prefill_logits_kernel,
-        _TYPES,
-        dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=2),
-        4,
-        spill={"sm80": 20},
-    ),
-    Shipped(
-        "index prefill mxfp4",
-        prefill_logits_kernel,
-        _TYPES,
-        dict(_SHAPE, BT=PREFILL_TOKENS, FORMAT=3),
-        4,
-        spill={"sm86": 12, "sm120": 24},
-    ),
-    *topk_kernels.SHIPPED,
-)

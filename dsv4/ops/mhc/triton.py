@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.kernels import Shipped, processors
+from dsv4.ops.kernels import processors
 from dsv4.ops.mhc.site import PendingPost, Site, SublayerInput
 
 STREAMS = 4
@@ -51,7 +51,7 @@ def _project_tile(x, w, mix):
     return mix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def project_kernel(
     streams, token_stride, fn, part_mix, part_squares, num_tokens, width, share,
     N: tl.constexpr, NB: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
@@ -127,7 +127,7 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "num_tokens"])
 def pre_kernel(
     streams, token_stride, part_mix, part_squares, parts, base, scale, norm_weight, out, out_post, out_comb,
     num_tokens, D, rms_eps, hc_eps, iters, BD: tl.constexpr, PARTS: tl.constexpr,
@@ -155,7 +155,7 @@ def pre_kernel(
     _collapse_and_norm(streams, token_stride, t, weights, norm_weight, out, D, rms_eps, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "num_tokens"])
 def head_kernel(
     streams, token_stride, part_mix, part_squares, parts, base, scale, norm_weight, out, num_tokens, D, rms_eps, hc_eps,
     BD: tl.constexpr, PARTS: tl.constexpr,
@@ -188,7 +188,7 @@ def post_kernel(streams, token_stride, y, y_stride, post_weight, comb, out, D, B
         tl.store(out + t * 4 * D + k * D + d, mixed.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def post_project_kernel(
     streams, token_stride, y, y_stride, post_weight, comb, out, fn, part_mix, part_squares, num_tokens, D, share,
     N: tl.constexpr, NB: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
@@ -312,7 +312,7 @@ def _finish_pre(streams: Tensor, projected: _Projection | None, site: Site) -> S
             site.hc_eps,
             site.iters,
             BD=triton.next_power_of_2(dim),
-            PARTS=triton.next_power_of_2(projected.count),
+            PARTS=MAX_PARTS,
             num_warps=_row_warps(dim),
         )
     return SublayerInput(x, streams, post_weight, comb)
@@ -387,36 +387,7 @@ def head(streams: Tensor, site: Site) -> Tensor:
             site.rms_eps,
             site.hc_eps,
             BD=triton.next_power_of_2(dim),
-            PARTS=triton.next_power_of_2(projected.count),
+            PARTS=MAX_PARTS,
             num_warps=_row_warps(dim),
         )
     return out
-
-
-_TYPES = {
-    "streams": "*bf16",
-    "fn": "*fp32",
-    "part_mix": "*fp32",
-    "part_squares": "*fp32",
-    "base": "*fp32",
-    "scale": "*fp32",
-    "norm_weight": "*bf16",
-    "out": "*bf16",
-    "out_post": "*fp32",
-    "out_comb": "*fp32",
-    "y": "*bf16",
-    "post_weight": "*fp32",
-    "comb": "*fp32",
-}
-
-SHIPPED = (
-    Shipped("mhc project", project_kernel, _TYPES, {"N": 24, "NB": 32, "BT": PART_TOKENS, "BK": PART_WIDTH}, 4),
-    Shipped("mhc project head", project_kernel, _TYPES, {"N": 4, "NB": 16, "BT": PART_TOKENS, "BK": PART_WIDTH}, 4),
-    Shipped("mhc pre flash", pre_kernel, _TYPES, {"BD": 4096, "PARTS": 64}, 8),
-    Shipped("mhc pre pro", pre_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 12, "sm86": 16}),
-    Shipped(
-        "mhc post project", post_project_kernel, _TYPES, {"N": 24, "NB": 32, "BT": PART_TOKENS, "BK": POST_WIDTH}, 4
-    ),
-    Shipped("mhc post", post_kernel, _TYPES, {"BD": 1024}, 4),
-    Shipped("mhc head", head_kernel, _TYPES, {"BD": 8192, "PARTS": 64}, 16, spill={"sm80": 8, "sm86": 96}),
-)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.kernels import Shipped, register_limit
+from dsv4.ops.kernels import register_limit
 from dsv4.ops.quant.triton import decode_e2m1, ue8m0_value
 
 BN, BK = 64, 128
@@ -191,42 +191,3 @@ def experts_mxfp4(
         **shape,
     )
     return parts.sum(1).to(x.dtype)
-
-
-_TYPES = {
-    "x": "*bf16",
-    "h": "*bf16",
-    "packed": "*u8",
-    "scales": "*u8",
-    "order": "*i32",
-    "block_expert": "*i32",
-    "block_first": "*i32",
-    "block_end": "*i32",
-    "weights": "*fp32",
-    "limit": "fp32",
-}
-
-SHIPPED = (
-    *(
-        Shipped(
-            f"mxfp4 gate_up M{rows}",
-            gate_up_kernel,
-            {**_TYPES, "out": "*bf16"},
-            {"E": 256, "BM": rows, "BN": BN, "BK": BK},
-            4,
-            vendor="amd",
-        )
-        for rows in (16, 64)
-    ),
-    *(
-        Shipped(
-            f"mxfp4 down M{rows}",
-            down_kernel,
-            {**_TYPES, "out": "*fp32"},
-            {"E": 256, "BM": rows, "BN": BN, "BK": BK},
-            4,
-            vendor="amd",
-        )
-        for rows in (16, 64)
-    ),
-)

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.ops.kernels import Shipped
-from dsv4.ops.moe import mxfp4
 from dsv4.ops.moe.mxfp4 import experts_mxfp4
 
 __all__ = ["experts_mxfp4", "route_hash", "route_topk", "swiglu"]
@@ -175,26 +173,3 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
         grid = (num_tokens, triton.cdiv(width, SWIGLU_BLOCK))
         swiglu_kernel[grid](gate, gate.stride(0), up, up.stride(0), out, width, limit, BLOCK=SWIGLU_BLOCK, num_warps=4)
     return out
-
-
-_TYPES = {
-    "logits": "*fp32",
-    "bias": "*fp32",
-    "weights": "*fp32",
-    "ids": "*i32",
-    "factor": "fp32",
-    "table": "*i32",
-    "input_ids": "*i64",
-    "gate": "*bf16",
-    "up": "*bf16",
-    "out": "*bf16",
-    "limit": "fp32",
-}
-
-SHIPPED = (
-    Shipped("route_topk flash", route_topk_kernel, _TYPES, {"E": 256, "EB": 256, "K": 6, "KB": 8}, 2),
-    Shipped("route_topk pro", route_topk_kernel, _TYPES, {"E": 384, "EB": 512, "K": 6, "KB": 8}, 2),
-    Shipped("route_hash", route_hash_kernel, _TYPES, {"E": 384, "K": 6, "KB": 8}, 1),
-    Shipped("swiglu", swiglu_kernel, _TYPES, {"BLOCK": SWIGLU_BLOCK}, 4),
-    *mxfp4.SHIPPED,
-)

@@ -59,12 +59,13 @@ def _compress_store(state: PagedState, step: EntryStep) -> None:
     store_entries(pooled, state.projected.norm_weight, step.eps, step.entry_cos_sin[tokens], entries)
 
 
-def update(states: Sequence[PagedState], step: EntryStep) -> None:
+def update(states: Sequence[PagedState], step: EntryStep, *, shared: bool = False) -> None:
     """`save_state`, then `compress_store`, of the same tokens, for each of the caches, one or two.
 
-    A kernel may do both at once, so no token may be given a state slot that an entry completed in
-    the same step still reads as another token's: pages never are, a ring must have room for the
-    step beside the windows.
+    shared: whether an entry may read a row that another request writes in this step, as where vLLM
+    lets a request hit the pages of one that it scheduled in the same step. Where none can, a kernel
+    may do both at once. No token may be given a slot that an entry of the same step still reads as
+    that of an earlier position: a ring must have room for the step beside the windows.
     """
     for state in states:
         save_state(state.projected, step.positions, state.rows)

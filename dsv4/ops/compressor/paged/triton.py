@@ -18,14 +18,12 @@ from dsv4.ops.compressor.entry_triton import (
     at_most_two,
     constant,
     entry_group,
-    entry_types,
     projected_group,
-    projected_types,
     store_entry,
+    table_shape,
 )
 from dsv4.ops.compressor.paged.state import PagedState
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import SlotMapping
 
 
@@ -40,13 +38,12 @@ class RowGroup(NamedTuple):
 
 
 class PagedGroup(NamedTuple):
-    """A `PagedState`."""
+    """A `PagedState`, but for what changes from step to step: Triton compiles anew for every class
+    of an integer in a group."""
 
     projected: ProjectedGroup
     rows: RowGroup
     block_table: Any
-    block_table_stride: Any
-    block_table_width: Any
     entries: EntryGroup
 
 
@@ -103,7 +100,7 @@ def save_state(projected: Projected, positions: Tensor, rows: SlotMapping) -> No
 
 @triton.jit
 def _compress_store(
-    cache, t, positions, request_of_token, cos_sin, eps,
+    cache, table_stride, table_width, t, positions, request_of_token, cos_sin, eps,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """What the program of token t does for one cache: if it completes an entry, pool OVERLAP *
@@ -121,7 +118,7 @@ def _compress_store(
     if (entry_slot >= 0) & (entry_slot < cache.entries.num_slots):
         position = tl.load(positions + t).to(tl.int32)
         request = tl.load(request_of_token + t)
-        table = cache.block_table + request.to(tl.int64) * cache.block_table_stride
+        table = cache.block_table + request.to(tl.int64) * table_stride
         d = tl.arange(0, D)
         m = tl.full([D], float("-inf"), tl.float32)
         weight = tl.zeros([D], tl.float32)
@@ -134,7 +131,7 @@ def _compress_store(
             # Columns A of the window before, columns B of the entry's own.
             column = tl.where(r < (OVERLAP - 1) * RATIO, 0, (OVERLAP - 1) * D)
             at_page = tl.maximum(at, 0) // ROWS
-            stored = exists & (at_page < cache.block_table_width)
+            stored = exists & (at_page < table_width)
             if SAVE:
                 i = t - back
                 own = exists & (i >= 0)
@@ -167,17 +164,29 @@ def _compress_store(
         store_entry(entry, cache.projected.norm_weight, eps, cos_sin + t * ROPE, cache.entries, entry_slot, D, ROPE)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_table_stride", "first_table_width", "second_table_stride", "second_table_width"],
+)
 def compress_store_kernel(
-    first, second, positions, request_of_token, cos_sin, eps,
+    first, first_table_stride, first_table_width, second, second_table_stride, second_table_width,
+    positions, request_of_token, cos_sin, eps,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """grid (T, caches). first, second: `PagedGroup`s; second is None for a layer with one cache."""
+    """grid (T, caches). first, second: `PagedGroup`s, with tables of *_table_width columns.
+
+    second: None for a layer with one cache
+    """
     t = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
-        _compress_store(first, t, positions, request_of_token, cos_sin, eps, RATIO, OVERLAP, ROPE, BR, SAVE)
+        _compress_store(
+            first, first_table_stride, first_table_width, t, positions, request_of_token, cos_sin, eps,
+            RATIO, OVERLAP, ROPE, BR, SAVE,
+        )  # fmt: skip
     elif second is not None:
-        _compress_store(second, t, positions, request_of_token, cos_sin, eps, RATIO, OVERLAP, ROPE, BR, SAVE)
+        _compress_store(
+            second, second_table_stride, second_table_width, t, positions, request_of_token, cos_sin, eps,
+            RATIO, OVERLAP, ROPE, BR, SAVE,
+        )  # fmt: skip
 
 
 def _group(state: PagedState) -> PagedGroup:
@@ -185,8 +194,6 @@ def _group(state: PagedState) -> PagedGroup:
         projected=projected_group(state.projected),
         rows=_row_group(state.rows),
         block_table=state.block_table,
-        block_table_stride=state.block_table.stride(0),
-        block_table_width=state.block_table.shape[1],
         entries=entry_group(state.entries),
     )
 
@@ -197,7 +204,9 @@ def _launch(op: str, states: Sequence[PagedState], step: EntryStep, save: bool) 
     first, second = at_most_two(op, [_group(state) for state in states])
     compress_store_kernel[(step.positions.shape[0], len(states))](
         first,
+        *table_shape(states[0].block_table),
         second,
+        *table_shape(states[-1].block_table),
         step.positions,
         step.request_of_token,
         step.entry_cos_sin,
@@ -216,60 +225,9 @@ def compress_store(states: Sequence[PagedState], step: EntryStep) -> None:
     _launch("compressor.compress_store", states, step, save=False)
 
 
-def update(states: Sequence[PagedState], step: EntryStep) -> None:
+def update(states: Sequence[PagedState], step: EntryStep, *, shared: bool = False) -> None:
     """See `reference.update`. Raises ValueError for more than a CSA layer's two caches."""
-    _launch("compressor.update", states, step, save=True)
-
-
-def _row_types(ratio: int) -> RowGroup:
-    return RowGroup("*i32", "*fp32", "i32", "i32", 4 if ratio == 4 else 8)
-
-
-def _types(ratio: int, dim: int, row_format: int) -> PagedGroup:
-    return PagedGroup(projected_types(dim), _row_types(ratio), "*i32", "i32", "i32", entry_types(ratio, row_format))
-
-
-def _compress(
-    name: str,
-    ratio: int,
-    dim: int,
-    row_format: int,
-    index_format: int | None = None,
-    *,
-    save: bool = True,
-) -> Shipped:
-    types: dict[str, Any] = {
-        "positions": "*i64",
-        "request_of_token": "*i32",
-        "cos_sin": "*fp32",
-        "first": _types(ratio, dim, row_format),
-    }
-    constants: dict[str, Any] = {
-        "RATIO": ratio,
-        "OVERLAP": 2 if ratio == 4 else 1,
-        "ROPE": 64,
-        "BR": ROWS_AT_ONCE,
-        "SAVE": save,
-    }
-    if index_format is None:
-        constants["second"] = None
-    else:
-        types["second"] = _types(ratio, 128, index_format)
-    return Shipped(name, compress_store_kernel, types, constants, num_warps=4)
-
-
-SHIPPED = (
-    Shipped(
-        "save_state csa",
-        save_state_kernel,
-        {"projected": projected_types(512), "rows": _row_types(4), "positions": "*i64"},
-        {"WIDTH": 1024, "BLOCK": 1024, "RATIO": 4},
-        num_warps=4,
-    ),
-    _compress("compress csa fp8 + index fp8", 4, 512, 1, 2),
-    _compress("compress csa fp8 + index mxfp4", 4, 512, 1, 3),
-    _compress("compress csa bf16 + index bf16", 4, 512, 0, 0),
-    _compress("compress index fp8", 4, 128, 2),
-    _compress("compress hca fp8", 128, 512, 1),
-    _compress("compress hca bf16", 128, 512, 0, save=False),
-)
+    if shared:  # programs of one launch run in any order: a row must be written in a launch before
+        for state in states:
+            save_state(state.projected, step.positions, state.rows)
+    _launch("compressor.update", states, step, save=not shared)

@@ -22,32 +22,28 @@ from dsv4.ops.compressor.entry_triton import (
     ProjectedGroup,
     at_most_two,
     entry_group,
-    entry_types,
     projected_group,
-    projected_types,
     store_entry,
+    table_shape,
 )
 from dsv4.ops.compressor.projected import EntryStep
 from dsv4.ops.compressor.summary.state import SummaryState
-from dsv4.ops.kernels import Shipped
 from dsv4.ops.pages import BatchView
 
 
 class SummaryGroup(NamedTuple):
-    """A `SummaryState`. Without tails `tail` is any pointer."""
+    """A `SummaryState`, but for what Triton would compile anew for every class of. Without tails
+    `tail` is any pointer."""
 
     projected: ProjectedGroup
     summaries: Any
     summaries_stride: Any
     num_summaries: Any
     state_page: Any
-    state_page_stride: Any
     tail: Any
     tail_stride: Any
     num_tails: Any
     block_table: Any
-    block_table_stride: Any
-    block_table_width: Any
     entries: EntryGroup
 
 
@@ -117,7 +113,7 @@ def _pool_rows(
 
 @triton.jit
 def _compress(
-    cache, t, request, first_token, start, end, cos_sin, eps,
+    cache, state_page_stride, table_stride, table_width, t, request, first_token, start, end, cos_sin, eps,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr,
     TAILS: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
@@ -135,10 +131,10 @@ def _compress(
     is_first = t == first_token
     token_of_0 = first_token - start
     position = (t - token_of_0).to(tl.int32)
-    page = tl.load(cache.state_page + request * cache.state_page_stride)
+    page = tl.load(cache.state_page + request * state_page_stride)
     has_state = (page >= 0) & (page < cache.num_summaries)
     kept = cache.summaries + tl.where(has_state, page, 0).to(tl.int64) * cache.summaries_stride
-    table = cache.block_table + request * cache.block_table_stride
+    table = cache.block_table + request * table_stride
     jobs = 1
     if POOL:
         jobs = tl.where(is_first, 1 + 2 * OVERLAP, 2)
@@ -155,7 +151,7 @@ def _compress(
         # Where in its page the summary that this job writes, or reads, lies.
         tail_place = tl.where(to_tail, position, window - 1) // PAGE
         wants_tail = (to_tail & (window % PAGE == 0)) | (from_tail & (to_state == 0) & (window > 0))
-        wants_tail = wants_tail & (tail_place < cache.block_table_width)
+        wants_tail = wants_tail & (tail_place < table_width)
         tail_page = tl.load(table + tail_place, mask=wants_tail, other=-1)
         has_tail = (tail_page >= 0) & (tail_page < cache.num_tails)
         tail_at = cache.tail + tl.where(has_tail, tail_page, 0).to(tl.int64) * cache.tail_stride
@@ -183,13 +179,27 @@ def _compress(
                     store_entry(pooled, cache.projected.norm_weight, eps, row, cache.entries, slot, D, ROPE)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_state_stride",
+        "first_table_stride",
+        "first_table_width",
+        "second_state_stride",
+        "second_table_stride",
+        "second_table_width",
+    ],
+)
 def summary_kernel(
-    first, second, query_start_loc, seq_lens, request_of_token, cos_sin, eps,
+    first, first_state_stride, first_table_stride, first_table_width,
+    second, second_state_stride, second_table_stride, second_table_width, query_start_loc, seq_lens, request_of_token, cos_sin, eps,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, ROPE: tl.constexpr, BR: tl.constexpr,
     TAILS: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """grid (T, caches). first, second: `SummaryGroup`s; second is None for a layer with one cache.
+    """grid (T, caches). first, second: `SummaryGroup`s.
+
+    second: None for a layer with one cache
+    *_state_stride: how far a group's state pages lie apart
+    *_table_width: columns of its block table
 
     TAILS: write the page-end tails
     POOL: store entries and state; both in one launch only when no request has more than one token
@@ -202,9 +212,15 @@ def summary_kernel(
         end = tl.load(seq_lens + request)
         start = end - (next_token - first_token)
         if tl.program_id(1) == 0:
-            _compress(first, t, request, first_token, start, end, cos_sin, eps, RATIO, OVERLAP, ROPE, BR, TAILS, POOL)
+            _compress(
+                first, first_state_stride, first_table_stride, first_table_width, t, request, first_token, start, end,
+                cos_sin, eps, RATIO, OVERLAP, ROPE, BR, TAILS, POOL,
+            )  # fmt: skip
         elif second is not None:
-            _compress(second, t, request, first_token, start, end, cos_sin, eps, RATIO, OVERLAP, ROPE, BR, TAILS, POOL)
+            _compress(
+                second, second_state_stride, second_table_stride, second_table_width, t, request, first_token, start,
+                end, cos_sin, eps, RATIO, OVERLAP, ROPE, BR, TAILS, POOL,
+            )  # fmt: skip
 
 
 def _group(state: SummaryState) -> SummaryGroup:
@@ -215,13 +231,10 @@ def _group(state: SummaryState) -> SummaryGroup:
         summaries_stride=state.summaries.stride(0),
         num_summaries=state.summaries.shape[0],
         state_page=state.state_page,
-        state_page_stride=state.state_page.stride(0),
         tail=tail,
         tail_stride=tail.stride(0),
         num_tails=tail.shape[0],
         block_table=state.block_table,
-        block_table_stride=state.block_table.stride(0),
-        block_table_width=state.block_table.shape[1],
         entries=entry_group(state.entries),
     )
 
@@ -235,7 +248,11 @@ def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) 
     def launch(tails: bool, pool: bool) -> None:
         summary_kernel[(step.positions.shape[0], len(states))](
             first,
+            states[0].state_page.stride(0),
+            *table_shape(states[0].block_table),
             second,
+            states[-1].state_page.stride(0),
+            *table_shape(states[-1].block_table),
             batch.query_start_loc,
             batch.seq_lens,
             step.request_of_token,
@@ -256,63 +273,3 @@ def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) 
         launch(tails=False, pool=True)
     else:
         launch(tails=has_tails, pool=True)
-
-
-def _types(ratio: int, dim: int, row_format: int) -> SummaryGroup:
-    return SummaryGroup(
-        projected=projected_types(dim),
-        summaries="*fp32",
-        summaries_stride="i32",
-        num_summaries="i32",
-        state_page="*i32",
-        state_page_stride="i32",
-        tail="*fp32",
-        tail_stride="i32",
-        num_tails="i32",
-        block_table="*i32",
-        block_table_stride="i32",
-        block_table_width="i32",
-        entries=entry_types(ratio, row_format),
-    )
-
-
-def _shipped(
-    name: str,
-    ratio: int,
-    row_format: int,
-    index_format: int | None,
-    *,
-    tails: bool,
-    pool: bool = True,
-) -> Shipped:
-    types: dict[str, Any] = {
-        "first": _types(ratio, 512, row_format),
-        "query_start_loc": "*i32",
-        "seq_lens": "*i32",
-        "request_of_token": "*i32",
-        "cos_sin": "*fp32",
-    }
-    constants: dict[str, Any] = {
-        "RATIO": ratio,
-        "OVERLAP": 2 if ratio == 4 else 1,
-        "ROPE": 64,
-        "BR": ROWS_AT_ONCE,
-        "TAILS": tails,
-        "POOL": pool,
-    }
-    if index_format is None:
-        constants["second"] = None
-    else:
-        types["second"] = _types(ratio, 128, index_format)
-    return Shipped(name, summary_kernel, types, constants, num_warps=4)
-
-
-SHIPPED = (
-    _shipped("summary tails", 4, 1, 2, tails=True, pool=False),
-    _shipped("summary csa fp8 + index fp8", 4, 1, 2, tails=False),
-    _shipped("summary csa fp8 + index fp8 decode", 4, 1, 2, tails=True),
-    _shipped("summary csa fp8 + index mxfp4 decode", 4, 1, 3, tails=True),
-    _shipped("summary csa bf16 + index bf16 decode", 4, 0, 0, tails=True),
-    _shipped("summary hca fp8", 128, 1, None, tails=False),
-    _shipped("summary hca bf16", 128, 0, None, tails=False),
-)
