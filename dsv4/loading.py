@@ -11,8 +11,22 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dsv4.errors import CheckpointError
+from dsv4.errors import CompatError
+from dsv4.model.checkpoint import TensorHeader, compare
+from dsv4.model.config import V4Config
+from dsv4.model.tensors import DRAFT_PREFIX, tensor_specs
 from dsv4.ops.quant.reference import scale_value
+
+# How safetensors spells the dtypes of released tensors.
+DTYPES = {
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0", torch.int8: "I8", torch.bfloat16: "BF16",
+    torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+
+# Load formats, as both engines call them, whose tensors arrive here one by one, by released names;
+# others copy into parameters by themselves, where nobody counts. dummy reads none.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache",
+                "runai_streamer", "dummy")  # fmt: skip
 
 _EXPERT = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.(weight|scale)$")
 
@@ -109,47 +123,96 @@ def as_stored(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype is torch.int8 and dtype is torch.uint8 else tensor
 
 
-def load_released(
-    params: Mapping[str, nn.Parameter],
-    weights: Iterable[tuple[str, Tensor]],
-    tp_rank: int,
-    elsewhere: Callable[[str], bool] = lambda name: False,
-) -> set[str]:
-    """Hand each released tensor of the backbone to the sharding loader that the engine put on its
-    parameter.
+def hand_over(params: Mapping[str, nn.Parameter], name: str, tensor: Tensor, tp_rank: int) -> None:
+    """Give a released tensor to the loader of the parameter that it is, or is a part of."""
+    expert = expert_tensor(name)
+    if expert is None:
+        target, shard = parameter_name(name)
+        _load(params[target], as_stored(params[target].dtype, tensor), shard, tp_rank)
+        return
+    target = expert_parameter(expert, params)
+    param = params[target]
+    assert isinstance(param, ShardedParameter)
+    param.weight_loader(param, as_stored(param.dtype, tensor), target, shard_id=expert.linear, expert_id=expert.expert)
 
-    params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`;
-    weights: in any order, `mtp.*` is left out; elsewhere: whether another pipeline rank has that
-    parameter. Returns the names of the loaded parameters. Raises CheckpointError naming what is
-    missing or unknown.
+
+def owns_all(parameter: str, expert: ExpertTensor | None) -> bool:
+    """Of the only rank there is. See `ReleasedLoader`."""
+    return True
+
+
+class ReleasedLoader:
+    """Hands each released tensor of the backbone to the sharding loader that the engine put on its
+    parameter, and knows which are still to come.
+
+    Tensors are counted, not parameters: a fused parameter has several, and is not loaded before the
+    last of them.
     """
-    loaded: set[str] = set()
-    unknown: list[str] = []
-    for name, tensor in weights:
-        if name.startswith("mtp."):
-            continue
-        expert = expert_tensor(name)
-        target, shard = parameter_name(name) if expert is None else (_expert_parameter(expert, params), None)
-        if elsewhere(target):
-            continue
-        if target not in params:
-            unknown.append(name)
-            continue
-        param = params[target]
-        tensor = as_stored(param.dtype, tensor)
-        if expert is None:
-            _load(param, tensor, shard, tp_rank)
-        else:  # an expert that lives on another expert-parallel rank is left out by the engine's loader
-            assert isinstance(param, ShardedParameter)
-            param.weight_loader(param, tensor, target, shard_id=expert.linear, expert_id=expert.expert)
-        loaded.add(target)
-    missing = sorted(set(params) - loaded)
-    if unknown or missing:
-        raise CheckpointError(f"no parameter for {unknown}, no tensor for {missing}; is the download complete?")
-    return loaded
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        config: V4Config,
+        tp_rank: int,
+        owns: Callable[[str, ExpertTensor | None], bool] = owns_all,
+    ) -> None:
+        """params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`
+
+        owns: whether this rank has that parameter and, of a routed expert's, that expert; others
+        are another pipeline stage's or expert-parallel rank's
+        """
+        self.params, self.config, self.tp_rank = params, config, tp_rank
+        self.specs = tensor_specs(config, include_draft=False)
+        self.ours: dict[str, str] = {}  # the parameter of each released tensor that is expected here
+        for name in self.specs:
+            expert = expert_tensor(name)
+            target = parameter_name(name)[0] if expert is None else expert_parameter(expert, params)
+            if owns(target, expert):
+                self.ours[name] = target
+        self.given: dict[str, TensorHeader] = {}
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        needed = set(self.ours.values())
+        for kind, names in (
+            ("no parameter for what a checkpoint holds", needed - set(self.params)),
+            ("nothing in a checkpoint for", set(self.params) - needed),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:8])
+                raise CompatError(f"the model has {kind}: {shown} ({len(names)} in all); report this engine's version")
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load what is ours of `weights`, in any order; `mtp.*` is left out.
+
+        Returns the names of the parameters that something was loaded into. A tensor that does not
+        fit is not loaded, and `finish` says so.
+        """
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if name.startswith(DRAFT_PREFIX):
+                continue
+            self.given[name] = header = _header(tensor)
+            spec = self.specs.get(name)
+            if spec is None or not spec.admits(header.shape, header.dtype) or name not in self.ours:
+                continue
+            hand_over(self.params, name, tensor, self.tp_rank)
+            loaded.add(self.ours[name])
+        return loaded
+
+    def finish(self, where: str) -> None:
+        """Raise CheckpointError, beginning with `where`, unless all that is ours was given, and
+        nothing that is no tensor of this model, or has another shape or dtype."""
+        expected = {name: spec for name, spec in self.specs.items() if name in self.ours or name in self.given}
+        compare(where, self.config, expected, self.given)
 
 
-def _expert_parameter(expert: ExpertTensor, params: Mapping[str, nn.Parameter]) -> str:
+def _header(tensor: Tensor) -> TensorHeader:
+    return TensorHeader("", DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+
+
+def expert_parameter(expert: ExpertTensor, params: Mapping[str, nn.Parameter]) -> str:
+    """The parameter that a routed expert's tensor is a part of."""
     weight = f"{expert.layer}.{expert.stem}_weight"
     if not expert.is_scale:
         return weight

@@ -343,4 +343,4 @@ class DeepseekV4PluginForCausalLM(nn.Module):
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return load_weights(self, weights, get_parallel().tp_rank)
+        return load_weights(self, self.v4_config, released_config.source(self.config), weights, get_parallel().tp_rank)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dsv4.errors import DeploymentError
+from dsv4.loading import LOAD_FORMATS
 from dsv4.machine.decide import Device, detect_devices, weakest
 from dsv4.model.checkpoint import validate
 from dsv4.model.config import V4Config
@@ -65,6 +66,11 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             "a captured prefill would repeat the step that was captured",
         ),
         (bool(args.enable_lora or args.lora_paths), "--enable-lora", "LoRA is not wired"),
+        (
+            args.load_format not in LOAD_FORMATS,
+            f"--load-format {args.load_format}",
+            "tensors that it loads are not checked",
+        ),
     )
     for refused, flag, reason in refusals:
         if refused:

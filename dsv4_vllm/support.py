@@ -7,6 +7,7 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 
 from dsv4.errors import DeploymentError
+from dsv4.loading import LOAD_FORMATS
 from dsv4.model.config import V4Config
 from dsv4_vllm.options import cache_formats, state_mapping
 
@@ -37,6 +38,11 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
             vllm_config.kv_transfer_config is not None,
             "--kv-transfer-config",
             "KV transfer has not been tested with dsv4's caches; leave it out",
+        ),
+        (
+            vllm_config.load_config.load_format not in LOAD_FORMATS,
+            f"--load-format {vllm_config.load_config.load_format}",
+            f"tensors that it loads are not checked; use one of {', '.join(LOAD_FORMATS)}",
         ),
     )
     for refused, flag, advice in refusals:

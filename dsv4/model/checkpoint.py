@@ -156,7 +156,7 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
         )
     specs = tensor_specs(config, include_draft=has_draft or require_draft)
     ignored = tuple(n for n in headers if n.startswith(DRAFT_PREFIX)) if config.draft == "none" else ()
-    _compare(folder, config, specs, {n: h for n, h in headers.items() if n not in set(ignored)})
+    compare(str(folder), config, specs, {n: h for n, h in headers.items() if n not in set(ignored)})
     return CheckpointReport(
         folder=folder,
         config=config,
@@ -167,9 +167,8 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
     )
 
 
-def _compare(
-    folder: Path, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]
-) -> None:
+def compare(where: str, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]) -> None:
+    """Raise CheckpointError, beginning with `where`, unless `headers` are what `specs` say."""
     missing = [name for name in specs if name not in headers]
     extra = [name for name in headers if name not in specs]
     shape, dtype = [], []
@@ -189,7 +188,7 @@ def _compare(
     lines = _group(
         [(n, "is missing") for n in missing] + [(n, "is not a tensor of this model") for n in extra] + shape + dtype
     )
-    raise CheckpointError(_list(f"{folder}: {counts}; {hint}", lines))
+    raise CheckpointError(_list(f"{where}: {counts}; {hint}", lines))
 
 
 _FAMILY_OF_HIDDEN_SIZE = {4096: "Flash", 7168: "Pro"}
@@ -229,7 +228,8 @@ def _hint(
     return "download the checkpoint again, or give the config.json that came with it"
 
 
-_LITERAL = 8  # groups up to this size are listed tensor by tensor
+_MOST_LINES = 60  # of one message: whoever reads it needs the kind, not each of 70,000 names
+_LITERAL = 8  # tensors of one pattern that are listed one by one, where all problems have room
 
 
 def _group(problems: Sequence[tuple[str, str]]) -> list[str]:
@@ -240,11 +240,16 @@ def _group(problems: Sequence[tuple[str, str]]) -> list[str]:
     for name, problem in problems:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
         groups[pattern, problem].append(tuple(int(n) for n in re.findall(r"(?<=\.)(\d+)(?=\.)", name)))
-    return [f"{name} {problem}" for (pattern, problem), indices in groups.items() for name in _names(pattern, indices)]
+    literal = _LITERAL if len(problems) <= _MOST_LINES else 1
+    return [
+        f"{name} {problem}"
+        for (pattern, problem), indices in groups.items()
+        for name in _names(pattern, indices, literal)
+    ]
 
 
-def _names(pattern: str, indices: Sequence[tuple[int, ...]]) -> list[str]:
-    if len(indices) <= _LITERAL:
+def _names(pattern: str, indices: Sequence[tuple[int, ...]], literal: int) -> list[str]:
+    if len(indices) <= literal:
         return [pattern.format(*index) for index in indices]
     return [pattern.format(*box) for box in _boxes(frozenset(indices))]
 
@@ -275,4 +280,5 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _list(title: str, items: Sequence[str]) -> str:
-    return "\n  ".join((title, *items))
+    more = [f"and {len(items) - _MOST_LINES} more like these"] if len(items) > _MOST_LINES else []
+    return "\n  ".join((title, *items[:_MOST_LINES], *more))

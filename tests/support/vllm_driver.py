@@ -107,7 +107,7 @@ def main() -> None:
         from tests.support import interpreter_bf16
 
         interpreter_bf16.install()
-    mapped = []
+    mapped = {}
     if plan.get("mapping"):
         from tests.support import mapping
 
@@ -147,7 +147,7 @@ def main() -> None:
     }
     if mapped:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        result["counts"] = {"mapped": mapped, "parameters": mapping.parameters(runner.get_model())}
+        result["counts"] = {"mapped": list(mapped), "parameters": mapping.parameters(runner.get_model())}
     if recorded is not None:
         import torch
 
