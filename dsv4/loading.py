@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dsv4.errors import CompatError
-from dsv4.model.checkpoint import TensorHeader, compare
+from dsv4.model.checkpoint import TensorHeader, check_table, compare
 from dsv4.model.config import V4Config
-from dsv4.model.tensors import DRAFT_PREFIX, tensor_specs
+from dsv4.model.tensors import DRAFT_PREFIX, Component, tensor_specs
 from dsv4.ops.quant.reference import scale_value
 
 # How safetensors spells the dtypes of released tensors.
@@ -186,7 +186,8 @@ class ReleasedLoader:
         """Load what is ours of `weights`, in any order; `mtp.*` is left out.
 
         Returns the names of the parameters that something was loaded into. A tensor that does not
-        fit is not loaded, and `finish` says so.
+        fit is not loaded, and `finish` says so. Raises CheckpointError for a hash table that names
+        experts which do not exist.
         """
         loaded: set[str] = set()
         for name, tensor in weights:
@@ -196,6 +197,8 @@ class ReleasedLoader:
             spec = self.specs.get(name)
             if spec is None or not spec.admits(header.shape, header.dtype) or name not in self.ours:
                 continue
+            if spec.component is Component.TID2EID:
+                check_table("the tensors that are loaded", name, int(tensor.min()), int(tensor.max()), self.config)
             hand_over(self.params, name, tensor, self.tp_rank)
             loaded.add(self.ours[name])
         return loaded

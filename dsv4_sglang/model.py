@@ -270,6 +270,7 @@ class V4Attention(nn.Module):
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
+        self.name = prefix
         self.attn = V4Attention(config, layer, quant, add_prefix("attn", prefix))
         self.ffn = V4Moe(config, layer, quant, add_prefix("ffn", prefix))
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -280,6 +281,7 @@ class V4DecoderLayer(nn.Module):
         """See `decoder_step`."""
         return decoder_step(
             before,
+            name=self.name,
             attn_site=self.hc_attn.site(self.attn_norm.weight),
             attn=lambda x: self.attn(x, rope),
             ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
@@ -340,7 +342,10 @@ class DeepseekV4PluginForCausalLM(nn.Module):
                 "embeddings as input cannot be routed: V4 chooses the experts of its first layers by token id"
             )
         hidden = self.model(input_ids, positions)
-        return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
+        out = self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
+        if out.next_token_logits is not None:
+            check.finite("logits", out.next_token_logits, of_requests=True)
+        return out
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return load_weights(self, self.v4_config, released_config.source(self.config), weights, get_parallel().tp_rank)

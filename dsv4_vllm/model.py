@@ -389,6 +389,7 @@ class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         layer = config.layers[int(prefix.rsplit(".", 1)[1])]
+        self.name = prefix
         self.attn = V4Attention(config, layer, vllm_config, f"{prefix}.attn")
         self.ffn = V4Moe(config, layer, vllm_config, f"{prefix}.ffn")
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -399,6 +400,7 @@ class V4DecoderLayer(nn.Module):
         """See `decoder_step`."""
         return decoder_step(
             before,
+            name=self.name,
             attn_site=self.hc_attn.site(self.attn_norm.weight),
             attn=lambda x: self.attn(x, rope),
             ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
@@ -510,7 +512,8 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        return None if logits is None else check.finite("logits", logits, of_requests=True)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return load_weights(self, self.v4_config, self.model_path, weights, get_tensor_model_parallel_rank())

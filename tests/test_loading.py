@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dsv4.errors import CheckpointError, CompatError
 from dsv4.loading import DTYPES, ExpertTensor, ReleasedLoader, expert_tensor, hand_over, parameter_name
 from dsv4.model.config import V4Config
-from dsv4.model.tensors import TensorSpec, tensor_specs
+from dsv4.model.tensors import Component, TensorSpec, tensor_specs
 from dsv4.reference.tiny import tiny_config
 
 CONFIG = V4Config.from_dict(tiny_config("flash", num_layers=4))
@@ -23,7 +23,9 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def stored(spec: TensorSpec) -> Tensor:
-    """A tensor as a checkpoint stores it, without memory."""
+    """A tensor as a checkpoint stores it, without memory where its values do not matter."""
+    if spec.component is Component.TID2EID:
+        return torch.zeros(spec.shape, dtype=torch.int64)
     return torch.empty(spec.shape, dtype=TORCH[spec.dtype], device="meta")
 
 
@@ -117,6 +119,15 @@ def test_what_does_not_fit_is_not_loaded(tensor: Tensor, words: str) -> None:
     assert norm.eq(7).all()
     with pytest.raises(CheckpointError, match=re.escape(f"norm.weight {words}")):
         one.finish("here")
+
+
+@pytest.mark.parametrize(("row", "column", "value"), [(0, 0, 8), (511, 1, -1), (17, 1, 1 << 40)])
+def test_a_hash_table_that_names_no_expert_is_refused_while_it_is_loaded(row: int, column: int, value: int) -> None:
+    name = "layers.1.ffn.gate.tid2eid"
+    table = torch.zeros(SPECS[name].shape, dtype=torch.int64)
+    table[row, column] = value
+    with pytest.raises(CheckpointError, match=rf"{name} holds expert ids from .*{value}.*experts 0 to 7"):
+        loader().load([(name, table)])
 
 
 def test_parameters_and_released_tensors_are_of_one_model() -> None:

@@ -51,7 +51,7 @@ VARIABLES = {
             "DSV4_CHECK",
             _OFF,
             (_OFF, _ON),
-            "check operators' slots, lengths and ids before each call; slow, without CUDA graphs, for debugging",
+            "check operators' slots, lengths and ids before each call, and that each sublayer's output is finite; slow, without CUDA graphs, for debugging",
         ),
         Variable(
             "DSV4_STATE",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint folder holds, by its safetensors headers alone, and whether that is what
-config.json implies.
+"""What a checkpoint folder holds, by its safetensors headers, and whether that is what config.json
+implies.
 
-`read_headers` reads, `validate` compares with `dsv4.model.tensors`. No weight is ever read.
+`read_headers` reads, `validate` compares with `dsv4.model.tensors`. No weight is ever read, but for
+the hash tables, which are indices.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from dsv4.errors import CheckpointError
 from dsv4.model.config import DraftKind, V4Config
-from dsv4.model.tensors import DRAFT_PREFIX, ITEMSIZE, TensorSpec, tensor_specs
+from dsv4.model.tensors import DRAFT_PREFIX, ITEMSIZE, Component, TensorSpec, tensor_specs
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -144,7 +145,7 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
 
     `mtp.*` may be absent altogether unless `require_draft`; when some of it is there, all of it
     must be. Raises ConfigError for a bad config.json and CheckpointError naming every missing,
-    extra or mis-typed tensor.
+    extra or mis-typed tensor, or hash tables that name experts which do not exist.
     """
     folder = Path(folder)
     headers = read_headers(folder)
@@ -157,6 +158,7 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
     specs = tensor_specs(config, include_draft=has_draft or require_draft)
     ignored = tuple(n for n in headers if n.startswith(DRAFT_PREFIX)) if config.draft == "none" else ()
     compare(str(folder), config, specs, {n: h for n, h in headers.items() if n not in set(ignored)})
+    _check_tables(folder, config, specs, headers)
     return CheckpointReport(
         folder=folder,
         config=config,
@@ -165,6 +167,25 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
         expert_scale_dtype=headers["layers.0.ffn.experts.0.w1.scale"].dtype,
         ignored=ignored,
     )
+
+
+def _check_tables(
+    folder: Path, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]
+) -> None:
+    for name, spec in specs.items():
+        if spec.component is Component.TID2EID:
+            with safe_open(folder / headers[name].file, framework="numpy") as shard:
+                table = shard.get_tensor(name)
+            check_table(str(folder), name, int(table.min()), int(table.max()), config)
+
+
+def check_table(where: str, name: str, least: int, most: int, config: V4Config) -> None:
+    """Raise CheckpointError unless a hash table's expert ids, from `least` to `most`, exist."""
+    if least < 0 or most >= config.n_routed_experts:
+        raise CheckpointError(
+            f"{where}: {name} holds expert ids from {least} to {most}, config.json has experts 0 to"
+            f" {config.n_routed_experts - 1}; download the checkpoint again, or give the config.json that came with it"
+        )
 
 
 def compare(where: str, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]) -> None:
