@@ -17,18 +17,8 @@ from dsv4.model.config import V4Config
 _EXPERTS = ".routed_experts"  # vLLM's FusedMoE holds the routed experts' parameters in a module of its own
 
 
-def load_weights(
-    model: nn.Module, config: V4Config, path: str, weights: Iterable[tuple[str, Tensor]], tp_rank: int
-) -> set[str]:
-    """Load every tensor of the backbone that belongs to this rank. See `ReleasedLoader`.
-
-    A local folder is validated by its headers first, so that nothing is loaded from a checkpoint
-    that does not fit its config; what comes by any other path is counted while it is loaded.
-    """
-    if Path(path).is_dir():
-        validate(path, config)
-    params = dict(model.named_parameters())
-    names = {name.replace(f"{_EXPERTS}.", "."): name for name in params}
+def loader_of(model: nn.Module, config: V4Config, tp_rank: int) -> ReleasedLoader:
+    """The loader of this rank's parameters."""
     experts = {name.removesuffix(_EXPERTS): m for name, m in model.named_modules() if isinstance(m, RoutedExperts)}
 
     def owns(parameter: str, expert: ExpertTensor | None) -> bool:
@@ -36,7 +26,21 @@ def load_weights(
             return False
         return expert is None or experts[expert.layer]._map_global_expert_id_to_local_expert_id(expert.expert) >= 0
 
-    loader = ReleasedLoader({short: params[name] for short, name in names.items()}, config, tp_rank, owns)
+    params = {name.replace(f"{_EXPERTS}.", "."): param for name, param in model.named_parameters()}
+    return ReleasedLoader(params, config, tp_rank, owns)
+
+
+def load_weights(
+    model: nn.Module, loader: ReleasedLoader, path: str, weights: Iterable[tuple[str, Tensor]]
+) -> set[str]:
+    """Load every tensor of the backbone that belongs to this rank. See `ReleasedLoader`.
+
+    A local folder is validated by its headers first, so that nothing is loaded from a checkpoint
+    that does not fit its config; what comes by any other path is counted while it is loaded.
+    """
+    if Path(path).is_dir():
+        validate(path, loader.config)
+    names = {name.replace(f"{_EXPERTS}.", "."): name for name, _ in model.named_parameters()}
     loaded = loader.load(weights)
     loader.finish(path)
     return {names[short] for short in loaded}

@@ -30,7 +30,8 @@ from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from dsv4.errors import CompatError
+from dsv4.errors import CompatError, DeploymentError
+from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -41,7 +42,7 @@ from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, WindowPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_vllm.caches import V4Cache, layer_state
-from dsv4_vllm.loading import load_weights
+from dsv4_vllm.loading import load_weights, loader_of
 from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.support import check_deployment
@@ -480,7 +481,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.v4_config = check_deployment(vllm_config)
-        self.model_path = vllm_config.model_config.model
+        self.model_config, self.may_load = vllm_config.model_config, True
         self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
         check_breaks(self)
         last = get_pp_group().is_last_rank
@@ -516,4 +517,15 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         return None if logits is None else check.finite("logits", logits, of_requests=True)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return load_weights(self, self.v4_config, self.model_path, weights, get_tensor_model_parallel_rank())
+        """Every tensor, once, and again where vLLM reloads them."""
+        if not self.may_load:
+            raise DeploymentError(
+                "load_weights: the model is loaded, and its kernels may have repacked it; call reload_weights"
+                " (collective_rpc) with weights_path or a list of all weights"
+            )
+        self.may_load = False
+        return load_weights(self, self.loader(), self.model_config.model, weights)
+
+    def loader(self) -> ReleasedLoader:
+        """The loader of this rank's parameters, as they are now."""
+        return loader_of(self, self.v4_config, get_tensor_model_parallel_rank())

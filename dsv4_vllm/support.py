@@ -32,12 +32,22 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
             "--decode-context-parallel-size",
             "the caches are replicated; use 1",
         ),
+        (
+            vllm_config.model_config.enable_prompt_embeds,
+            "--enable-prompt-embeds",
+            "V4 chooses the experts of its first layers by token id, which an embedding has not; leave it out",
+        ),
         (parallel.enable_eplb, "--enable-eplb", "expert load balancing is not wired; leave it out"),
         (vllm_config.lora_config is not None, "--enable-lora", "LoRA is not wired; leave it out"),
         (
             vllm_config.kv_transfer_config is not None,
             "--kv-transfer-config",
             "KV transfer has not been tested with dsv4's caches; leave it out",
+        ),
+        (
+            vllm_config.weight_transfer_config is not None,
+            "--weight-transfer-config",
+            "weights that arrive in pieces cannot be checked before a layer is taken apart; use reload_weights",
         ),
         (
             vllm_config.load_config.load_format not in LOAD_FORMATS,

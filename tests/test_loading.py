@@ -14,6 +14,7 @@ from dsv4.errors import CheckpointError, CompatError
 from dsv4.loading import DTYPES, ExpertTensor, ReleasedLoader, expert_tensor, hand_over, parameter_name
 from dsv4.model.config import V4Config
 from dsv4.model.tensors import Component, TensorSpec, tensor_specs
+from dsv4.ops.quant.reference import dequantize_expert
 from dsv4.reference.tiny import tiny_config
 
 CONFIG = V4Config.from_dict(tiny_config("flash", num_layers=4))
@@ -158,3 +159,30 @@ def test_expert_scales_reach_the_engines_loader_by_either_name(suffix: str) -> N
     scale = torch.tensor([120, 121], dtype=torch.uint8).view(torch.float8_e8m0fnu)
     hand_over(ours, "layers.0.ffn.experts.3.w3.scale", scale, tp_rank=0)
     assert seen == [(name, "w3", 3, [120, 121])]
+
+
+@pytest.mark.parametrize("order", [("weight", "scale"), ("scale", "weight")], ids=" then ".join)
+@pytest.mark.parametrize("name", ["layers.0.attn.wkv", "layers.0.ffn.experts.3.w3"])
+def test_a_plain_parameter_gets_a_weight_with_its_scale_as_often_as_they_come(
+    name: str, order: tuple[str, str]
+) -> None:
+    """Dequantised before the engine's loader, in any order and from memory that is reused."""
+    seen: list[Tensor] = []
+    ours = {n: p for n, p in PARAMS.items() if "weight_scale" not in n}
+    plain = nn.Parameter(torch.empty(0, dtype=torch.bfloat16), requires_grad=False)
+    plain.weight_loader = lambda param, tensor, *args, **kwargs: seen.append(tensor)
+    fused = target(f"{name}.weight")
+    one = ReleasedLoader(ours | {fused: plain}, CONFIG, 0)
+    memory = {kind: torch.empty(SPECS[f"{name}.{kind}"].shape, dtype=TORCH[SPECS[f"{name}.{kind}"].dtype])
+              for kind in order}  # fmt: skip
+    for code in (0x18, 0x2A):
+        for kind in order:
+            memory[kind].view(torch.uint8).fill_(code if kind == "weight" else 120)
+            one.load([(f"{name}.{kind}", memory[kind])])
+            memory[kind].view(torch.uint8).fill_(255)
+        weight = torch.full(SPECS[f"{name}.weight"].shape, code, dtype=torch.uint8)
+        scale = torch.full(SPECS[f"{name}.scale"].shape, 120, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        want = dequantize_expert(weight if "experts" in name else weight.view(torch.float8_e4m3fn), scale)
+        assert torch.equal(seen[-1], want)
+    assert len(seen) == 2
+    assert not one.waiting

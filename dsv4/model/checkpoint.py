@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -167,6 +167,21 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
         expert_scale_dtype=headers["layers.0.ffn.experts.0.w1.scale"].dtype,
         ignored=ignored,
     )
+
+
+def validate_again(folder: Path, config: V4Config) -> None:
+    """`validate` a checkpoint that is to replace the one that is served with `config`.
+
+    Raises CheckpointError too where its own config.json says something else.
+    """
+    own = V4Config.from_path(folder)
+    if own != config:
+        changed = [f.name for f in fields(config) if getattr(own, f.name) != getattr(config, f.name)]
+        raise CheckpointError(
+            f"{folder}: its config.json has another {', '.join(changed)} than the checkpoint that is served; start a"
+            " server on it instead"
+        )
+    validate(folder, config)
 
 
 def _check_tables(

@@ -25,6 +25,8 @@ def configure(args):
         ({"kv_cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype fp8_e5m2", "fp8_ds_mla"]),
         ({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, ["--speculative-config"]),
         ({"enable_lora": True}, ["--enable-lora"]),
+        ({"enable_prompt_embeds": True}, ["--enable-prompt-embeds", "token id"]),
+        ({"weight_transfer_config": {"backend": "nccl"}}, ["--weight-transfer-config", "reload_weights"]),
         ({"load_format": "sharded_state"}, ["--load-format sharded_state", "safetensors"]),
     )
     unsupported = ("0.40.0", ">=0.32,<0.34")

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -77,6 +78,24 @@ def record_quantised(llm: Any) -> dict[str, list[Any]]:
     return record_quantised({id(m.pages): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)})
 
 
+def replace_weights(
+    llm: Any, disk: str | None = None, tensors: str | None = None, without: tuple[str, ...] = ()
+) -> tuple[bool, str]:
+    """Whether it was done, and the message where it was not."""
+    arguments: dict[str, Any] = {"weights_path": disk}
+    if tensors is not None:
+        from safetensors.torch import load_file
+
+        found = {name: t for file in Path(tensors).glob("*.safetensors") for name, t in load_file(file).items()}
+        arguments = {"weights_iterator": [(name, t) for name, t in found.items() if name not in without]}
+    try:
+        llm.collective_rpc("reload_weights", kwargs=arguments)
+    except Exception as error:
+        return False, str(error)
+    llm.reset_prefix_cache()
+    return True, ""
+
+
 def describe(output: Any) -> dict[str, Any]:
     """A request's tokens and the log-probability of each prompt token (but the first) and each
     generated one."""
@@ -125,8 +144,10 @@ def main() -> None:
         from tests.support.launches import record_launches
 
         launched = record_launches(V4DecoderLayer)
-    phases = []
-    for phase in plan["phases"]:
+    phases, updates = [], []
+    for number, phase in enumerate(plan["phases"]):
+        if update := plan.get("updates", {}).get(str(number)):
+            updates.append(replace_weights(llm, **update))
         params = [
             SamplingParams(
                 max_tokens=r["max_tokens"], temperature=0, detokenize=False, ignore_eos=True, logprobs=0,
@@ -140,6 +161,7 @@ def main() -> None:
     result = {
         "ready_s": ready,
         "phases": phases,
+        "updates": updates,
         "preemptions": metrics.get("vllm:num_preemptions", 0),
         "poisoned_pages": poisoned["pages"],
         "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
