@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dsv4.errors import CheckpointError
+from dsv4.model import layouts
 from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.tensors import DRAFT_PREFIX, ITEMSIZE, Component, TensorSpec, tensor_specs
 
@@ -77,7 +78,8 @@ def read_headers(folder: str | Path) -> dict[str, TensorHeader]:
     files = sorted(set(index.values())) if index is not None else sorted(f.name for f in folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"{folder}: holds neither {INDEX_FILE} nor a *.safetensors file; is the download complete?"
+            f"{folder}: holds neither {INDEX_FILE} nor a *.safetensors file; "
+            + (layouts.of_files(folder) or "is the download complete?")
         )
     _refuse_absent(folder, files)
     headers, problems = _read_shards(folder, files)
@@ -249,14 +251,8 @@ def _hint(
             else "do the two belong together?"
         )
         return f"its hidden size is {got}, config.json says {want}: {guess}"
-    if any(name.startswith("model.") for name in extra):
-        return "these are HF transformers' names; use the released checkpoint"
-    if any(name.endswith(("weight_scale_2", "input_scale", "weight_packed")) for name in extra):
-        return "this looks like an NVFP4 or other conversion; use the released checkpoint"
-    expert = headers.get("layers.0.ffn.experts.0.w1.weight")
-    if expert is not None and expert.dtype != specs["layers.0.ffn.experts.0.w1.weight"].dtype:
-        found = {"I8": "fp4", "F8_E4M3": "fp8"}.get(expert.dtype, expert.dtype)
-        return f'experts are {found}, config.json says {config.expert_dtype}: set "expert_dtype" to "{found}" in config.json'
+    if told := layouts.of_names(extra, missing, specs) or layouts.of_dtypes(config, specs, headers):
+        return told
     if missing and all(name.startswith(DRAFT_PREFIX) for name in missing):
         return f"the {config.draft} draft is incomplete: download it again, or remove mtp.* altogether"
     if num_misshapen > len(specs) // 2:
