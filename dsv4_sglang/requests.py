@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that our model cannot take, refused with 400 where SGLang looks at requests.
 
-In the scheduler it is too late: what raises inside a forward ends the server, and a token id beyond
-the vocabulary reads past the embedding.
+In the scheduler it is too late: what raises inside a forward ends the server, as a step of no token
+does, and a token id beyond the vocabulary reads past the embedding.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def validate(original: Callable[..., None], manager: Any, request: Any, input_id
             raise ValueError(
                 "input_embeds: DeepSeek-V4 chooses the experts of its first layers by token id; send input_ids"
             )
+        if not input_ids:
+            raise ValueError("the prompt has no token: send at least one")
         size = manager.model_config.vocab_size
-        bad = [token for token in input_ids or () if not 0 <= token < size]
+        bad = [token for token in input_ids if not 0 <= token < size]
         if bad:
             raise ValueError(f"input_ids: {bad[0]} is no token of this model, which has 0 to {size - 1}")
     original(manager, request, input_ids)
