@@ -79,6 +79,10 @@ class OpInputError(Dsv4Error):
     """An operator was given slots, lengths or ids outside what they index."""
 
 
+class NotFiniteError(Dsv4Error):
+    """A sublayer or the logits hold NaN or an infinity."""
+
+
 class CheckImpossibleError(Dsv4Error):
     """DSV4_CHECK=1 where values cannot be read."""
 

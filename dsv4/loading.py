@@ -4,15 +4,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from dsv4.errors import CheckpointError
-from dsv4.ops.quant.reference import scale_value
+from dsv4.errors import CheckpointError, CompatError
+from dsv4.model.checkpoint import TensorHeader, check_table, compare
+from dsv4.model.config import V4Config
+from dsv4.model.tensors import DRAFT_PREFIX, Component, tensor_specs
+from dsv4.ops.quant.reference import dequantize_expert, scale_value
+
+# How safetensors spells the dtypes of released tensors.
+DTYPES = {
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0", torch.int8: "I8", torch.bfloat16: "BF16",
+    torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+
+# Load formats, as both engines call them, whose tensors arrive here one by one, by released names;
+# others copy into parameters by themselves, where nobody counts. dummy reads none, and pickled
+# files are read by none.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
+
+# Of those, the ones that read what `validate` looks at.
+RELOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 _EXPERT = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.(weight|scale)$")
 
@@ -49,15 +69,10 @@ class ShardedParameter(Protocol):
     weight_loader: Callable[..., object]
 
 
-class PackedLinear(nn.Module):
-    """What the engines' block-FP8 linears have between their creation and
-    `process_weights_after_loading`."""
+class PlainLinear(nn.Module):
+    """An engine's linear whose weight is kept in a plain dtype."""
 
     weight: Tensor
-    weight_scale_inv: Tensor
-    orig_dtype: torch.dtype
-    logical_widths: list[int]
-    weight_block_size: list[int]
 
 
 @dataclass(frozen=True)
@@ -109,47 +124,161 @@ def as_stored(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype is torch.int8 and dtype is torch.uint8 else tensor
 
 
-def load_released(
-    params: Mapping[str, nn.Parameter],
-    weights: Iterable[tuple[str, Tensor]],
-    tp_rank: int,
-    elsewhere: Callable[[str], bool] = lambda name: False,
-) -> set[str]:
-    """Hand each released tensor of the backbone to the sharding loader that the engine put on its
-    parameter.
+def hand_over(params: Mapping[str, nn.Parameter], name: str, tensor: Tensor, tp_rank: int) -> None:
+    """Give a released tensor to the loader of the parameter that it is, or is a part of."""
+    expert = expert_tensor(name)
+    if expert is None:
+        target, shard = parameter_name(name)
+        tensor = as_stored(params[target].dtype, tensor)
+        if target.endswith(".attn_sink"):  # sharded, and in no linear: one logit per head
+            heads = params[target].shape[0]
+            tensor = tensor if tensor.shape[0] == heads else tensor[tp_rank * heads : (tp_rank + 1) * heads]
+        _load(params[target], tensor, shard)
+        return
+    target = expert_parameter(expert, params)
+    param = params[target]
+    assert isinstance(param, ShardedParameter)
+    param.weight_loader(param, as_stored(param.dtype, tensor), target, shard_id=expert.linear, expert_id=expert.expert)
 
-    params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`;
-    weights: in any order, `mtp.*` is left out; elsewhere: whether another pipeline rank has that
-    parameter. Returns the names of the loaded parameters. Raises CheckpointError naming what is
-    missing or unknown.
+
+_GIVEN = "the tensors that are loaded"
+
+
+def owns_all(parameter: str, expert: ExpertTensor | None) -> bool:
+    """Of the only rank there is. See `ReleasedLoader`."""
+    return True
+
+
+class ReleasedLoader:
+    """Hands each released tensor of the backbone to the sharding loader that the engine put on its
+    parameter, and knows which are still to come.
+
+    Tensors are counted, not parameters: a fused parameter has several, and is not loaded before the
+    last of them. Where a parameter is kept in a plain dtype, a quantised weight waits for its scale
+    and is dequantised whole, before it is sharded: what was loaded once can be loaded again.
     """
-    loaded: set[str] = set()
-    unknown: list[str] = []
-    for name, tensor in weights:
-        if name.startswith("mtp."):
-            continue
-        expert = expert_tensor(name)
-        target, shard = parameter_name(name) if expert is None else (_expert_parameter(expert, params), None)
-        if elsewhere(target):
-            continue
-        if target not in params:
-            unknown.append(name)
-            continue
-        param = params[target]
-        tensor = as_stored(param.dtype, tensor)
-        if expert is None:
-            _load(param, tensor, shard, tp_rank)
-        else:  # an expert that lives on another expert-parallel rank is left out by the engine's loader
-            assert isinstance(param, ShardedParameter)
-            param.weight_loader(param, tensor, target, shard_id=expert.linear, expert_id=expert.expert)
-        loaded.add(target)
-    missing = sorted(set(params) - loaded)
-    if unknown or missing:
-        raise CheckpointError(f"no parameter for {unknown}, no tensor for {missing}; is the download complete?")
-    return loaded
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        config: V4Config,
+        tp_rank: int,
+        owns: Callable[[str, ExpertTensor | None], bool] = owns_all,
+    ) -> None:
+        """params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`
+
+        owns: whether this rank has that parameter and, of a routed expert's, that expert; others
+        are another pipeline stage's or expert-parallel rank's
+        """
+        self.params, self.config, self.tp_rank = params, config, tp_rank
+        self.specs = tensor_specs(config, include_draft=False)
+        self.ours: dict[str, str] = {}  # the parameter of each released tensor that is expected here
+        for name in self.specs:
+            expert = expert_tensor(name)
+            target = parameter_name(name)[0] if expert is None else expert_parameter(expert, params)
+            if owns(target, expert):
+                self.ours[name] = target
+        self.plain: set[str] = set()  # linears, by released name, whose parameter is kept in a plain dtype
+        for linear in [name.removesuffix(".scale") for name in self.ours if name.endswith(".scale")]:
+            weight = self.ours[f"{linear}.weight"]
+            if self.ours[f"{linear}.scale"] not in params and weight in params and params[weight].dtype in _PLAIN:
+                self.plain.add(linear)
+                self.ours[f"{linear}.scale"] = weight
+        self.given: dict[str, TensorHeader] = {}
+        self.waiting: dict[str, Tensor] = {}  # weights and scales whose other half is still to come
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        needed = set(self.ours.values())
+        for kind, names in (
+            ("no parameter for what a checkpoint holds", needed - set(self.params)),
+            ("nothing in a checkpoint for", set(self.params) - needed),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:8])
+                raise CompatError(f"the model has {kind}: {shown} ({len(names)} in all); report this engine's version")
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load what is ours of `weights`, in any order; `mtp.*` is left out.
+
+        Returns the names of the parameters that something was loaded into. A tensor that does not
+        fit is not loaded, and `finish` says so. Raises CheckpointError for a hash table that names
+        experts which do not exist.
+        """
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if self._admits(name, tensor):
+                self._take(name, tensor)
+                loaded.add(self.ours[name])
+        return loaded
+
+    def load_again(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load any part of a checkpoint over what is loaded; a weight may come before its scale.
+
+        Raises CheckpointError as `finish` does, but not for what is missing; before anything is
+        loaded when `weights` is a list.
+        """
+        self.given = {}
+        if isinstance(weights, list):
+            self.check(weights)
+        loaded = self.load(weights)
+        self._compare(set(self.given))
+        return loaded
+
+    def check(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        """Raise as `load_again` does, and load nothing."""
+        for name, tensor in weights:
+            self._admits(name, tensor)
+        self._compare(set(self.given))
+
+    def refuse_halves(self) -> None:
+        """Raise CheckpointError where a weight waits for its scale, or a scale for its weight."""
+        if self.waiting:
+            shown = ", ".join(sorted(self.waiting)[:8])
+            raise CheckpointError(f"{len(self.waiting)} tensors wait for their weight or scale: {shown}")
+
+    def _admits(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor is ours and fits; what was given is remembered, but for the draft's."""
+        if name.startswith(DRAFT_PREFIX):
+            return False
+        self.given[name] = header = _header(tensor)
+        spec = self.specs.get(name)
+        if spec is None or not spec.admits(header.shape, header.dtype) or name not in self.ours:
+            return False
+        if spec.component is Component.TID2EID:
+            check_table(_GIVEN, name, int(tensor.min()), int(tensor.max()), self.config)
+        return True
+
+    def _compare(self, names: Iterable[str], where: str = _GIVEN) -> None:
+        compare(where, self.config, {n: self.specs[n] for n in names if n in self.specs}, self.given)
+
+    def _take(self, name: str, tensor: Tensor) -> None:
+        linear, _, kind = name.rpartition(".")
+        if linear not in self.plain:
+            hand_over(self.params, name, tensor, self.tp_rank)
+            return
+        other = self.waiting.pop(f"{linear}.{'scale' if kind == 'weight' else 'weight'}", None)
+        if other is None:
+            self.waiting[name] = tensor.clone()  # an engine may read the next tensor into the same memory
+            return
+        weight, scale = (tensor, other) if kind == "weight" else (other, tensor)
+        device = self.params[self.ours[name]].device
+        if device.type != "meta":  # as it is while vLLM counts what it reloads
+            weight, scale = weight.to(device), scale.to(device)
+        hand_over(self.params, f"{linear}.weight", dequantize_expert(weight, scale), self.tp_rank)
+
+    def finish(self, where: str) -> None:
+        """Raise CheckpointError, beginning with `where`, unless all that is ours was given, and
+        nothing that is no tensor of this model, or has another shape or dtype."""
+        self._compare([name for name in self.specs if name in self.ours or name in self.given], where)
 
 
-def _expert_parameter(expert: ExpertTensor, params: Mapping[str, nn.Parameter]) -> str:
+def _header(tensor: Tensor) -> TensorHeader:
+    return TensorHeader("", DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+
+
+def expert_parameter(expert: ExpertTensor, params: Mapping[str, nn.Parameter]) -> str:
+    """The parameter that a routed expert's tensor is a part of."""
     weight = f"{expert.layer}.{expert.stem}_weight"
     if not expert.is_scale:
         return weight
@@ -157,13 +286,25 @@ def _expert_parameter(expert: ExpertTensor, params: Mapping[str, nn.Parameter]) 
     return f"{weight}_scale" if f"{weight}_scale" in params else f"{weight}_scale_inv"
 
 
-def _load(param: nn.Parameter, tensor: Tensor, shard: int | None, tp_rank: int) -> None:
+def _load(param: nn.Parameter, tensor: Tensor, shard: int | None) -> None:
     if not isinstance(param, ShardedParameter):
-        if param.shape != tensor.shape and param.dim():
-            local = param.shape[0]  # only attn_sink is sharded and belongs to no linear: one logit per head
-            tensor = tensor[tp_rank * local : (tp_rank + 1) * local]
         param.data.copy_(tensor.view(param.shape))
     elif shard is None:
         param.weight_loader(param, tensor)
     else:
         param.weight_loader(param, tensor, shard)
+
+
+def checkpoint_folder(model: str) -> Path:
+    """Where a checkpoint lies that a server is told to load over its own: a folder, or what the hub
+    has under that id. Raises CheckpointError."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, HFValidationError) as error:  # the hub's own errors are OSErrors
+        line = str(error).splitlines()[0]
+        raise CheckpointError(f"{model}: neither a folder here nor a checkpoint of the hub ({line})") from error

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything dsv4 changes in a running SGLang: three hooks on functions, a provider of defaults,
-two for the status."""
+two for the status, five on updates of weights, one on requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from dsv4.machine import env
 from dsv4.model.config import MODEL_TYPE, LayerKind
 from dsv4.model.kv_layout import PAGE_TOKENS
-from dsv4_sglang import released_config, status
+from dsv4_sglang import released_config, reload, requests, status
 from dsv4_sglang.names import ARCHITECTURE, ATTENTION_BACKEND
 from dsv4_sglang.refusal import PARSE
 
@@ -35,6 +35,8 @@ def install() -> None:
     HookRegistry.register(POOL, build_pool, HookType.AROUND)
     register_model_override(ARCHITECTURE)(overrides)
     status.install()
+    reload.install()
+    requests.install()
 
 
 def parse_config(original: Callable[..., Any], parser: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

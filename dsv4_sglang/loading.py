@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from torch import nn
 
-from torch import Tensor, nn
+from dsv4.loading import ExpertTensor, ReleasedLoader
+from dsv4.model.config import V4Config
 
-from dsv4.loading import load_released
+# What is answered when weights are to be replaced there.
+ON_A_GPU = (
+    "dsv4 cannot replace weights on a GPU: SGLang's kernels have repacked them; start a server on the new checkpoint"
+)
 
 
-def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], tp_rank: int) -> set[str]:
-    """Load every tensor of the backbone. See `load_released`."""
-    return load_released(dict(model.named_parameters()), weights, tp_rank)
+def loader_of(model: nn.Module, config: V4Config, tp_rank: int) -> ReleasedLoader:
+    """The loader of this rank's parameters."""
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
+
+    def owns(parameter: str, expert: ExpertTensor | None) -> bool:
+        return expert is None or experts[expert.layer]._map_global_expert_id_to_local_expert_id(expert.expert) >= 0
+
+    return ReleasedLoader(dict(model.named_parameters()), config, tp_rank, owns)

@@ -27,6 +27,7 @@ from sglang.srt.utils import add_prefix
 from torch import Tensor, nn
 
 from dsv4.errors import Dsv4Error
+from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -38,9 +39,9 @@ from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_sglang import released_config
 from dsv4_sglang.caches import LayerState, V4Pool
-from dsv4_sglang.loading import load_weights
+from dsv4_sglang.loading import ON_A_GPU, loader_of
 from dsv4_sglang.metadata import V4AttentionBackend
-from dsv4_sglang.quant import V4QuantConfig
+from dsv4_sglang.quant import V4QuantConfig, on_cpu
 from dsv4_sglang.step import StepPlan
 from dsv4_sglang.warm_up import compile_kernels
 
@@ -272,6 +273,7 @@ class V4Attention(nn.Module):
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, layer: LayerSpec, quant: V4QuantConfig | None, prefix: str) -> None:
         super().__init__()
+        self.name = prefix
         self.attn = V4Attention(config, layer, quant, add_prefix("attn", prefix))
         self.ffn = V4Moe(config, layer, quant, add_prefix("ffn", prefix))
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -282,6 +284,7 @@ class V4DecoderLayer(nn.Module):
         """See `decoder_step`."""
         return decoder_step(
             before,
+            name=self.name,
             attn_site=self.hc_attn.site(self.attn_norm.weight),
             attn=lambda x: self.attn(x, rope),
             ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
@@ -329,6 +332,8 @@ class DeepseekV4PluginForCausalLM(nn.Module):
             self.v4_config.vocab_size, self.v4_config.hidden_size, prefix=add_prefix("lm_head", prefix)
         )
         self.logits_processor = LogitsProcessor(config)
+        self.released: ReleasedLoader | None = None  # once all is loaded
+        self._derived_weight_cache_error = None if on_cpu() else ON_A_GPU  # SGLang's name: why no update is taken
 
     def get_attention_sliding_window_size(self) -> int:
         return self.v4_config.sliding_window
@@ -347,7 +352,17 @@ class DeepseekV4PluginForCausalLM(nn.Module):
                 "embeddings as input cannot be routed: V4 chooses the experts of its first layers by token id"
             )
         hidden = self.model(input_ids, positions)
-        return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
+        out = self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
+        if out.next_token_logits is not None:
+            check.finite("logits", out.next_token_logits, of_requests=True)
+        return out
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return load_weights(self, weights, get_parallel().tp_rank)
+        """Every tensor at first, and any part of them from then on. See `ReleasedLoader`."""
+        if self.released is not None:
+            return self.released.load_again(weights)
+        loader = loader_of(self, self.v4_config, get_parallel().tp_rank)
+        loaded = loader.load(weights)
+        loader.finish(released_config.source(self.config))
+        self.released = loader
+        return loaded

@@ -2,8 +2,8 @@
 """How V4's FP8 and FP4 weights become SGLang layers.
 
 On a GPU the engine's own methods serve (block FP8 linears, MXFP4 experts in Marlin's layout); here
-is what they lack: a CPU method for each, which dequantises once after loading, wo_a, whose grouped
-product needs plain weights on every device, and Marlin's experts without the gate that keeps them
+is what they lack: a CPU method for each, whose weights are plain, wo_a, whose grouped product needs
+plain weights on every device, and Marlin's experts without the gate that keeps them
 from sm80, sm86 and sm89, where the kernel runs.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import LinearBase
-from sglang.srt.layers.moe.fused_moe_triton import FusedMoE, FusedMoeWeightScaleSupported
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase, QuantizeMethodBase
-from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
+from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from sglang.srt.layers.quantization.marlin_utils import check_moe_marlin_supports_layer
 from sglang.srt.layers.quantization.marlin_utils_fp4 import prepare_moe_mxfp4_layer_for_marlin
 from sglang.srt.layers.quantization.mxfp4_marlin_moe import Mxfp4MarlinMoEMethod
@@ -25,10 +25,9 @@ from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
 from dsv4.errors import Dsv4Error
-from dsv4.loading import PackedLinear
-from dsv4.model.config import FP4_BLOCK, FP8_BLOCK, ExpertDtype
+from dsv4.loading import PlainLinear
+from dsv4.model.config import FP4_BLOCK, ExpertDtype
 from dsv4.ops import moe
-from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 
 
 def on_cpu() -> bool:
@@ -55,24 +54,21 @@ class V4QuantConfig(Fp8Config):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase) and (on_cpu() or prefix.endswith(".wo_a")):
-            return DequantizedLinearMethod(self)
+            return DequantizedLinearMethod()
         if isinstance(layer, FusedMoE):
             if on_cpu():
-                return DequantizedExpertsMethod(self.expert_dtype)
+                return DequantizedExpertsMethod()
             if self.expert_dtype == "fp4":
                 return UngatedMarlinExpertsMethod(Fp8MoEMethod(self), prefix=prefix)
         return super().get_quant_method(layer, prefix)
 
 
 class DequantizedLinearMethod(LinearMethodBase):
-    """A block-FP8 linear that is loaded packed and kept as plain weights of the model's dtype."""
-
-    def __init__(self, quant_config: V4QuantConfig) -> None:
-        self.quant_config = quant_config
+    """A block-FP8 linear that is dequantised while it is loaded: see `ReleasedLoader`."""
 
     def create_weights(
         self,
-        layer: PackedLinear,
+        layer: nn.Module,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -80,38 +76,20 @@ class DequantizedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        Fp8LinearMethod.create_fp8_weight_(
-            layer,
-            block_quant=True,
-            quant_config=self.quant_config,
-            use_mxfp8=False,
-            output_size_per_partition=sum(output_partition_sizes),
-            input_size_per_partition=input_size_per_partition,
-            output_partition_sizes=output_partition_sizes,
-            input_size=input_size,
-            output_size=output_size,
-            params_dtype=params_dtype,
-            # The first loader does not know block scales; SGLang gives the second only to methods
-            # that it lists by name.
-            weight_loader=getattr(layer, "weight_loader_v2", extra_weight_attrs.get("weight_loader")),
-            is_checkpoint_fp8_serialized=True,
-        )
+        data = torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype)
+        weight = nn.Parameter(data, requires_grad=False)
+        layer.register_parameter("weight", weight)
+        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
 
-    def process_weights_after_loading(self, layer: PackedLinear) -> None:
-        plain = dequantize_fp8_block(layer.weight.data, layer.weight_scale_inv.data).to(layer.orig_dtype)
-        layer.weight = nn.Parameter(plain, requires_grad=False)
-        del layer.weight_scale_inv
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        pass
 
-    def apply(self, layer: PackedLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: PlainLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
 
 
 class DequantizedExpertsMethod(FusedMoEMethodBase):
-    """Routed experts, FP4 or block FP8, loaded packed and kept as plain weights of the model's
-    dtype."""
-
-    def __init__(self, expert_dtype: ExpertDtype) -> None:
-        self.expert_dtype = expert_dtype
+    """Routed experts, FP4 or block FP8, that are dequantised while they are loaded."""
 
     def create_weights(
         self,
@@ -122,36 +100,19 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        layer.orig_dtype = params_dtype
-        fp4 = self.expert_dtype == "fp4"
-        scales = FusedMoeWeightScaleSupported.GROUP if fp4 else FusedMoeWeightScaleSupported.BLOCK
         for name, rows, columns in (
-            ("w13", 2 * intermediate_size_per_partition, hidden_size),
-            ("w2", hidden_size, intermediate_size_per_partition),
+            ("w13_weight", 2 * intermediate_size_per_partition, hidden_size),
+            ("w2_weight", hidden_size, intermediate_size_per_partition),
         ):
-            if fp4:
-                weight = torch.zeros(num_experts, rows, columns // 2, dtype=torch.uint8)
-                scale = torch.zeros(num_experts, rows, columns // FP4_BLOCK, dtype=torch.uint8)
-            else:
-                weight = torch.zeros(num_experts, rows, columns, dtype=torch.float8_e4m3fn)
-                scale = torch.zeros(num_experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), dtype=torch.float32)
-            for key, data, attrs in (
-                ("weight", weight, {}),
-                ("weight_scale_inv", scale, {"quant_method": scales.value}),
-            ):
-                parameter = nn.Parameter(data, requires_grad=False)
-                layer.register_parameter(f"{name}_{key}", parameter)
-                set_weight_attrs(parameter, extra_weight_attrs | attrs)
+            weight = nn.Parameter(torch.zeros(num_experts, rows, columns, dtype=params_dtype), requires_grad=False)
+            layer.register_parameter(name, weight)
+            set_weight_attrs(weight, extra_weight_attrs)
+
+    def process_weights_after_loading(self, layer: FusedMoE) -> None:
+        pass
 
     def create_moe_runner(self, layer: FusedMoE, moe_runner_config: Any) -> None:
         self.swiglu_limit = moe_runner_config.swiglu_limit
-
-    def process_weights_after_loading(self, layer: FusedMoE) -> None:
-        for name in ("w13", "w2"):
-            packed, scale = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
-            plain = dequantize_expert(packed, scale).to(layer.orig_dtype)
-            setattr(layer, f"{name}_weight", nn.Parameter(plain, requires_grad=False))
-            delattr(layer, f"{name}_weight_scale_inv")
 
     def apply(self, layer: FusedMoE, dispatch_output: Any) -> StandardCombineInput:
         weights, ids, _ = dispatch_output.topk_output  # ids are local, -1 for experts of other ranks

@@ -41,3 +41,8 @@ def read(config: Any) -> V4Config:
     """The V4 config that `attach` kept."""
     raw = dict(getattr(config, _ATTRIBUTE))
     return V4Config.from_dict(raw, raw.pop("_source"))
+
+
+def source(config: Any) -> str:
+    """The folder or hub id that `config` was read from."""
+    return str(getattr(config, _ATTRIBUTE)["_source"]).removesuffix("/config.json")

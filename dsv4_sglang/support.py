@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dsv4.errors import DeploymentError
+from dsv4.loading import LOAD_FORMATS
 from dsv4.machine.decide import Device, detect_devices, weakest
 from dsv4.model.checkpoint import validate
 from dsv4.model.config import V4Config
@@ -20,10 +21,6 @@ from dsv4_sglang.names import ATTENTION_BACKEND
 from dsv4_sglang.options import cache_formats
 
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16}
-
-
-# Those that hand over released tensors by their released names; dummy makes them up.
-LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
 
 def check_deployment(asked: Any, args: Any, config: V4Config) -> None:

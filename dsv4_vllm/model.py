@@ -32,7 +32,8 @@ from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from dsv4.errors import CompatError
+from dsv4.errors import CompatError, DeploymentError
+from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -43,7 +44,7 @@ from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, WindowPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_vllm.caches import V4Cache, layer_state
-from dsv4_vllm.loading import load_weights
+from dsv4_vllm.loading import load_weights, loader_of
 from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.rehearsal import stage
@@ -400,6 +401,7 @@ class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         layer = config.layers[int(prefix.rsplit(".", 1)[1])]
+        self.name = prefix
         self.attn = V4Attention(config, layer, vllm_config, f"{prefix}.attn")
         self.ffn = V4Moe(config, layer, vllm_config, f"{prefix}.ffn")
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -410,6 +412,7 @@ class V4DecoderLayer(nn.Module):
         """See `decoder_step`."""
         return decoder_step(
             before,
+            name=self.name,
             attn_site=self.hc_attn.site(self.attn_norm.weight),
             attn=lambda x: self.attn(x, rope),
             ffn_site=self.hc_ffn.site(self.ffn_norm.weight),
@@ -491,7 +494,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         self.v4_config = check_deployment(vllm_config)
         asked, stored = vllm_config.cache_config.cache_dtype, cache_formats(vllm_config).described()
         logger.info("dsv4: --kv-cache-dtype %s stores %s", asked, stored)
-        self.model_path = vllm_config.model_config.model
+        self.model_config, self.may_load = vllm_config.model_config, True
         self.model = V4Model(self.v4_config, vllm_config, maybe_prefix(prefix, "model"))
         check_breaks(self)
         attentions = {m.layer.index: m for m in self.model.modules() if isinstance(m, V4Attention)}
@@ -526,7 +529,19 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        return None if logits is None else check.finite("logits", logits, of_requests=True)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return load_weights(self, self.v4_config, self.model_path, weights, get_tensor_model_parallel_rank())
+        """Every tensor, once, and again where vLLM reloads them."""
+        if not self.may_load:
+            raise DeploymentError(
+                "load_weights: the model is loaded, and its kernels may have repacked it; call reload_weights"
+                " (collective_rpc) with weights_path or a list of all weights"
+            )
+        self.may_load = False
+        return load_weights(self, self.loader(), self.model_config.model, weights)
+
+    def loader(self) -> ReleasedLoader:
+        """The loader of this rank's parameters, as they are now."""
+        return loader_of(self, self.v4_config, get_tensor_model_parallel_rank())

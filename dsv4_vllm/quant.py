@@ -2,8 +2,8 @@
 """How V4's FP8 and FP4 weights become vLLM layers.
 
 On a GPU the engine's own methods serve (block FP8 linears, MXFP4 experts); here is what they lack:
-a CPU method for each, which dequantises once after loading, and wo_a, whose grouped product needs
-plain weights on every device.
+a CPU method for each, whose weights are plain, and wo_a, whose grouped product needs plain weights
+on every device.
 """
 
 from __future__ import annotations
@@ -15,25 +15,18 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.quantization.utils.fp8_utils import (
-    create_fp8_scale_parameter,
-    create_fp8_weight_parameter,
-    validate_fp8_block_shape,
-)
-from vllm.model_executor.parameter import BlockQuantScaleParameter
+from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.models.deepseek_v4.quant_config import DeepseekV4FP8Config
 from vllm.platforms import current_platform
 
-from dsv4.loading import PackedLinear
-from dsv4.model.config import FP4_BLOCK, FP8_BLOCK, V4Config
+from dsv4.loading import PlainLinear
+from dsv4.model.config import V4Config
 from dsv4.ops import moe
-from dsv4.ops.quant.reference import dequantize_expert, dequantize_fp8_block
 
 QUANTIZATION = "deepseek_v4_fp8"  # the name vLLM gives V4's quantisation; registering it again overrides
 
@@ -49,21 +42,18 @@ class V4QuantConfig(DeepseekV4FP8Config):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         on_cpu = current_platform.is_cpu()
         if isinstance(layer, LinearBase) and (on_cpu or prefix.endswith(".wo_a")):
-            return DequantizedLinearMethod(self.weight_block_size)
+            return DequantizedLinearMethod()
         if isinstance(layer, RoutedExperts) and on_cpu:
             return DequantizedExpertsMethod(layer.moe_config)
         return super().get_quant_method(layer, prefix)
 
 
 class DequantizedLinearMethod(LinearMethodBase):
-    """A block-FP8 linear that is loaded packed and kept as plain weights of the model's dtype."""
-
-    def __init__(self, block: list[int]) -> None:
-        self.block = block
+    """A block-FP8 linear that is dequantised while it is loaded: see `ReleasedLoader`."""
 
     def create_weights(
         self,
-        layer: PackedLinear,
+        layer: nn.Module,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -71,32 +61,20 @@ class DequantizedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        loader = extra_weight_attrs.get("weight_loader")
-        layer.logical_widths, layer.orig_dtype = output_partition_sizes, params_dtype
-        layer.weight_block_size = self.block
-        validate_fp8_block_shape(
-            layer, input_size, output_size, input_size_per_partition, output_partition_sizes, self.block
+        weight = ModelWeightParameter(
+            data=torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs["weight_loader"],
         )
-        layer.register_parameter(
-            "weight", create_fp8_weight_parameter(sum(output_partition_sizes), input_size_per_partition, loader)
-        )
-        scale = create_fp8_scale_parameter(
-            BlockQuantScaleParameter, output_partition_sizes, input_size_per_partition, self.block, loader
-        )
-        layer.register_parameter("weight_scale_inv", scale)
+        layer.register_parameter("weight", weight)
 
-    def process_weights_after_loading(self, layer: PackedLinear) -> None:
-        plain = dequantize_fp8_block(layer.weight.data, layer.weight_scale_inv.data).to(layer.orig_dtype)
-        layer.weight = nn.Parameter(plain, requires_grad=False)
-        del layer.weight_scale_inv
-
-    def apply(self, layer: PackedLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: PlainLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
 
 
 class DequantizedExpertsMethod(FusedMoEMethodBase):
-    """Routed experts, FP4 or block FP8, loaded packed and kept as plain weights of the model's
-    dtype."""
+    """Routed experts, FP4 or block FP8, that are dequantised while they are loaded."""
 
     def __init__(self, moe_config: FusedMoEConfig) -> None:
         super().__init__(moe_config)
@@ -110,34 +88,13 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        layer.orig_dtype = params_dtype
-        fp4 = layer.quant_config.expert_dtype == "fp4"
-        loader = extra["weight_loader"]
-        suffix = "weight_scale" if fp4 else "weight_scale_inv"
-        granularity = FusedMoeWeightScaleSupported.GROUP if fp4 else FusedMoeWeightScaleSupported.BLOCK
         for name, rows, columns in (
-            ("w13", 2 * intermediate_size_per_partition, hidden_size),
-            ("w2", hidden_size, intermediate_size_per_partition),
+            ("w13_weight", 2 * intermediate_size_per_partition, hidden_size),
+            ("w2_weight", hidden_size, intermediate_size_per_partition),
         ):
-            if fp4:
-                weight = torch.zeros(num_experts, rows, columns // 2, dtype=torch.uint8)
-                scale = torch.zeros(num_experts, rows, columns // FP4_BLOCK, dtype=torch.uint8)
-            else:
-                weight = torch.zeros(num_experts, rows, columns, dtype=torch.float8_e4m3fn)
-                scale = torch.zeros(num_experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK), dtype=torch.float32)
-            for key, data in ((f"{name}_weight", weight), (f"{name}_{suffix}", scale)):
-                parameter = nn.Parameter(data, requires_grad=False)
-                layer.register_parameter(key, parameter)
-                set_weight_attrs(parameter, extra | {"weight_loader": loader})
-            set_weight_attrs(getattr(layer, f"{name}_{suffix}"), {"quant_method": granularity.value})
-
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        for name in ("w13", "w2"):
-            suffix = "weight_scale" if hasattr(layer, f"{name}_weight_scale") else "weight_scale_inv"
-            scale = getattr(layer, f"{name}_{suffix}").data
-            plain = dequantize_expert(getattr(layer, f"{name}_weight").data, scale).to(layer.orig_dtype)
-            setattr(layer, f"{name}_weight", nn.Parameter(plain, requires_grad=False))
-            delattr(layer, f"{name}_{suffix}")
+            weight = nn.Parameter(torch.zeros(num_experts, rows, columns, dtype=params_dtype), requires_grad=False)
+            layer.register_parameter(name, weight)
+            set_weight_attrs(weight, extra)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
         return None

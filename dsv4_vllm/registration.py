@@ -32,12 +32,13 @@ def _register() -> None:
 
     import dsv4_vllm.model  # an error in it must refuse V4 here, not when vLLM inspects the class in another process
     import dsv4_vllm.quant  # noqa: F401  registers itself
-    from dsv4_vllm import hooks
+    from dsv4_vllm import hooks, reload
 
     for architecture in (ARCHITECTURE, VISION_ARCHITECTURE):  # the latter only to be refused, with its reason
         ModelRegistry.register_model(architecture, MODEL)
         model_configs.MODELS_CONFIG_MAP[architecture] = _checked(model_configs.DeepseekV4ForCausalLMConfig)
     hooks.add_status()
+    reload.install()
 
 
 def _checked(base: Any) -> Any:

@@ -8,11 +8,9 @@ from vllm import envs
 from vllm.config import VllmConfig
 
 from dsv4.errors import DeploymentError
+from dsv4.loading import LOAD_FORMATS
 from dsv4.model.config import V4Config
 from dsv4_vllm.options import cache_formats, state_mapping
-
-# Those that hand over released tensors by their released names; dummy makes them up.
-LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
 
 
 def check_deployment(vllm_config: VllmConfig) -> V4Config:
@@ -76,12 +74,22 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
             f"--load-format {vllm_config.load_config.load_format}",
             f"dsv4 reads the released safetensors; use {' or '.join(LOAD_FORMATS)}",
         ),
+        (
+            vllm_config.model_config.enable_prompt_embeds,
+            "--enable-prompt-embeds",
+            "V4 chooses the experts of its first layers by token id, which an embedding has not; leave it out",
+        ),
         (parallel.enable_eplb, "--enable-eplb", "expert load balancing is not wired; leave it out"),
         (vllm_config.lora_config is not None, "--enable-lora", "LoRA is not wired; leave it out"),
         (
             vllm_config.kv_transfer_config is not None,
             "--kv-transfer-config",
             "KV transfer has not been tested with dsv4's caches; leave it out",
+        ),
+        (
+            vllm_config.weight_transfer_config is not None,
+            "--weight-transfer-config",
+            "weights that arrive in pieces cannot be checked before a layer is taken apart; use reload_weights",
         ),
     )
     for refused, flag, advice in refusals:

@@ -46,3 +46,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--schedules", type=int, default=15, help="random schedules per KV mapping in tests/e2e/test_vllm_schedules.py"
     )
+    parser.addoption(
+        "--requests", type=int, default=25, help="generated requests per endpoint in tests/e2e/test_requests.py"
+    )

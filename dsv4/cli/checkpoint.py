@@ -20,7 +20,7 @@ from dsv4.errors import CheckpointError
 @click.option("--require-draft", is_flag=True, help="Fail when the speculative draft (mtp.*) is absent.")
 @json_option
 def check(folder: Path, config: Path | None, require_draft: bool, as_json: bool) -> None:
-    """Validate the checkpoint in FOLDER from its safetensors headers alone.
+    """Validate the checkpoint in FOLDER from its safetensors headers and hash tables.
 
     Names every missing, extra, misshapen or mis-typed tensor, and every absent or truncated shard.
     """

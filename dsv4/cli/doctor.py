@@ -15,13 +15,14 @@ from dsv4.proof.doctor import Diagnosis, ServerReport, diagnose
 
 @click.command()
 @click.option("--url", help="A running server, e.g. http://localhost:8000: prove what serves there.")
+@click.option("--api-key", help="That server's API key; DSV4_API_KEY or VLLM_API_KEY, when not given.")
 @json_option
-def doctor(url: str | None, as_json: bool) -> None:
+def doctor(url: str | None, api_key: str | None, as_json: bool) -> None:
     """Say what would serve DeepSeek-V4 here and why; with --url, prove what a running server uses.
 
     Exits 1 when something is wrong; each problem comes with its next step.
     """
-    result = diagnose(url)
+    result = diagnose(url, api_key=api_key)
     if as_json:
         print_json({**asdict(result), "ok": result.ok})
     else:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every DSV4_* variable: the one table, typed access, and the refusal of names and values that are
-not in it.
+not in it. DSV4_API_KEY stands beside it: a secret has no table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dsv4.errors import EnvError, nearest
 
 PREFIX = "DSV4_"
+API_KEY = "DSV4_API_KEY"  # of a server that is asked; any text, and never shown
 _ON = "1"
 _OFF = "0"
 
@@ -51,7 +52,7 @@ VARIABLES = {
             "DSV4_CHECK",
             _OFF,
             (_OFF, _ON),
-            "check operators' slots, lengths and ids before each call; slow, without CUDA graphs, for debugging",
+            "check operators' slots, lengths and ids before each call, and that each sublayer's output is finite; slow, without CUDA graphs, for debugging",
         ),
         Variable(
             "DSV4_STATE",
@@ -89,6 +90,13 @@ def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
     return get(name, environ) == _ON
 
 
+def api_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """The key that a server was started with, where the environment tells: DSV4_API_KEY, or vLLM's
+    own variable."""
+    environ = os.environ if environ is None else environ
+    return environ.get(API_KEY) or environ.get("VLLM_API_KEY") or None
+
+
 def check_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Values of every DSV4_* variable, defaults included.
 
@@ -96,7 +104,9 @@ def check_environ(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     misspelt variable would otherwise be ignored in silence.
     """
     environ = os.environ if environ is None else environ
-    problems = [_unknown(name) for name in sorted(environ) if name.startswith(PREFIX) and name not in VARIABLES]
+    problems = [
+        _unknown(name) for name in sorted(environ) if name.startswith(PREFIX) and name not in (*VARIABLES, API_KEY)
+    ]
     values = {}
     for name in VARIABLES:
         try:

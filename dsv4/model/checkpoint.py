@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint folder holds, by its safetensors headers alone, and whether that is what
-config.json implies.
+"""What a checkpoint folder holds, by its safetensors headers, and whether that is what config.json
+implies.
 
-`read_headers` reads, `validate` compares with `dsv4.model.tensors`. No weight is ever read.
+`read_headers` reads, `validate` compares with `dsv4.model.tensors`. No weight is ever read, but for
+the hash tables, which are indices.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from dsv4.errors import CheckpointError
+from dsv4.model import layouts
 from dsv4.model.config import DraftKind, V4Config
-from dsv4.model.tensors import DRAFT_PREFIX, ITEMSIZE, TensorSpec, tensor_specs
+from dsv4.model.tensors import DRAFT_PREFIX, ITEMSIZE, Component, TensorSpec, tensor_specs
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -76,7 +78,8 @@ def read_headers(folder: str | Path) -> dict[str, TensorHeader]:
     files = sorted(set(index.values())) if index is not None else sorted(f.name for f in folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"{folder}: holds neither {INDEX_FILE} nor a *.safetensors file; is the download complete?"
+            f"{folder}: holds neither {INDEX_FILE} nor a *.safetensors file; "
+            + (layouts.of_files(folder) or "is the download complete?")
         )
     _refuse_absent(folder, files)
     headers, problems = _read_shards(folder, files)
@@ -144,7 +147,7 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
 
     `mtp.*` may be absent altogether unless `require_draft`; when some of it is there, all of it
     must be. Raises ConfigError for a bad config.json and CheckpointError naming every missing,
-    extra or mis-typed tensor.
+    extra or mis-typed tensor, or hash tables that name experts which do not exist.
     """
     folder = Path(folder)
     headers = read_headers(folder)
@@ -156,7 +159,8 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
         )
     specs = tensor_specs(config, include_draft=has_draft or require_draft)
     ignored = tuple(n for n in headers if n.startswith(DRAFT_PREFIX)) if config.draft == "none" else ()
-    _compare(folder, config, specs, {n: h for n, h in headers.items() if n not in set(ignored)})
+    compare(str(folder), config, specs, {n: h for n, h in headers.items() if n not in set(ignored)})
+    _check_tables(folder, config, specs, headers)
     return CheckpointReport(
         folder=folder,
         config=config,
@@ -167,9 +171,42 @@ def validate(folder: str | Path, config: V4Config | None = None, require_draft: 
     )
 
 
-def _compare(
+def validate_again(folder: Path, config: V4Config) -> None:
+    """`validate` a checkpoint that is to replace the one that is served with `config`.
+
+    Raises CheckpointError too where its own config.json says something else.
+    """
+    own = V4Config.from_path(folder)
+    if own != config:
+        changed = [f.name for f in fields(config) if getattr(own, f.name) != getattr(config, f.name)]
+        raise CheckpointError(
+            f"{folder}: its config.json has another {', '.join(changed)} than the checkpoint that is served; start a"
+            " server on it instead"
+        )
+    validate(folder, config)
+
+
+def _check_tables(
     folder: Path, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]
 ) -> None:
+    for name, spec in specs.items():
+        if spec.component is Component.TID2EID:
+            with safe_open(folder / headers[name].file, framework="numpy") as shard:
+                table = shard.get_tensor(name)
+            check_table(str(folder), name, int(table.min()), int(table.max()), config)
+
+
+def check_table(where: str, name: str, least: int, most: int, config: V4Config) -> None:
+    """Raise CheckpointError unless a hash table's expert ids, from `least` to `most`, exist."""
+    if least < 0 or most >= config.n_routed_experts:
+        raise CheckpointError(
+            f"{where}: {name} holds expert ids from {least} to {most}, config.json has experts 0 to"
+            f" {config.n_routed_experts - 1}; download the checkpoint again, or give the config.json that came with it"
+        )
+
+
+def compare(where: str, config: V4Config, specs: Mapping[str, TensorSpec], headers: Mapping[str, TensorHeader]) -> None:
+    """Raise CheckpointError, beginning with `where`, unless `headers` are what `specs` say."""
     missing = [name for name in specs if name not in headers]
     extra = [name for name in headers if name not in specs]
     shape, dtype = [], []
@@ -189,7 +226,7 @@ def _compare(
     lines = _group(
         [(n, "is missing") for n in missing] + [(n, "is not a tensor of this model") for n in extra] + shape + dtype
     )
-    raise CheckpointError(_list(f"{folder}: {counts}; {hint}", lines))
+    raise CheckpointError(_list(f"{where}: {counts}; {hint}", lines))
 
 
 _FAMILY_OF_HIDDEN_SIZE = {4096: "Flash", 7168: "Pro"}
@@ -214,14 +251,8 @@ def _hint(
             else "do the two belong together?"
         )
         return f"its hidden size is {got}, config.json says {want}: {guess}"
-    if any(name.startswith("model.") for name in extra):
-        return "these are HF transformers' names; use the released checkpoint"
-    if any(name.endswith(("weight_scale_2", "input_scale", "weight_packed")) for name in extra):
-        return "this looks like an NVFP4 or other conversion; use the released checkpoint"
-    expert = headers.get("layers.0.ffn.experts.0.w1.weight")
-    if expert is not None and expert.dtype != specs["layers.0.ffn.experts.0.w1.weight"].dtype:
-        found = {"I8": "fp4", "F8_E4M3": "fp8"}.get(expert.dtype, expert.dtype)
-        return f'experts are {found}, config.json says {config.expert_dtype}: set "expert_dtype" to "{found}" in config.json'
+    if told := layouts.of_names(extra, missing, specs) or layouts.of_dtypes(config, specs, headers):
+        return told
     if missing and all(name.startswith(DRAFT_PREFIX) for name in missing):
         return f"the {config.draft} draft is incomplete: download it again, or remove mtp.* altogether"
     if num_misshapen > len(specs) // 2:
@@ -229,7 +260,8 @@ def _hint(
     return "download the checkpoint again, or give the config.json that came with it"
 
 
-_LITERAL = 8  # groups up to this size are listed tensor by tensor
+_MOST_LINES = 60  # of one message: whoever reads it needs the kind, not each of 70,000 names
+_LITERAL = 8  # tensors of one pattern that are listed one by one, where all problems have room
 
 
 def _group(problems: Sequence[tuple[str, str]]) -> list[str]:
@@ -240,11 +272,16 @@ def _group(problems: Sequence[tuple[str, str]]) -> list[str]:
     for name, problem in problems:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
         groups[pattern, problem].append(tuple(int(n) for n in re.findall(r"(?<=\.)(\d+)(?=\.)", name)))
-    return [f"{name} {problem}" for (pattern, problem), indices in groups.items() for name in _names(pattern, indices)]
+    literal = _LITERAL if len(problems) <= _MOST_LINES else 1
+    return [
+        f"{name} {problem}"
+        for (pattern, problem), indices in groups.items()
+        for name in _names(pattern, indices, literal)
+    ]
 
 
-def _names(pattern: str, indices: Sequence[tuple[int, ...]]) -> list[str]:
-    if len(indices) <= _LITERAL:
+def _names(pattern: str, indices: Sequence[tuple[int, ...]], literal: int) -> list[str]:
+    if len(indices) <= literal:
         return [pattern.format(*index) for index in indices]
     return [pattern.format(*box) for box in _boxes(frozenset(indices))]
 
@@ -275,4 +312,5 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _list(title: str, items: Sequence[str]) -> str:
-    return "\n  ".join((title, *items))
+    more = [f"and {len(items) - _MOST_LINES} more like these"] if len(items) > _MOST_LINES else []
+    return "\n  ".join((title, *items[:_MOST_LINES], *more))

@@ -59,6 +59,10 @@ class TensorSpec:
         """Bytes of the whole tensor, unsharded."""
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
+    def admits(self, shape: tuple[int, ...], dtype: str) -> bool:
+        """Whether a stored tensor of this shape and dtype is legal."""
+        return shape == self.shape and dtype in (self.dtype, *self.alternates)
+
     @property
     def is_draft(self) -> bool:
         """Belongs to the speculative draft, which may be absent or skipped."""

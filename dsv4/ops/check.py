@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DSV4_CHECK=1: look at slots, lengths and ids before an operator runs, and say which request and
-layer held bad ones.
+"""DSV4_CHECK=1: look at slots, lengths and ids before an operator runs, and at what each sublayer
+made, and say which request and layer held bad ones.
 
 Operators mask what is out of range and go on, since a served batch must not die of one bad slot. In
 this mode the registry puts `guard` around whatever serves an operator, kernel or reference. It
@@ -23,7 +23,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from dsv4.errors import CheckImpossibleError, OpInputError
+from dsv4.errors import CheckImpossibleError, NotFiniteError, OpInputError
 from dsv4.machine import env
 from dsv4.ops.pages import Pages, Selection, SlotMapping
 
@@ -57,6 +57,25 @@ def enter_layer(layer: str, request_of_token: Tensor) -> None:
     """
     global _place
     _place = _Place(layer, request_of_token)
+
+
+def finite(what: str, values: Tensor, of_requests: bool = False) -> Tensor:
+    """`values` [T, ...], after raising NotFiniteError where `enabled()` and any is NaN or infinite.
+
+    what: names them, with their layer; of_requests: a row of each request, or of a token
+    """
+    if not enabled():
+        return values
+    rows = (~torch.isfinite(values.flatten(1))).any(-1).nonzero().flatten().tolist()
+    if rows:
+        owners = _place.request_of_token if _place is not None and not of_requests else None
+        found = "; ".join(f"{_owner(owners, n)}{'request' if of_requests else 'token'} {n}" for n in rows[:_MAX_NAMED])
+        more = f" and {len(rows) - _MAX_NAMED} more" if len(rows) > _MAX_NAMED else ""
+        raise NotFiniteError(
+            f"{what}: NaN or infinite at {found}{more}; look at that layer's tensors, and compare with"
+            " DSV4_OPS=reference"
+        )
+    return values
 
 
 # ---- what must hold ------------------------------------------------------------------------

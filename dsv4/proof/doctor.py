@@ -78,9 +78,11 @@ class Diagnosis:
         return not self.problems
 
 
-def diagnose(url: str | None = None, environ: Mapping[str, str] | None = None) -> Diagnosis:
-    """Look at this machine, and at the server at `url` when given. Raises Dsv4Error for a malformed
-    url."""
+def diagnose(url: str | None = None, environ: Mapping[str, str] | None = None, api_key: str | None = None) -> Diagnosis:
+    """Look at this machine, and at the server at `url` when given.
+
+    api_key: the server's; by default the environment's. Raises Dsv4Error for a malformed url.
+    """
     environ = os.environ if environ is None else environ
     result = Diagnosis(compat.dsv4_version(), platform.python_version(), list(decide.detect_devices(environ)), {}, {})
     _check_environment(result, environ)
@@ -94,7 +96,7 @@ def diagnose(url: str | None = None, environ: Mapping[str, str] | None = None) -
             "no engine is installed here: planning and checking work, serving needs `pip install 'dsv4[vllm]'`"
         )
     if url is not None:
-        _check_server(result, url)
+        _check_server(result, url, api_key or env.api_key(environ))
     return result
 
 
@@ -199,17 +201,20 @@ def _entry_point(group: str, name: str) -> str | None:
 # The server
 
 
-def _check_server(result: Diagnosis, url: str) -> None:
+def _check_server(result: Diagnosis, url: str, api_key: str | None) -> None:
     base = _base_url(url)
     result.server = ServerReport(base)
     try:
-        code, body = _get(base + STATUS_ROUTE)
+        code, body = _get(base + STATUS_ROUTE, api_key)
     except _NO_ANSWER as e:
         reason = e.reason if isinstance(e, urllib.error.URLError) else e
         result.problems.append(_unreachable(base, reason))
         return
+    if code in (401, 403):
+        result.problems.append(_unauthorised(base, code, api_key))
+        return
     if code == 404:
-        result.problems.append(_no_route(base))
+        result.problems.append(_no_route(base, api_key))
         return
     raw = _parse(body)
     if code != 200 or raw is None:
@@ -241,13 +246,16 @@ def _base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def _get(url: str) -> tuple[int, bytes]:
+def _get(url: str, api_key: str | None) -> tuple[int, bytes]:
     """(HTTP status, body). Raises one of _NO_ANSWER when nobody answers."""
     local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     # A proxy would be asked for our own machine otherwise.
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
     try:
-        with opener.open(url, timeout=_TIMEOUT_S) as response:
+        request = urllib.request.Request(url)  # noqa: S310  `_base_url` admits http and https alone
+        if api_key:
+            request.add_unredirected_header("Authorization", f"Bearer {api_key}")  # for this server alone
+        with opener.open(request, timeout=_TIMEOUT_S) as response:
             return int(response.status), response.read(_MAX_BYTES)
     except urllib.error.HTTPError as e:
         return e.code, e.read(_MAX_BYTES)
@@ -265,12 +273,21 @@ def _unreachable(base: str, reason: object) -> str:
     return f"{base} cannot be reached ({reason}): check the address"
 
 
-def _no_route(base: str) -> str:
+def _unauthorised(base: str, code: int, api_key: str | None) -> str:
+    if api_key:
+        return f"{base} does not take this API key (HTTP {code}): give the one that the server was started with"
+    return (
+        f"{base} asks for an API key (HTTP {code}): give the server's with --api-key, or in {env.API_KEY}, which no"
+        " process list shows"
+    )
+
+
+def _no_route(base: str, api_key: str | None) -> str:
     """Why a server has no status route, as far as it tells."""
     who = f"a server answers at {base}"
     for product, path in (("vLLM", "/version"), ("SGLang", "/server_info")):
         try:
-            code, body = _get(base + path)
+            code, body = _get(base + path, api_key)
         except _NO_ANSWER:
             break
         version = (_parse(body) or {}).get("version") if code == 200 else None

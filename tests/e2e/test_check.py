@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from dsv4.ops import check
 from tests.support import sglang_engine, vllm_engine
+from tests.support.bad_checkpoints import copy, edit_tensors
 from tests.support.comparison import Oracle, assert_equal, request
 
 CHECKED = {"DSV4_CHECK": "1"}
@@ -59,3 +61,20 @@ def test_a_bad_slot_is_reported_with_its_layer_and_request(
     assert done.returncode != 0
     message = rf"OpInputError: {re.escape(op)} in model\.layers\.2\.attn: slot out of range at request 1, token \d+, place 0: 1\d{{6}}"
     assert re.search(message, done.stderr), done.stderr[-6000:]
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_nan_is_noticed_in_the_layer_that_made_it(
+    engine: tuple[ModuleType, str], tiny_flash: Path, tmp_path: Path, checked: bool
+) -> None:
+    """One ue8m0 scale of 255, which is NaN, as a damaged download may hold."""
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["layers.2.attn.wkv.scale"].view(torch.uint8)[0, 0] = 255
+
+    module, _ = engine
+    folder = copy(tiny_flash, tmp_path / "nan", edit_tensors(damage))
+    done = module.start(module.engine_args(folder), [[request([5, 6, 7], 2)]], env=CHECKED if checked else {})
+    assert (done.returncode == 0) == (not checked), done.stderr[-4000:]
+    words = "NotFiniteError: attention of model.layers.2: NaN or infinite at request 0, token 0"
+    assert (words in done.stderr) == checked, done.stderr[-6000:]

@@ -64,6 +64,7 @@ def configure(args):
         ({"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}, ["--enable-lora"]),
         ({"cuda_graph_backend_prefill": "breakable"}, ["--cuda-graph-backend-prefill breakable"]),
         ({"dtype": "float16"}, ["--dtype float16"]),
+        ({"load_format": "sharded_state"}, ["--load-format sharded_state"]),
         ({"device": "cuda", "dtype": "float32"}, ["--dtype float32"]),
         (
             {"enable_deepseek_v4_fp4_indexer": True},

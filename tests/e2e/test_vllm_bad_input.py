@@ -31,6 +31,8 @@ def configure(args):
         ({"kv_cache_dtype_skip_layers": ["0"], "kv_cache_dtype": "fp8"}, ["--kv-cache-dtype-skip-layers"]),
         ({"load_format": "sharded_state"}, ["--load-format sharded_state", "safetensors"]),
         ({"load_format": "tensorizer"}, ["tensorizer"]),
+        ({"enable_prompt_embeds": True}, ["--enable-prompt-embeds", "token id"]),
+        ({"weight_transfer_config": {"backend": "nccl"}}, ["--weight-transfer-config", "reload_weights"]),
     )
     unsupported = ("0.40.0", ">=0.32,<0.34")
     registered = (

@@ -132,6 +132,14 @@ def test_many_problems_of_one_pattern_share_a_line_that_covers_exactly_them(copy
     assert "layers.1.ffn.experts.5.w1.weight is missing" in message
 
 
+@pytest.mark.parametrize(("value", "words"), [(8, "from 0 to 8"), (-1, "from -1 to 7")])
+def test_a_hash_table_that_names_no_expert_is_refused(copy, value, words):
+    table = torch.arange(1024).view(512, 2) % 8
+    table[511, 1] = value
+    edit(copy, "layers.0.ffn.gate.tid2eid", table)
+    assert f"layers.0.ffn.gate.tid2eid holds expert ids {words}, config.json has experts 0 to 7" in error_of(copy)
+
+
 def test_flash_weights_with_a_pro_config_are_recognised(tmp_path):
     flash = first_layers(config_of("DeepSeek-V4-Flash"), 1)
     assert (flash.num_hidden_layers, flash.draft, flash.num_draft_layers) == (1, "none", 0)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4.errors import CheckImpossibleError, OpInputError
+from dsv4.errors import CheckImpossibleError, NotFiniteError, OpInputError
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.ops import attention, check, indexer, moe, registry
 from dsv4.ops.compressor import paged as compressor
@@ -321,3 +321,19 @@ def test_operators_of_typed_arguments_are_checked_without_a_rule_by_name() -> No
     typed = {name for name, op in registry.OPERATORS.items() if check.applies(name, op.reference)} - set(check.RULES)
     paged = {"compressor.save_state", "compressor.compress_store", "compressor.update"}
     assert typed == {"attention.norm_rope_store", "attention.sparse", *paged}
+
+
+@pytest.mark.usefixtures("checked")
+def test_values_that_are_not_finite_are_named() -> None:
+    values = torch.zeros(3, 2, 2)
+    assert check.finite("experts of model.layers.7", values) is values
+    values[2, 1, 0] = float("-inf")
+    with pytest.raises(NotFiniteError, match=r"^experts of model\.layers\.7: NaN or infinite at request 5, token 2;"):
+        check.finite("experts of model.layers.7", values)
+    with pytest.raises(NotFiniteError, match=r"^logits: NaN or infinite at request 2;"):
+        check.finite("logits", values, of_requests=True)
+
+
+def test_without_the_mode_nothing_is_looked_at() -> None:
+    values = torch.full((1, 1), float("nan"))
+    assert check.finite("logits", values) is values

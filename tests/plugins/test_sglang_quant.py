@@ -19,7 +19,7 @@ from served import HOST, free_port
 from torch import Tensor
 
 from dsv4.errors import DeploymentError
-from dsv4.loading import load_released
+from dsv4.loading import hand_over
 from dsv4.machine.decide import Device
 from dsv4.model.config import V4Config
 from dsv4.model.tensors import tensor_specs
@@ -184,7 +184,9 @@ def make_experts(intermediate: int) -> Any:
 
 
 def load(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> None:
-    load_released({f"{prefix}.{name}": p for name, p in layer.named_parameters()}, tensors.items(), tp_rank=0)
+    params = {f"{prefix}.{name}": p for name, p in layer.named_parameters()}
+    for name, tensor in tensors.items():
+        hand_over(params, name, tensor, tp_rank=0)
 
 
 @pytest.mark.parametrize("gpu", SM8X, indirect=True, ids=str)

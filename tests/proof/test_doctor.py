@@ -185,6 +185,18 @@ def test_sglang_variables_that_keep_the_plugin_out_are_problems(machine, environ
 # A server
 
 
+keys: dict[int, str] = {}  # the API key that the server on a port asks for
+
+
+@pytest.fixture
+def locked(server):
+    """The server, now with the key "secret"."""
+    port = int(server[0].rsplit(":", 1)[1])
+    keys[port] = "secret"
+    yield server
+    del keys[port]
+
+
 @pytest.fixture
 def server():
     """Serve fixed answers: routes[path] = (HTTP status, body)."""
@@ -193,6 +205,8 @@ def server():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             code, body = routes.get(self.path, (404, b'{"detail":"Not Found"}'))
+            if (wanted := keys.get(self.server.server_port)) and self.headers["Authorization"] != f"Bearer {wanted}":
+                code, body = 401, b'{"error":"Unauthorized"}'
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -223,6 +237,48 @@ def test_the_openai_address_of_the_server_works_too(machine, server, suffix):
     url, routes = server
     routes["/dsv4/status"] = (200, body())
     assert diagnose(url + suffix).server.serving
+
+
+@pytest.mark.parametrize("variable", ["DSV4_API_KEY", "VLLM_API_KEY", None])
+def test_a_server_with_an_api_key_is_asked_with_it(machine, locked, variable):
+    url, routes = locked
+    routes["/dsv4/status"] = (200, body())
+    result = diagnose(url, environ={variable: "secret"} if variable else {}, api_key=None if variable else "secret")
+    assert result.ok, result.problems
+    assert result.server.serving
+    assert "secret" not in repr(result)
+
+
+def test_an_api_key_that_is_missing_or_wrong_is_told(machine, locked):
+    url, _ = locked
+    assert "asks for an API key (HTTP 401): give the server's with --api-key" in only_problem(diagnose(url, environ={}))
+    problem = only_problem(diagnose(url, environ={}, api_key="guess"))
+    assert "does not take this API key (HTTP 401)" in problem
+    assert "guess" not in problem
+
+
+def test_an_api_key_is_not_sent_on_to_another_server(machine, server):
+    """A redirect leads anywhere."""
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/dsv4/status":
+                self.send_response(302)
+                self.send_header("Location", f"{server[0]}/taken")
+                self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+    port = int(server[0].rsplit(":", 1)[1])
+    keys[port] = "secret"
+    diagnosis = diagnose(f"http://127.0.0.1:{httpd.server_port}", environ={}, api_key="secret")
+    httpd.shutdown()
+    httpd.server_close()
+    del keys[port]
+    assert "HTTP 401" in only_problem(diagnosis)  # the key did not reach the second server
 
 
 def test_a_proxy_is_not_asked_for_this_machine(machine, server, monkeypatch):
@@ -284,7 +340,7 @@ def test_keys_of_a_newer_dsv4_are_left_out(machine, server):
     assert diagnose(url).server == ServerReport(url, serving=True, status=STATUS)
 
 
-@pytest.mark.parametrize("answer", [(200, b"<html>"), (200, b"[]"), (500, b"{}"), (401, b"")])
+@pytest.mark.parametrize("answer", [(200, b"<html>"), (200, b"[]"), (500, b"{}"), (418, b"")])
 def test_an_answer_that_is_no_status_is_a_problem(machine, server, answer):
     url, routes = server
     routes["/dsv4/status"] = answer

@@ -61,6 +61,13 @@ def bad_checkpoints(tiny_flash: Path, tiny_pro: Path) -> dict[str, tuple[Change,
     def wrong_dtype(t: dict[str, torch.Tensor]) -> None:
         t["layers.2.attn.attn_sink"] = t["layers.2.attn.attn_sink"].bfloat16()
 
+    def no_such_expert(folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            tensors = load_file(file)
+            if "layers.1.ffn.gate.tid2eid" in tensors:
+                tensors["layers.1.ffn.gate.tid2eid"][7, 1] = 8
+                save_file(tensors, file)
+
     def mismatch(folder: Path) -> None:
         shutil.copy(tiny_pro / "config.json", folder / "config.json")
 
@@ -69,6 +76,7 @@ def bad_checkpoints(tiny_flash: Path, tiny_pro: Path) -> dict[str, tuple[Change,
         "missing-shard": (remove_shard, ["model-0000", "missing"]),
         "shape": (edit_tensors(wrong_shape), ["layers.2.attn.wq_b.weight", "shape"]),
         "dtype": (edit_tensors(wrong_dtype), ["layers.2.attn.attn_sink", "BF16"]),
+        "table": (no_such_expert, ["layers.1.ffn.gate.tid2eid", "0 to 8", "experts 0 to 7"]),
         "mismatch": (mismatch, ["layers.0.attn.compressor", "config.json"]),
         "ratio": (set_config(compress_ratios=[7, *config["compress_ratios"][1:]]), ["compress_ratios[0] is 7"]),
         "nvfp4": (

@@ -12,10 +12,10 @@ from torch import nn
 from dsv4 import loading as core
 
 
-def record_mapping() -> list[list[Any]]:
+def record_mapping() -> dict[tuple[Any, ...], None]:
     """Collect what the loading of weights makes of each released name: [released name, parameter,
     shard]."""
-    mapped: list[list[Any]] = []
+    mapped: dict[tuple[Any, ...], None] = {}  # each once, however often the loader asks
 
     def watch(name: str, describe: Callable[[Any], list[Any]]) -> None:
         function = getattr(core, name)
@@ -23,7 +23,7 @@ def record_mapping() -> list[list[Any]]:
         def wrapped(released: str) -> Any:
             result = function(released)
             if result is not None:
-                mapped.append([released, *describe(result)])
+                mapped.setdefault((released, *describe(result)))
             return result
 
         setattr(core, name, wrapped)

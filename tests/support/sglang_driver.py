@@ -2,9 +2,11 @@
 """Runs one SGLang engine and prints what it generated: `python sglang_driver.py < plan.json >
 result.json`.
 
-The plan is {"engine": Engine arguments, "phases": [[request, ...], ...]} and options for
+The plan is {"engine": Engine arguments, "phases": [[request, ...], ...], "updates": {"1": {"disk":
+folder}, "2": {"tensors": folder, "buckets": n, "without": [names]}}} and options for
 `sglang_instruments`; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The
-requests of a phase are submitted together, phases one after another.
+requests of a phase are submitted together, phases one after another, each behind its update of the
+weights.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -30,6 +33,25 @@ def describe(prompt: list[int], output: dict[str, Any], prompt_logprobs: bool) -
     }
 
 
+def replace_weights(
+    engine: Any, disk: str | None = None, tensors: str | None = None, buckets: int = 1, without: tuple[str, ...] = ()
+) -> list[Any]:
+    """[success, message] of the first step that failed, or of the last."""
+    if disk is not None:
+        return list(engine.update_weights_from_disk(disk))[:2]
+    from safetensors.torch import load_file
+
+    found = {name: t for file in Path(str(tensors)).glob("*.safetensors") for name, t in load_file(file).items()}
+    named = [(name, t) for name, t in found.items() if name not in without]
+    engine.begin_weight_update()
+    for i in range(buckets):
+        done = engine.update_weights_from_tensor(named[i::buckets])
+        if not done[0]:
+            break
+    ended = engine.end_weight_update()
+    return list(done if not done[0] else ended)[:2]
+
+
 def main() -> None:
     plan = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
@@ -39,8 +61,10 @@ def main() -> None:
     start = time.monotonic()
     engine = sglang.Engine(**{"skip_tokenizer_init": True, "log_level": "info", **plan["engine"]})
     ready = time.monotonic() - start
-    phases = []
-    for phase in plan["phases"]:
+    phases, updates = [], []
+    for number, phase in enumerate(plan["phases"]):
+        if update := plan.get("updates", {}).get(str(number)):
+            updates.append(replace_weights(engine, **update))
         params = [{"max_new_tokens": r["max_tokens"], "temperature": 0, "ignore_eos": True} for r in phase]
         outputs = engine.generate(
             input_ids=[r["prompt"] for r in phase],
@@ -55,6 +79,7 @@ def main() -> None:
     result = {
         "ready_s": ready,
         "phases": phases,
+        "updates": updates,
         "retractions": sum(o["retractions"] for phase in phases for o in phase),
         "workers": [worker for state in states for worker in state.get("dsv4", [])] if plan.get("status", True) else [],
         "counts": states[0].get("dsv4_test", {}),

@@ -27,9 +27,9 @@ PLAN: dict[str, Any] = (
 RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 COUNTS: dict[str, Any] = {"poisoned_pages": 0, "prefill_steps": 0, "largest_prefill": 0}
 RECORDED: list[dict[str, list[Any]]] = []
-MAPPED: list[list[list[Any]]] = []
 GRAPHS: list[Any] = []
 VARIANTS: list[Any] = []
+MAPPED: list[dict[tuple[Any, ...], None]] = []
 
 
 def register() -> None:
@@ -150,7 +150,7 @@ def add_counts(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     if MAPPED:
         from tests.support.mapping import parameters
 
-        found = {"mapped": MAPPED[0], "parameters": parameters(scheduler.tp_worker.model_runner.model)}
+        found = {"mapped": list(MAPPED[0]), "parameters": parameters(scheduler.tp_worker.model_runner.model)}
         result.internal_state["dsv4_test"] = COUNTS | found
     if GRAPHS:
         result.internal_state["dsv4_test"] = COUNTS | {"graphs": GRAPHS[0].report()}

@@ -2,13 +2,14 @@
 """Runs one vLLM engine in this process and prints what it generated: `python -m
 tests.support.vllm_driver < plan.json > result.json`.
 
-The plan is {"engine": LLM arguments, "phases": [[request, ...], ...], "poison": bool, "record":
-file or None, "mutation": [module, old, new], "launches": bool, "variants": bool, "graphs": {"sizes",
-"mode"}, "memory": bool}; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}.
-The requests of a phase are submitted together, phases one after another. `record` saves every row
-that was quantised, for replay through the reference model; `mutation` breaks a module's source on
-purpose; `launches` reports the kernels that each layer launched, `variants` those that the warm-up
-would not have compiled; `graphs` captures and replays steps, `memory` reports what attention takes.
+The plan is {"engine": LLM arguments, "phases": [[request, ...], ...]} and options; a request is
+{"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted
+together, phases one after another. Options: "poison": NaN in unowned pages; "record": a file for
+every row that was quantised, for replay through the reference model; "mutation": [module, old,
+new], break a module's source on purpose; "updates": {"1": arguments of `replace_weights` before
+that phase}; "launches": report the kernels that each layer launched; "variants": those that the
+warm-up would not have compiled; "graphs": {"sizes", "mode"}, capture and replay steps; "memory":
+report what attention takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -78,6 +80,24 @@ def record_quantised(llm: Any) -> dict[str, list[Any]]:
     return record_quantised({id(m.pages): m.prefix for m in runner.get_model().modules() if isinstance(m, V4Cache)})
 
 
+def replace_weights(
+    llm: Any, disk: str | None = None, tensors: str | None = None, without: tuple[str, ...] = ()
+) -> tuple[bool, str]:
+    """Whether it was done, and the message where it was not."""
+    arguments: dict[str, Any] = {"weights_path": disk}
+    if tensors is not None:
+        from safetensors.torch import load_file
+
+        found = {name: t for file in Path(tensors).glob("*.safetensors") for name, t in load_file(file).items()}
+        arguments = {"weights_iterator": [(name, t) for name, t in found.items() if name not in without]}
+    try:
+        llm.collective_rpc("reload_weights", kwargs=arguments)
+    except Exception as error:
+        return False, str(error)
+    llm.reset_prefix_cache()
+    return True, ""
+
+
 def describe(output: Any) -> dict[str, Any]:
     """A request's tokens and the log-probability of each prompt token (but the first) and each
     generated one."""
@@ -108,7 +128,7 @@ def main() -> None:
         from tests.support import interpreter_bf16
 
         interpreter_bf16.install()
-    mapped = []
+    mapped = {}
     if plan.get("mapping"):
         from tests.support import mapping
 
@@ -143,8 +163,10 @@ def main() -> None:
         from tests.support.variants import ServedVariants
 
         variants = ServedVariants()
-    phases = []
-    for phase in plan["phases"]:
+    phases, updates = [], []
+    for number, phase in enumerate(plan["phases"]):
+        if update := plan.get("updates", {}).get(str(number)):
+            updates.append(replace_weights(llm, **update))
         params = [
             SamplingParams(
                 max_tokens=r["max_tokens"], temperature=0, detokenize=False, ignore_eos=True, logprobs=0,
@@ -158,6 +180,7 @@ def main() -> None:
     result = {
         "ready_s": ready,
         "phases": phases,
+        "updates": updates,
         "preemptions": metrics.get("vllm:num_preemptions", 0),
         "poisoned_pages": poisoned["pages"],
         "workers": llm.collective_rpc("dsv4_status") if plan.get("status", True) else [],
@@ -169,7 +192,7 @@ def main() -> None:
         result["graphs"] = graphs.report()
     if mapped:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        result["counts"] = {"mapped": mapped, "parameters": mapping.parameters(runner.get_model())}
+        result["counts"] = {"mapped": list(mapped), "parameters": mapping.parameters(runner.get_model())}
     if variants is not None:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         result["variants"] = variants.report(lambda: runner.get_model().kernel_warm_up.compile_many(["dsv4"]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4.model.config import V4Config
+from dsv4.ops import check
 from dsv4.ops.mhc import PendingPost, Site, pre
 
 
@@ -49,6 +50,7 @@ class HyperConnection(nn.Module):
 def decoder_step(
     before: Tensor | PendingPost,
     *,
+    name: str,
     attn_site: Site,
     attn: Callable[[Tensor], Tensor],
     ffn_site: Site,
@@ -57,8 +59,9 @@ def decoder_step(
     """One decoder layer.
 
     before: the streams [T, 4, D], or the layer before with its last output still to be mixed in,
-    which saves reading them twice attn, ffn: the sublayers, [T, D] -> [T, D]
+    which saves reading them twice
+    name: for messages; attn, ffn: the sublayers, [T, D] -> [T, D]
     """
     at = pre(before, attn_site)
-    at = pre(at.pending(attn(at.x)), ffn_site)
-    return at.pending(ffn(at.x))
+    at = pre(at.pending(check.finite(f"attention of {name}", attn(at.x))), ffn_site)
+    return at.pending(check.finite(f"experts of {name}", ffn(at.x)))

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from dsv4.ops.quant.reference import dequantize_e2m1
 
+SUM_EPS = 1e-20  # HF's: where all chosen scores underflow, the weights are 0 and not 0 / 0
+
 
 def scores(logits: Tensor) -> Tensor:
     """sqrt(softplus(logits)) in fp32; softplus as max(x, 0) + log1p(exp(-|x|))."""
@@ -18,15 +20,15 @@ def scores(logits: Tensor) -> Tensor:
 
 def _weigh(score: Tensor, ids: Tensor, scaling_factor: float) -> Tensor:
     weights = score.gather(1, ids.long())
-    return weights / weights.sum(-1, keepdim=True) * scaling_factor
+    return weights / (weights.sum(-1, keepdim=True) + SUM_EPS) * scaling_factor
 
 
 def route_topk(logits: Tensor, bias: Tensor, top_k: int, scaling_factor: float) -> tuple[Tensor, Tensor]:
     """The `top_k` experts of largest score + bias; the bias steers the choice and never enters the
     weights.
 
-    logits: [T, E]; bias: [E] fp32. Returns weights [T, top_k] fp32 that sum to scaling_factor, and
-    ids [T, top_k] int32.
+    logits: [T, E]; bias: [E] fp32. Returns weights [T, top_k] fp32 that sum to scaling_factor (to
+    less where scores come near SUM_EPS), and ids [T, top_k] int32.
     """
     score = scores(logits)
     ids = torch.topk(score + bias, top_k, dim=-1).indices

@@ -10,10 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.ops.moe.mxfp4 import experts_mxfp4
+from dsv4.ops.moe.reference import SUM_EPS as _SUM_EPS
 
 __all__ = ["experts_mxfp4", "route_hash", "route_topk", "swiglu"]
 
 SWIGLU_BLOCK = 1024
+SUM_EPS: tl.constexpr = tl.constexpr(_SUM_EPS)
 
 
 @triton.jit
@@ -77,7 +79,7 @@ def route_topk_kernel(
         weight = tl.where(k == i, tl.sum(tl.where(e == at, score, 0.0), 0), weight)
         taken = taken | (e == at)
         choice = tl.where(taken, float("-inf"), choice)
-    weight = weight / tl.sum(weight, 0) * factor
+    weight = weight / (tl.sum(weight, 0) + SUM_EPS) * factor
     tl.store(ids + t * K + k, topk_ids, mask=k < K)
     tl.store(weights + t * K + k, weight, mask=k < K)
 
@@ -108,7 +110,7 @@ def route_hash_kernel(
     score = _score(tl.load(logits + t * logits_stride + topk_ids, mask=inside, other=0.0).to(tl.float32))
     score = tl.where(inside, score, 0.0)
     tl.store(ids + t * K + k, topk_ids, mask=inside)
-    tl.store(weights + t * K + k, score / tl.sum(score, 0) * factor, mask=inside)
+    tl.store(weights + t * K + k, score / (tl.sum(score, 0) + SUM_EPS) * factor, mask=inside)
 
 
 @triton.jit
