@@ -15,7 +15,7 @@ from dsv4.machine.hardware import Gpu
 from dsv4.model.config import FP8_BLOCK
 from dsv4.model.kv_layout import IndexFormat, StateMapping
 from dsv4.planning.deployment import MAX_CONTEXT, Checkpoint, Deployment, Parallelism, Speculation, usual_state
-from dsv4.planning.memory.proof import Proof, Verdict, prove
+from dsv4.planning.memory.proof import Proof, Verdict, prove, roomier_state
 from dsv4.planning.recipe.schema import MAX_GPUS, Recipe, shipped_recipes
 from dsv4.planning.rules import violations
 
@@ -24,6 +24,7 @@ STEP_GRAIN = 256
 MAX_STEP_TOKENS = 65_536
 MAX_REQUESTS = 65_536
 Preference = Literal["latency", "throughput"]
+SEQS_LEVELS = (16, 64, 256, 1024)  # where the graphs' published sizes step; below the first, room for shorter requests
 _DRAFT_TOKENS = {"mtp": 1, "dspark": 5}
 
 
@@ -250,12 +251,12 @@ def deployments(q: Question) -> Iterator[Deployment]:
 
 def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: Speculation) -> Deployment:
     """One configuration with defaults: fractions and kernels as published recipes for the card have
-    them.
+    them, state as DSV4_STATE=auto would keep it, and as many requests as the pool holds.
     """
     gpu = q.gpu
     per_replica = -(-q.concurrency // parallel.dp)
-    seqs = min(max(16, per_replica), q.max_num_batched_tokens // (1 + speculation.num_tokens))
-    return Deployment(
+    most = max(q.max_num_batched_tokens // (1 + speculation.num_tokens), 1)
+    base = Deployment(
         checkpoint=q.checkpoint,
         engine=engine,
         gpu=gpu,
@@ -267,7 +268,7 @@ def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: 
         pp=parallel.pp,
         max_model_len=q.context,
         max_num_batched_tokens=q.max_num_batched_tokens,
-        max_num_seqs=seqs,
+        max_num_seqs=min(max(SEQS_LEVELS[0], per_replica), most),
         memory_fraction=0.95 if engine == "vllm" else 0.9 if gpu.visible_mib > 60_000 else 0.88,
         index=IndexFormat.MXFP4 if gpu.capability[0] == 10 else IndexFormat.FP8,
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
@@ -275,6 +276,23 @@ def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: 
         decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
         state=q.state if q.state and engine == "vllm" else usual_state(engine, gpu.needs_plugin),
     )
+    if q.state is None and engine == "vllm" and gpu.needs_plugin:
+        base = replace(base, state=roomier_state(base))
+    return _with_seqs(base, q.concurrency, most)
+
+
+def _with_seqs(d: Deployment, concurrency: int, most: int) -> Deployment:
+    """`d` with the max_num_seqs that the pool fills: requests beyond the first 16 cost memory for
+    graphs and SGLang's rings, so more are asked for only where more are then held.
+    """
+    best, best_proof = d, prove(d, concurrency)
+    for level in SEQS_LEVELS[1:]:
+        wider = replace(d, max_num_seqs=min(max(level, d.max_num_seqs), most))
+        proof = prove(wider, concurrency)
+        if proof.verdict is best_proof.verdict and proof.at_once_low > best_proof.at_once_low:
+            best, best_proof = wider, proof
+    held = -(-best_proof.held_high // d.dp)
+    return replace(best, max_num_seqs=max(min(best.max_num_seqs, held), d.max_num_seqs))
 
 
 def shapes(q: Question) -> list[Parallelism]:
@@ -326,4 +344,4 @@ def _rank(c: Candidate, prefer: Preference) -> tuple[float, ...]:
     # A wider attention TP and a draft shorten every step of a request; replicas and no draft hold
     # more requests.
     latency = (-c.deployment.tp, -c.deployment.has_draft) if prefer == "latency" else (0, 0)
-    return (order, *latency, c.proof.shortfall_bytes, -c.proof.concurrency_low, -c.proof.max_context_low)
+    return (order, *latency, c.proof.shortfall_bytes, -c.proof.at_once_low, -c.proof.max_context_low)

@@ -38,7 +38,7 @@ def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for c in works:
         _line(axes, c)
-    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="requests at once, all replicas")
+    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="requests decoding at once, all replicas")
     axes.set_title(
         f"{question.checkpoint.id} on {question.count} x {question.gpu.id}, steps of {question.max_num_batched_tokens:,} tokens"
     )
@@ -64,7 +64,8 @@ def _line(axes: object, c: Candidate) -> None:
     d = c.deployment
     proofs = points(c)
     label = f"{d.engine} {d.shape}{'' if d.speculation.method == 'none' else ' ' + d.speculation.method}"
-    low = [p.by_memory_low for p in proofs]  # memory, not the max_num_seqs of the plan
-    high = [p.by_memory_high for p in proofs]
+    # By memory, not by the max_num_seqs of the plan; zero has no place on a logarithmic axis.
+    low = [p.held_low or None for p in proofs]
+    high = [p.held_high or None for p in proofs]
     axes.plot(CONTEXTS, low, marker="o", markersize=3, label=label)  # type: ignore[attr-defined]
     axes.fill_between(CONTEXTS, low, high, alpha=0.15)  # type: ignore[attr-defined]
