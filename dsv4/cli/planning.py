@@ -17,7 +17,7 @@ import click
 from dsv4.cli.output import json_option, print_json
 from dsv4.errors import HardwareError, PlanError, RecipeError
 from dsv4.machine.compat import Engine
-from dsv4.machine.hardware import GIB, Gpu, detect_machine, find_gpu
+from dsv4.machine.hardware import GIB, Gpu, all_gpus, describe_gpu, detect_machine, find_gpu
 from dsv4.model.kv_layout import StateMapping
 from dsv4.planning.deployment import find_checkpoint, parse_context
 from dsv4.planning.launch import deployment_commands
@@ -25,6 +25,8 @@ from dsv4.planning.memory.proof import Proof
 from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question
 from dsv4.planning.planner import plan as make_plan
 from dsv4.planning.recipe.schema import Recipe, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
+
+DEFAULT_CONTEXT = "128k"  # what published deployments and their users ask for, far below the model's 1m
 
 
 class _Command(click.Command):
@@ -39,14 +41,26 @@ class _Command(click.Command):
             raise PlanError(f"{' '.join(e.format_message().split())} See {ctx.command_path} --help.") from e
 
 
+def _recipe_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Recipe ids for the shell: eval "$(_DSV4_COMPLETE=bash_source dsv4)"."""
+    return [path.stem for path in recipe_paths() if path.stem.startswith(incomplete)]
+
+
+def _gpu_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [gpu.id for gpu in all_gpus() if gpu.id.startswith(incomplete)]
+
+
 @click.command("plan", cls=_Command)
 @click.option(
     "--model", default="flash", show_default=True, help="flash, flash-0731, pro, pro-0813, or the repository."
 )
-@click.option("--gpu", help="Card, as h200 or a100-80g; detected when left out.")
+@click.option("--gpu", shell_complete=_gpu_ids, help="Card, as h200 or a100-80g; detected when left out.")
+@click.option("--gpu-memory", type=float, help="GiB of a card that dsv4 has no entry for; with --capability.")
+@click.option("--capability", help="Compute capability of such a card, as 8.6.")
+@click.option("--bandwidth", type=float, default=0.0, help="Memory bandwidth of such a card in TB/s.")
 @click.option("--count", type=int, help="GPUs in all; detected, or one node, when left out.")
 @click.option("--nodes", type=int, help="Nodes they are in; as few as possible when left out.")
-@click.option("--context", default="1m", show_default=True, help="Tokens per request, as 800k or 819200.")
+@click.option("--context", help=f"Tokens per request, as 800k or 819200; {DEFAULT_CONTEXT} when left out.")
 @click.option("--concurrency", type=int, default=1, show_default=True, help="Requests of that length at once.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Both when left out.")
 @click.option(
@@ -61,7 +75,7 @@ class _Command(click.Command):
     type=click.Choice(["auto", "paged", "summary"]),
     default="auto",
     show_default=True,
-    help="Compressor state in vLLM (DSV4_STATE); auto: summary where dsv4's plugin serves, paged where native does.",
+    help="Compressor state in vLLM (DSV4_STATE); auto: what holds more requests where dsv4's plugin serves, paged where native does.",
 )
 @click.option(
     "--prefer",
@@ -70,7 +84,10 @@ class _Command(click.Command):
     show_default=True,
     help="What ranks first.",
 )
-@click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
+@click.option(
+    "--proofs", type=click.IntRange(min=0), default=1, show_default=True, help="Configurations to prove term by term."
+)
+@click.option("--verbose", is_flag=True, help="Print the source of every term of a proof.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -80,15 +97,19 @@ class _Command(click.Command):
 def plan(
     model: str,
     gpu: str | None,
+    gpu_memory: float | None,
+    capability: str | None,
+    bandwidth: float,
     count: int | None,
     nodes: int | None,
-    context: str,
+    context: str | None,
     concurrency: int,
     engine: str | None,
     max_num_batched_tokens: int,
     state: str,
     prefer: str,
     proofs: int,
+    verbose: bool,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -96,10 +117,13 @@ def plan(
     nothing fits.
     """
     with _named("--context"):
-        tokens = parse_context(context)
+        tokens = parse_context(context or DEFAULT_CONTEXT)
     with _named("--model"):
         checkpoint = find_checkpoint(model)
-    card, count = _gpus(gpu, count, nodes)
+    if gpu_memory is not None or capability is not None:
+        card, count = _described(gpu, gpu_memory, capability, bandwidth), count or nodes or 1
+    else:
+        card, count = _gpus(gpu, count, nodes)
     with _named():
         question = Question(
             checkpoint=checkpoint,
@@ -113,6 +137,11 @@ def plan(
             prefer=cast("Preference", prefer),
             state=None if state == "auto" else StateMapping(state),
         )
+    if plot is not None:
+        from dsv4.planning.plot import refuse
+
+        with _named("--plot"):
+            refuse(plot)
     found = make_plan(question)
     if plot is not None:
         from dsv4.planning.plot import draw
@@ -124,7 +153,9 @@ def plan(
     else:
         from dsv4.planning.text import describe
 
-        click.echo(describe(question, found, proofs))
+        click.echo(describe(question, found, proofs, verbose))
+        if context is None:
+            click.echo(f"\nNo --context was given: {DEFAULT_CONTEXT} was planned; DeepSeek-V4 goes to 1m.")
     if not any(c.works for c in found):
         raise SystemExit(1)
 
@@ -140,6 +171,14 @@ def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, i
     except HardwareError as e:
         raise HardwareError(f"{e}; give --gpu and --count") from e
     return machine.gpu, machine.count if count is None else count
+
+
+def _described(name: str | None, memory: float | None, capability: str | None, bandwidth: float) -> Gpu:
+    """A card outside the table. --gpu then only names it."""
+    if memory is None or capability is None:
+        raise PlanError("--gpu-memory and --capability describe a card together; give both, or --gpu alone")
+    with _named("--gpu-memory" if capability else "--capability"):
+        return describe_gpu(memory, capability, bandwidth, name or "")
 
 
 @contextmanager
@@ -199,7 +238,7 @@ def _terms_json(proof: Proof) -> list[dict[str, Any]]:
 
 
 @click.command("launch", cls=_Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_recipe_ids)
 @click.option(
     "--engine", type=click.Choice(["vllm", "sglang"]), help="Take the recipe of the same plan for this engine."
 )
@@ -243,7 +282,7 @@ def recipes() -> None:
 
 
 @recipes.command("list", cls=_Command)
-@click.option("--gpu", help="Only this card.")
+@click.option("--gpu", shell_complete=_gpu_ids, help="Only this card.")
 @click.option("--model", help="Only this checkpoint.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Only this engine.")
 @json_option
@@ -266,6 +305,8 @@ def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json
     width = max((len(r.id) for r in rows), default=0)
     for r in rows:
         click.echo(f"{r.id:{width}}  {r.status:11}  {_kinds(r):17}  {r.title}")
+    refused = sum(not r.can_work for r in rows)
+    click.echo(f"{len(rows) - refused} recipes; {refused} more say why a machine cannot serve it")
 
 
 def _kinds(r: Recipe) -> str:
@@ -273,7 +314,7 @@ def _kinds(r: Recipe) -> str:
 
 
 @recipes.command("show", cls=_Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_recipe_ids)
 @json_option
 def show(recipe: str, as_json: bool) -> None:
     """The recipe's file."""
@@ -287,7 +328,7 @@ def show(recipe: str, as_json: bool) -> None:
 
 
 @recipes.command("check", cls=_Command)
-@click.argument("recipe", nargs=-1)
+@click.argument("recipe", nargs=-1, shell_complete=_recipe_ids)
 @click.option(
     "--engine-path",
     "engine_paths",

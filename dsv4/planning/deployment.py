@@ -6,6 +6,7 @@ plans both become this.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 from dsv4.data import data_folder, read_yaml
@@ -16,6 +17,7 @@ from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
 
 MAX_CONTEXT = 1_048_576
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[0-9]{1,2})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,20 +152,22 @@ def find_checkpoint(name: str) -> Checkpoint:
     wanted = name.strip().lower().removesuffix("/")
     if wanted in by_name:
         return by_name[wanted]
+    if re.search(r"v4\.1|v41", wanted):
+        raise PlanError(f"{name}: is DeepSeek-V4.1, another architecture, which dsv4 neither plans nor serves")
     near = nearest(wanted, by_name)
     ids = list(dict.fromkeys(by_name[n].id for n in near)) or [c.id for c in all_checkpoints()]
     raise PlanError(f"{name}: unknown checkpoint; nearest: {', '.join(ids)}")
 
 
 def parse_context(text: str) -> int:
-    """Tokens in `text`: plain, or with k or m as binary thousands (800k is 819,200; 1m is
+    """Tokens in `text`: plain, as 1e5, or with k or m as binary thousands (800k is 819,200; 1m is
     1,048,576). Raises PlanError.
     """
     raw = text.strip().lower().replace(",", "").replace("_", "")
     scale = {"k": 1024, "m": 1024 * 1024}.get(raw[-1:], 1)
     digits = raw[:-1] if scale > 1 else raw
     try:
-        tokens = int(float(digits) * scale) if digits.isascii() and digits.replace(".", "", 1).isdigit() else 0
+        tokens = int(float(digits) * scale) if _NUMBER.fullmatch(digits) else 0
     except (ValueError, OverflowError):
         tokens = 0
     if tokens < 1:

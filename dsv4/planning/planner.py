@@ -273,7 +273,7 @@ def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: 
         index=IndexFormat.MXFP4 if gpu.capability[0] == 10 else IndexFormat.FP8,
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
         speculation=speculation,
-        decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
+        decode_graphs_only=engine == "vllm" and gpu.platform == "cuda" and gpu.capability[0] <= 9,
         state=q.state if q.state and engine == "vllm" else usual_state(engine, gpu.needs_plugin),
     )
     if q.state is None and engine == "vllm" and gpu.needs_plugin:

@@ -112,7 +112,8 @@ def _proof(c: Candidate, verbose: bool) -> Iterable[str]:
     yield from _term("card", f"{d.gpu.total_bytes / GIB:.2f}", card)
     yield from _term("budget", f"{p.budget_bytes / GIB:.2f}", "what the engine may use")
     for t in p.terms:
-        yield from _term(t.name, _range(t.low, t.high), t.source if verbose else "")
+        yield from _term(t.name, _range(t.low, t.high), "")
+        yield from _wrap(t.source, "    ") if verbose else ()
     yield from _term("KV pool", _range(p.pool_low, p.pool_high), "what is left")
     yield from _term("to start", f"{p.start_bytes / GIB:.2f}", _start(p))
     yield from _term(

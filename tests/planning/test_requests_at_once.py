@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import vllm_capacity
 from dsv4.planning.deployment import find_checkpoint
 from dsv4.planning.memory.sglang import SglangPool, SglangRequest, sglang_pool
 from dsv4.planning.memory.vllm import InFlight, VllmPool, vllm_pool
-from tests.support import sglang_capacity, vllm_capacity
+from tests.support import sglang_capacity
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30

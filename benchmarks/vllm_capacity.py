@@ -105,6 +105,14 @@ def kv_cache_config(probe: Any, q: KvQuestion) -> Any:
     return symbol("vllm.v1.core.kv_cache_utils:generate_scheduler_kv_cache_config")(configs)
 
 
+def register_managers() -> None:
+    """Once per process, where this vLLM does not do it on import."""
+    from dsv4.probe.engine import symbol
+
+    with contextlib.suppress(ImportError):
+        symbol("vllm.v1.core.single_type_kv_cache_manager:register_all_kvcache_specs")(None)
+
+
 def request(name: str, prompt: int, output: int) -> Any:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
@@ -236,12 +244,10 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_PLUGINS": ""}
-    from dsv4.probe.engine import symbol
     from dsv4.probe.vllm import VllmProbe
 
     probe = VllmProbe()
-    with contextlib.suppress(AttributeError):
-        symbol("vllm.v1.core.single_type_kv_cache_manager:register_all_kvcache_specs")(None)
+    register_managers()
     held = []
     for case in cases:
         kv = kv_cache_config(probe, case.question)
