@@ -218,6 +218,7 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         "dp": d.dp,
         "ep": d.ep,
         "pp": d.pp,
+        "replicas": d.replicas,
         "speculative": d.speculation.method,
         "works": c.works,
         "violations": list(c.violations),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4.data import data_folder, read_yaml
 from dsv4.errors import PlanError, nearest
@@ -50,6 +50,7 @@ class Parallelism:
     dp: int = 1
     pp: int = 1
     ep: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class Deployment:
     dp: attention replicas, each with its own KV pool.
     ep: whole experts per rank, over tp * dp ranks.
     pp: pipeline stages.
+    replicas: engines of their own behind a router, each with weights and pool; tp, dp, pp and ep
+    are one engine's.
     max_num_batched_tokens: per step and replica; SGLang's chunked prefill size.
     max_num_seqs: per replica.
     memory_fraction: gpu_memory_utilization or mem_fraction_static.
@@ -91,6 +94,7 @@ class Deployment:
     a2a_backend: str = "none"
     attention_backend: str = "auto"
     decode_graphs_only: bool = False
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         if (self.state is StateMapping.RING) != (self.engine == "sglang"):
@@ -114,10 +118,23 @@ class Deployment:
         return self.config.num_draft_layers if self.has_draft else 0
 
     @property
+    def num_pools(self) -> int:
+        """KV pools over which requests spread: attention replicas of every engine."""
+        return self.dp * self.replicas
+
+    @property
+    def one_engine(self) -> Deployment:
+        """What one of `replicas` engines runs."""
+        if self.replicas == 1:
+            return self
+        return replace(self, count=self.count // self.replicas, nodes=max(self.nodes // self.replicas, 1), replicas=1)
+
+    @property
     def shape(self) -> str:
-        """Parallelism in words, as `TP8`, `TP8 x PP2` or `DP8 + EP`."""
+        """Parallelism in words, as `TP8`, `TP8 x PP2`, `DP8 + EP` or `2x TP4` for two engines."""
         parts = [f"{name}{n}" for name, n in (("TP", self.tp), ("DP", self.dp), ("PP", self.pp)) if n > 1]
-        return (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
+        engines = f"{self.replicas}x " if self.replicas > 1 else ""
+        return engines + (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
 
 
 def usual_state(engine: Engine, plugin: bool) -> StateMapping:

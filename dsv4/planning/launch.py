@@ -72,7 +72,8 @@ def commands(recipe: Recipe) -> list[Command]:
 
 
 def deployment_commands(d: Deployment, revision: str = "main", extra_args: tuple[str, ...] = ()) -> list[Command]:
-    """As `commands`, from the typed fields alone."""
+    """As `commands`, from the typed fields alone; of one engine where there are several."""
+    d = d.one_engine
     render = _vllm if d.engine == "vllm" else _sglang
     roles = ["head", "worker"] if d.nodes > 1 else ["head"]
     return [Command(role, (*render(d, revision, role), *extra_args), max(d.dp // d.nodes, 1)) for role in roles]

@@ -27,8 +27,8 @@ def violations(d: Deployment, env: Mapping[str, str] | None = None) -> list[str]
 
 
 def _topology(d: Deployment) -> Iterator[str]:
-    if d.tp * d.dp * d.pp != d.count:
-        yield f"tp x dp x pp is {d.tp * d.dp * d.pp}, the deployment has {d.count} GPUs"
+    if d.tp * d.dp * d.pp * d.replicas != d.count:
+        yield f"tp x dp x pp is {d.tp * d.dp * d.pp * d.replicas}, the deployment has {d.count} GPUs"
     if d.count % d.nodes:
         yield f"{d.count} GPUs do not divide over {d.nodes} nodes"
     elif d.count // d.nodes > d.gpu.gpus_per_node:
@@ -83,8 +83,11 @@ def _card(d: Deployment) -> Iterator[str]:
     major, _ = d.gpu.capability
     if d.index is IndexFormat.MXFP4 and major != 10:
         yield f"mxfp4 index keys exist on compute capability 10.x only; {d.gpu.id} is {d.gpu.cc}: use fp8"
-    if d.gpu.needs_plugin and (d.dp > 1 or d.pp > 1 or d.has_draft):
-        yield f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, which has no drafts yet and is untested with DP attention and PP"
+    if d.gpu.needs_plugin and (d.dp > 1 or d.has_draft or (d.pp > 1 and d.engine == "sglang")):
+        yield (
+            f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, which has no drafts yet, no DP attention, and pipeline"
+            " stages in vLLM alone"
+        )
     if d.moe_backend in _MEGA_MOE or d.a2a_backend in _MEGA_MOE:
         if major != 10:
             yield f"mega MoE needs compute capability 10.x; {d.gpu.id} is {d.gpu.cc}"

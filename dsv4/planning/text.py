@@ -119,7 +119,7 @@ def _proof(c: Candidate, verbose: bool) -> Iterable[str]:
     yield from _term(
         "each more", f"{p.decoding_bytes / GIB:.2f}", f"a request of {d.max_model_len:,} tokens that decodes"
     )
-    held = f"requests by KV, at most {d.max_num_seqs * d.dp:,} by max_num_seqs"
+    held = f"requests by KV, at most {d.max_num_seqs * d.num_pools:,} by max_num_seqs"
     yield from _term("at once", _span(p.held_low, p.held_high), held)
     if p.printed_low is not None and p.printed_high is not None:
         log = 'vLLM\'s own "Maximum concurrency" line, which charges the reserve to every request'
@@ -128,12 +128,18 @@ def _proof(c: Candidate, verbose: bool) -> Iterable[str]:
         yield from _wrap(
             f"stops fitting above max_num_batched_tokens {c.step_limit:,}; longest context {p.max_context_low:,}", "  "
         )
+    if d.replicas > 1:
+        yield from _wrap(
+            f"{d.replicas} engines behind a router, each on {d.count // d.replicas} GPUs of its own"
+            " (CUDA_VISIBLE_DEVICES) and at a port of its own:", "  "
+        )  # fmt: skip
     for command in deployment_commands(d):
-        yield from _command(f"start{' ' + command.role if d.nodes > 1 else ''}: {_settings(d)}", command.shell())
+        role = f" {command.role}" if d.one_engine.nodes > 1 else ""
+        yield from _command(f"start{role}: {_settings(d)}", command.shell())
 
 
 def _per_replica(d: Deployment) -> str:
-    return " and is of one replica" if d.dp > 1 else ""
+    return " and is of one replica" if d.num_pools > 1 else ""
 
 
 def _term(name: str, figures: str, note: str) -> list[str]:

@@ -138,12 +138,33 @@ def test_a_published_deployment_of_8_requests_is_not_refused():
 def test_max_num_seqs_follows_what_the_pool_holds():
     for context, concurrency in ((65_536, 1), (8192, 1), (MAX_CONTEXT, 1), (8192, 300)):
         for c in _plan("flash", "h200", 8, context=context, concurrency=concurrency):
-            d, per_replica = c.deployment, -(-concurrency // c.deployment.dp)
+            d, per_replica = c.deployment, -(-concurrency // c.deployment.num_pools)
             most = 4096 // (1 + d.speculation.num_tokens)
             assert min(max(16, per_replica), most) <= d.max_num_seqs <= most
-            assert d.max_num_seqs <= max(16, per_replica, -(-c.proof.held_high // d.dp))
+            assert d.max_num_seqs <= max(16, per_replica, -(-c.proof.held_high // d.num_pools))
     held = _find(_plan("flash", "h200", 8, engine="vllm", context=65_536), "vllm", "TP8")
     assert held.proof.at_once_low > 100
+
+
+def test_several_engines_hold_what_each_of_them_holds():
+    found = _plan("flash", "a100", 8, engine="vllm", context=131_072)
+    two, one = (
+        _find(found, "vllm", "2x TP4"),
+        _find(_plan("flash", "a100", 4, engine="vllm", context=131_072), "vllm", "TP4"),
+    )
+    assert two.proof.held_low == 2 * one.proof.held_low
+    assert not two.violations
+    text = describe(_question("flash", "a100", 8, engine="vllm"), [two], 1)
+    assert "2 engines behind a router, each on 4 GPUs of its own" in " ".join(text.split())
+    assert "--tensor-parallel-size 4" in text
+    assert "--nnodes" not in text
+
+
+def test_cards_without_fast_links_are_planned_with_stages_in_vllm_alone():
+    found = _plan("flash", "rtx-4090-48g", 4, context=131_072)
+    assert _find(found, "vllm", "PP4").works
+    assert "stages in vLLM alone" in _find(found, "sglang", "PP4").violations[0]
+    assert not [c for c in _plan("flash", "h200", 8) if c.deployment.pp > 1]
 
 
 def test_pro_on_8_h100_needs_16():

@@ -84,11 +84,11 @@ class Proof:
         """Requests of max_model_len that decode together over all replicas, by KV and by
         max_num_seqs.
         """
-        return min(self.held_low, self.deployment.max_num_seqs * self.deployment.dp)
+        return min(self.held_low, self.deployment.max_num_seqs * self.deployment.num_pools)
 
     @property
     def at_once_high(self) -> int:
-        return min(self.held_high, self.deployment.max_num_seqs * self.deployment.dp)
+        return min(self.held_high, self.deployment.max_num_seqs * self.deployment.num_pools)
 
     @property
     def weights_bytes(self) -> int:

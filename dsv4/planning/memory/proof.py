@@ -19,7 +19,7 @@ def prove(deployment: Deployment, concurrency: int = 1) -> Proof:
     """Prove `deployment` for `concurrency` requests of max_model_len over all replicas: the worst
     pipeline stage decides.
     """
-    per_replica = -(-concurrency // deployment.dp)
+    per_replica = -(-concurrency // deployment.num_pools)
     stages = range(deployment.pp)
     one = vllm.prove_stage if deployment.engine == "vllm" else sglang.prove_stage
     proofs = [one(deployment, stage, per_replica) for stage in stages]
