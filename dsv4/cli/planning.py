@@ -6,6 +6,7 @@ fits, 2 bad input.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from dsv4.errors import HardwareError, PlanError, RecipeError
 from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import GIB, Gpu, all_gpus, describe_gpu, detect_machine, find_gpu
 from dsv4.model.kv_layout import StateMapping
-from dsv4.planning.deployment import find_checkpoint, parse_context
+from dsv4.planning.deployment import Checkpoint, find_checkpoint, parse_context
 from dsv4.planning.launch import deployment_commands
 from dsv4.planning.memory.proof import Proof
 from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question
@@ -52,7 +53,10 @@ def _gpu_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
 
 @click.command("plan", cls=_Command)
 @click.option(
-    "--model", default="flash", show_default=True, help="flash, flash-0731, pro, pro-0813, or the repository."
+    "--model",
+    default="flash",
+    show_default=True,
+    help="flash, flash-0731, pro, pro-0813, a repository, or a folder; others by their headers.",
 )
 @click.option("--gpu", shell_complete=_gpu_ids, help="Card, as h200 or a100-80g; detected when left out.")
 @click.option("--gpu-memory", type=float, help="GiB of a card that dsv4 has no entry for; with --capability.")
@@ -119,7 +123,7 @@ def plan(
     with _named("--context"):
         tokens = parse_context(context or DEFAULT_CONTEXT)
     with _named("--model"):
-        checkpoint = find_checkpoint(model)
+        checkpoint = _checkpoint(model)
     if gpu_memory is not None or capability is not None:
         card, count = _described(gpu, gpu_memory, capability, bandwidth), count or nodes or 1
     else:
@@ -171,6 +175,20 @@ def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, i
     except HardwareError as e:
         raise HardwareError(f"{e}; give --gpu and --count") from e
     return machine.gpu, machine.count if count is None else count
+
+
+def _checkpoint(model: str) -> Checkpoint:
+    """A released one by name, a folder, or another repository of the hub."""
+    from dsv4.planning.memory.folder import checkpoint_in, checkpoint_on_hub
+
+    if Path(model).is_dir():
+        return checkpoint_in(Path(model))
+    try:
+        return find_checkpoint(model)
+    except PlanError:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not re.search(r"v4\.1|v41", model.lower()):
+            return checkpoint_on_hub(model)
+        raise
 
 
 def _described(name: str | None, memory: float | None, capability: str | None, bandwidth: float) -> Gpu:

@@ -15,6 +15,7 @@ from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
+from dsv4.planning.memory.weights import Inventory
 
 MAX_CONTEXT = 1_048_576
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[0-9]{1,2})?")
@@ -22,7 +23,11 @@ _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[0-9]{1,2})?")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A released checkpoint. id: short name; total_bytes: all its tensors."""
+    """A checkpoint. id: short name; total_bytes: all its tensors.
+
+    weights: what its own headers hold; None for a released one, whose config implies its tensors.
+    unserved: why dsv4 does not serve it, "" where it does.
+    """
 
     id: str
     repo: str
@@ -30,6 +35,8 @@ class Checkpoint:
     released: str
     total_bytes: int
     config: V4Config
+    weights: Inventory | None = None
+    unserved: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,8 +84,12 @@ def environment(recipe: Recipe) -> dict[str, str]:
     return dict(sorted(recipe.env.items()))
 
 
+def _revision(d: Deployment, revision: str) -> list[Arg]:
+    return ["--revision", revision] if d.checkpoint.released else []  # a folder has none
+
+
 def _vllm(d: Deployment, revision: str, role: str) -> list[Arg]:
-    args: list[Arg] = ["vllm", "serve", d.checkpoint.repo, "--revision", revision]
+    args: list[Arg] = ["vllm", "serve", d.checkpoint.repo, *_revision(d, revision)]
     args += ["--tensor-parallel-size", str(d.tp)]
     if d.pp > 1:
         args += ["--pipeline-parallel-size", str(d.pp)]
@@ -142,7 +146,7 @@ def _vllm_nodes(d: Deployment, role: str) -> list[Arg]:
 
 
 def _sglang(d: Deployment, revision: str, role: str) -> list[Arg]:
-    args: list[Arg] = ["sglang", "serve", "--model-path", d.checkpoint.repo, "--revision", revision]
+    args: list[Arg] = ["sglang", "serve", "--model-path", d.checkpoint.repo, *_revision(d, revision)]
     args += ["--tp-size", str(d.tp * d.dp)]
     if d.dp > 1:
         args += ["--attn-dp-size", str(d.dp)]

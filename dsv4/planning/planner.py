@@ -318,7 +318,9 @@ def shapes(q: Question) -> list[Parallelism]:
             found.append(Parallelism(tp=tp, pp=rest, ep=True))
         elif slow_links and rest <= config.num_hidden_layers:
             found.append(Parallelism(tp=tp, pp=rest, ep=_whole_experts(q, tp)))
-        alone = stage_weights(config, tp=tp, dp=1, ep=False, pp=1, with_draft=False)[0].total_bytes
+        alone = stage_weights(config, tp=tp, dp=1, ep=False, pp=1, with_draft=False, weights=q.checkpoint.weights)[
+            0
+        ].total_bytes
         if per_node % tp == 0 and alone < q.gpu.total_bytes:
             found.append(Parallelism(tp=tp, ep=_whole_experts(q, tp), replicas=rest))
     return found

@@ -88,6 +88,8 @@ def _card(d: Deployment) -> Iterator[str]:
             f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, which has no drafts yet, no DP attention, and pipeline"
             " stages in vLLM alone"
         )
+    if d.gpu.needs_plugin and d.checkpoint.unserved:
+        yield f"{d.gpu.id} is served by dsv4's plugin, which does not serve this checkpoint: {d.checkpoint.unserved}"
     if d.moe_backend in _MEGA_MOE or d.a2a_backend in _MEGA_MOE:
         if major != 10:
             yield f"mega MoE needs compute capability 10.x; {d.gpu.id} is {d.gpu.cc}"

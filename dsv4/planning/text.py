@@ -50,6 +50,8 @@ def describe(q: Question, found: Sequence[Candidate], num_proofs: int, verbose: 
         parts += _wrap(
             f"{q.gpu.id} has no native V4 in either engine: dsv4's plugin serves there, beside the engine on every node."
         )
+    if q.checkpoint.unserved:
+        parts += _wrap(f"Planned for the engines' native V4 only; dsv4 does not serve it: {q.checkpoint.unserved}")
     return "\n".join(parts).rstrip()
 
 

@@ -97,16 +97,19 @@ class Proof:
 
 def weights_of(d: Deployment, stage: int) -> RankWeights:
     """Weights of one rank of pipeline stage `stage`."""
-    return stage_weights(d.config, tp=d.tp, dp=d.dp, ep=d.ep, pp=d.pp, with_draft=d.has_draft)[stage]
+    return stage_weights(
+        d.config, tp=d.tp, dp=d.dp, ep=d.ep, pp=d.pp, with_draft=d.has_draft, weights=d.checkpoint.weights
+    )[stage]
 
 
 def weight_terms(d: Deployment, stage: int) -> list[Term]:
     """Weights of one rank of pipeline stage `stage`, and what widening them may take."""
     w = weights_of(d, stage)
     body = w.total_bytes - w.draft_bytes
-    terms = [Term("weights", body, body, INVENTORY_SOURCE)]
+    source = INVENTORY_SOURCE if d.checkpoint.weights is None else f"headers of {d.checkpoint.repo}"
+    terms = [Term("weights", body, body, source)]
     if w.draft_bytes:
-        terms.append(Term("weights of the draft", w.draft_bytes, w.draft_bytes, INVENTORY_SOURCE))
+        terms.append(Term("weights of the draft", w.draft_bytes, w.draft_bytes, source))
     terms.append(term("widened while loading", overheads.load_overhead(w.wo_a_bytes)))
     if w.draft_bytes and d.engine == "vllm" and d.speculation.method == "dspark":
         terms.append(term("built for the draft", overheads.draft_load_overhead(d.config)))
