@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +22,33 @@ from dsv4.machine.hardware import GIB, Gpu, all_gpus, describe_gpu, detect_machi
 from dsv4.model.kv_layout import StateMapping
 from dsv4.planning.deployment import Checkpoint, find_checkpoint, parse_context
 from dsv4.planning.launch import deployment_commands
-from dsv4.planning.memory.proof import Proof
+from dsv4.planning.memory.proof import Proof, Verdict, prove
 from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question
 from dsv4.planning.planner import plan as make_plan
 from dsv4.planning.recipe.schema import Recipe, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
 
 DEFAULT_CONTEXT = "128k"  # what published deployments and their users ask for, far below the model's 1m
+
+
+def _override_options(f: Callable[..., None]) -> Callable[..., None]:
+    """What `plan --format` and `launch` let a user change of a launch."""
+    for option in (
+        click.option("--wheel", help="Path in the container, or URL, of dsv4's wheel, where its plugin serves."),
+        click.option("--image", help="Another container image."),
+        click.option("--served-name", help="Name that clients ask for."),
+        click.option("--model-path", help="Folder of the model as the engine sees it, instead of the repository."),
+        click.option("--port", type=click.IntRange(1, 65_535), help="8000 when left out."),
+        click.option(
+            "--host", help="This machine alone (127.0.0.1) when left out; Kubernetes: every address, with a key."
+        ),
+    ):
+        f = option(f)
+    return f
+
+
+def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    named = {"model_path": "model"}
+    return {named.get(k, k): v for k, v in overrides.items() if v is not None}
 
 
 class _Command(click.Command):
@@ -97,6 +118,15 @@ def _gpu_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw context against concurrency into an .svg or .png.",
 )
+@click.option(
+    "--format",
+    "output",
+    type=click.Choice(["text", "shell", "compose", "k8s"]),
+    default="text",
+    show_default=True,
+    help="The plan in words, or the launch of what ranks first.",
+)
+@_override_options
 @json_option
 def plan(
     model: str,
@@ -115,7 +145,9 @@ def plan(
     proofs: int,
     verbose: bool,
     plot: Path | None,
+    output: str,
     as_json: bool,
+    **overrides: Any,
 ) -> None:
     """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when
     nothing fits.
@@ -152,7 +184,9 @@ def plan(
 
         with _named("--plot"):
             draw(question, found, plot)
-    if as_json:
+    if output != "text":
+        _print_launch(found, output, overrides)
+    elif as_json:
         print_json({"question": _question_json(question), "configurations": [_candidate_json(c) for c in found]})
     else:
         from dsv4.planning.text import describe
@@ -162,6 +196,20 @@ def plan(
             click.echo(f"\nNo --context was given: {DEFAULT_CONTEXT} was planned; DeepSeek-V4 goes to 1m.")
     if not any(c.works for c in found):
         raise SystemExit(1)
+
+
+def _print_launch(found: Sequence[Candidate], output: str, overrides: Mapping[str, Any]) -> None:
+    """The launch of the best configuration. Raises PlanError where nothing fits."""
+    from dsv4.planning.manifests import Overrides, of_plan, render
+    from dsv4.planning.text import dsv4_settings
+
+    best = next((c.deployment for c in found if c.works), None)
+    if best is None:
+        raise PlanError("--format: nothing fits, so there is nothing to launch; see the plan without --format")
+    settings = dsv4_settings(best)
+    plugin = best.gpu.needs_plugin or bool(settings)
+    with _named():
+        click.echo(render(of_plan(best, settings, plugin, Overrides(**_given(overrides))), output))
 
 
 def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, int]:
@@ -264,19 +312,29 @@ def _terms_json(proof: Proof) -> list[dict[str, Any]]:
 @click.option(
     "--format", "output", type=click.Choice(["shell", "compose", "k8s", "argv"]), default="shell", show_default=True
 )
+@_override_options
+@click.option("--context", help="Another context than the recipe's, as 64k.")
 @json_option
-def launch(recipe: str, engine: str | None, output: str, as_json: bool) -> None:
+def launch(recipe: str, engine: str | None, output: str, context: str | None, as_json: bool, **overrides: Any) -> None:
     """Print how to start RECIPE (an id, or a YAML file). Nothing is executed."""
-    from dsv4.planning.launch import commands, environment, render, split_roles
+    from dsv4.planning.launch import split_roles
+    from dsv4.planning.manifests import Overrides, of_recipe, render
 
     found, _ = find_recipe(recipe)
     found = _other_engine(found, engine)
     if not found.can_work:
         raise RecipeError(f"{found.id}: cannot work: {found.why_not[0].why}")
+    with _named("--context"):
+        tokens = parse_context(context) if context else 0
+    start = of_recipe(found, Overrides(context=tokens, **_given(overrides)))
+    if tokens and prove(start.deployment, found.lengths.concurrency).starts is Verdict.NO:
+        raise PlanError(f"--context {context}: does not start with {found.id}'s step; see dsv4 plan")
     if as_json:
-        print_json({"id": found.id, "env": environment(found), "argv": split_roles(commands(found))})
+        argv = split_roles(start.commands("127.0.0.1"))
+        print_json({"id": found.id, "env": start.environment(), "argv": argv})
         return
-    click.echo(render(found, output))
+    with _named():
+        click.echo(render(start, output))
 
 
 def _other_engine(recipe: Recipe, engine: str | None) -> Recipe:

@@ -165,11 +165,16 @@ def _command(lead: str, shell: str) -> list[str]:
     return [line + " \\" for line in lines[:-1]] + [lines[-1]]
 
 
-def _settings(d: Deployment) -> str:
+def dsv4_settings(d: Deployment) -> dict[str, str]:
     """The variables without which something else would be started than what was proved."""
     plugin = d.gpu.needs_plugin or d.state is StateMapping.SUMMARY
-    mode = "DSV4_MODE=on " if plugin and not d.gpu.needs_plugin else ""
-    return mode + ("" if d.state is usual_state(d.engine, plugin) else f"DSV4_STATE={d.state.value} ")
+    mode = {"DSV4_MODE": "on"} if plugin and not d.gpu.needs_plugin else {}
+    state = {} if d.state is usual_state(d.engine, plugin) else {"DSV4_STATE": d.state.value}
+    return mode | state
+
+
+def _settings(d: Deployment) -> str:
+    return "".join(f"{k}={v} " for k, v in dsv4_settings(d).items())
 
 
 def _start(p: Proof) -> str:

@@ -218,6 +218,9 @@ BAD = [
     (["launch", "h100-x8-pro-vllm-context"], "cannot work: weights alone are 101.9 GiB"),
     (["launch", "h200-x16-pro-vllm-throughput", "--format", "nomad"], "'nomad' is not one of"),
     (["launch"], "Missing argument"),
+    (["launch", "h200-x8-pro-vllm-context-800k", "--port", "0"], "--port"),
+    (["plan", "--gpu", "h100", "--count", "8", "--model", "pro", "--format", "k8s"], "nothing fits"),
+    (["plan", "--gpu", "mi300x", "--format", "k8s"], "--image mi300x: no pinned image"),
     (["recipes", "show", "/etc/passwd"], "/etc/passwd"),
     (["recipes", "show", "absent.yaml"], "cannot be read"),
     (["recipes", "check", "zzz"], "zzz: no such recipe"),
@@ -278,6 +281,17 @@ def test_check_exits_1_when_a_rung_fails(tmp_path):
 def test_launch_finds_the_recipe_of_the_same_plan_for_the_other_engine():
     out = json.loads(_run("launch", "h200-x8-pro-vllm-context-800k", "--engine", "sglang", "--json").stdout)
     assert out["argv"]["head"][:2] == ["sglang", "serve"]
+
+
+def test_a_launch_is_overridden_and_a_plan_is_launched():
+    out = _run(
+        "launch", "h200-x8-pro-vllm-context-800k", "--context", "64k", "--port", "9000", "--served-name", "v4"
+    ).stdout
+    for words in ("--max-model-len 65536", "--port 9000", "--served-model-name v4", "--host 127.0.0.1"):
+        assert words in out
+    out = _run("plan", "--gpu", "h200", "--format", "compose").stdout
+    assert out.startswith("# planned by dsv4: flash on 8 x h200")
+    assert "services:" in out
 
 
 JSON = [
