@@ -130,6 +130,11 @@ class Deployment:
         return self.dp * self.replicas
 
     @property
+    def redundant_experts(self) -> int:
+        """Copies of routed experts with which every expert-parallel rank holds equally many."""
+        return -self.config.n_routed_experts % (self.tp * self.dp) if self.ep else 0
+
+    @property
     def one_engine(self) -> Deployment:
         """What one of `replicas` engines runs."""
         if self.replicas == 1:

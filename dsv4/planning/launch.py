@@ -108,6 +108,8 @@ def _vllm(d: Deployment, revision: str, role: str, endpoint: Endpoint) -> list[A
         args += ["--data-parallel-size", str(d.dp)]
     if d.ep:
         args += ["--enable-expert-parallel"]
+    if d.redundant_experts:
+        args += ["--enable-eplb", "--eplb-config", json.dumps({"num_redundant_experts": d.redundant_experts})]
     if d.a2a_backend != "none":
         args += ["--all2all-backend", d.a2a_backend]
     args += ["--max-model-len", str(d.max_model_len), "--max-num-batched-tokens", str(d.max_num_batched_tokens)]
@@ -168,6 +170,8 @@ def _sglang(d: Deployment, revision: str, role: str, endpoint: Endpoint) -> list
         args += ["--attn-dp-size", str(d.dp)]
     if d.ep:
         args += ["--ep-size", str(d.tp * d.dp)]
+    if d.redundant_experts:
+        args += ["--ep-num-redundant-experts", str(d.redundant_experts)]
     if d.pp > 1:
         args += ["--pp-size", str(d.pp)]
     args += ["--context-length", str(d.max_model_len)]

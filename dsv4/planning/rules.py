@@ -29,6 +29,8 @@ def violations(d: Deployment, env: Mapping[str, str] | None = None) -> list[str]
 def _topology(d: Deployment) -> Iterator[str]:
     if d.tp * d.dp * d.pp * d.replicas != d.count:
         yield f"tp x dp x pp is {d.tp * d.dp * d.pp * d.replicas}, the deployment has {d.count} GPUs"
+    if d.pp > d.config.num_hidden_layers:
+        yield f"PP{d.pp} has more stages than {d.checkpoint.id} has layers ({d.config.num_hidden_layers})"
     if d.count % d.nodes:
         yield f"{d.count} GPUs do not divide over {d.nodes} nodes"
     elif d.count // d.nodes > d.gpu.gpus_per_node:
@@ -50,7 +52,7 @@ def _shards(d: Deployment, env: Mapping[str, str]) -> Iterator[str]:
     if shard % FP8_BLOCK and not (d.engine == "sglang" and env.get(SHARED_EXPERT_ENV) == "1"):
         yield f"TP{d.tp} cuts the shared expert to {shard} columns, no multiple of the FP8 block {FP8_BLOCK}; use DP or PP instead"
     ranks = d.tp * d.dp
-    if d.ep and c.n_routed_experts % ranks:
+    if d.redundant_experts and (ranks > c.n_routed_experts or d.gpu.needs_plugin):
         yield f"{c.n_routed_experts} experts do not divide over {ranks} ranks"
     if not d.ep and (c.moe_intermediate_size // ranks) % FP8_BLOCK:
         yield f"without EP, {ranks} ranks cut each routed expert to {c.moe_intermediate_size / ranks:g} columns; turn EP on"

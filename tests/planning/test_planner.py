@@ -13,7 +13,9 @@ from dsv4.errors import PlanError
 from dsv4.machine.hardware import all_gpus, find_gpu
 from dsv4.model.kv_layout import StateMapping
 from dsv4.planning.deployment import MAX_CONTEXT, find_checkpoint, parse_context
+from dsv4.planning.memory.account import weights_of
 from dsv4.planning.memory.proof import Verdict, prove
+from dsv4.planning.memory.weights import inventory
 from dsv4.planning.planner import Candidate, Question, candidate, plan, step_limit
 from dsv4.planning.recipe.schema import shipped_recipes
 from dsv4.planning.text import describe
@@ -178,6 +180,24 @@ def test_dp_holds_more_1m_requests_than_tp_and_wins_on_8_b200():
     tp, dp = (_find(found, "vllm", shape) for shape in ("TP8", "DP8 + EP"))
     assert dp.proof.held_low > 5 * tp.proof.held_low
     assert found.index(dp) < found.index(tp)
+
+
+def test_experts_are_copied_where_they_do_not_divide_over_the_ranks():
+    found = _plan("pro", "gb300", 72)
+    wide = _find(found, "vllm", "DP72 + EP")
+    assert wide.works
+    assert wide.deployment.redundant_experts == 6 * 72 - 384
+    text = describe(_question("pro", "gb300", 72), [wide], 1)
+    assert "'{\"num_redundant_experts\": 48}'" in text
+    experts = sum(layer.experts for layer in inventory(wide.deployment.config).layers)
+    assert weights_of(wide.deployment, 0).experts_bytes == pytest.approx(experts * 6 / 384)
+    assert not _find(_plan("pro", "h200", 8), "vllm", "DP8 + EP").deployment.redundant_experts
+
+
+def test_no_advice_has_more_stages_than_layers():
+    found = _plan("pro", "rtx-3090", 32, context=123_457)
+    assert found
+    assert all(c.deployment.pp <= 61 for c in found)
 
 
 def test_pro_never_gets_tp16():

@@ -102,6 +102,7 @@ def pipeline_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
+@functools.lru_cache(maxsize=256)
 def stage_weights(
     config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool, weights: Inventory | None = None
 ) -> tuple[RankWeights, ...]:
