@@ -14,6 +14,7 @@ from dsv4.planning.memory.proof import Proof, Verdict
 from dsv4.planning.planner import Candidate, Question
 
 WIDTH = 80
+_NOTE = 44  # the column after which notes begin
 _HEADER = ("", "engine", "configuration", "at once", "start", "each", "longest", "step")
 _LEGEND = (
     "At once: requests of this context that decode together over all replicas while one more is prefilled, with the"
@@ -28,7 +29,7 @@ def describe(q: Question, found: Sequence[Candidate], num_proofs: int, verbose: 
     works = [c for c in found if c.works]
     fails = [c for c in found if not c.works]
     nodes = f" in {q.nodes} nodes" if q.nodes > 1 else ""
-    parts = [f"{q.checkpoint.id} ({q.checkpoint.repo}) on {q.count} x {q.gpu.id}{nodes}"]
+    parts = _wrap(f"{q.checkpoint.id} ({q.checkpoint.repo}) on {q.count} x {q.gpu.id}{nodes}")
     parts += [f"{q.context:,} tokens a request, {q.concurrency} at once, steps of {q.max_num_batched_tokens:,}", ""]
     if works:
         parts += [*_table([_HEADER, *(_row(c) for c in works)]), "", *_wrap(_LEGEND), ""]
@@ -148,8 +149,10 @@ def _per_replica(d: Deployment) -> str:
 def _term(name: str, figures: str, note: str) -> list[str]:
     """One line of the proof; the note goes on below itself."""
     head = f"  {name:<22} {figures:>16}  "
-    if len(head) - 2 > WIDTH // 2 + 4:  # a long name stands alone
+    if name and len(head) > _NOTE:  # a long name stands alone
         return [f"  {name}", *_term("", figures, note)]
+    if len(head) > _NOTE:
+        return [head.rstrip(), *_wrap(note, "    ")]
     lines = textwrap.wrap(note, WIDTH - len(head), break_long_words=False, break_on_hyphens=False) or [""]
     return [f"{head}{lines[0]}".rstrip(), *(" " * len(head) + line for line in lines[1:])]
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 
 from dsv4.planning.deployment import Deployment
@@ -47,6 +49,7 @@ class Proof:
     held_*: requests of max_model_len that decode together over all replicas, by KV alone.
     printed_*: vLLM's own start-up line for one replica, "Maximum concurrency"; it charges the
     reserve to every request. None for SGLang.
+    longest: the context that the target concurrency fits with, of a pool's bytes.
     shortfall_bytes: missing with the high ends, 0 when it fits.
     headroom_shortfall_bytes: the part of it that activations and graphs lack outside SGLang's
     fraction.
@@ -66,11 +69,19 @@ class Proof:
     held_high: int
     printed_low: float | None
     printed_high: float | None
-    max_context_low: int
-    max_context_high: int
+    longest: Callable[[int], int] = field(compare=False, repr=False)
     shortfall_bytes: int
     verdict: Verdict
     headroom_shortfall_bytes: int = 0
+
+    @functools.cached_property
+    def max_context_low(self) -> int:
+        """The longest context that the target concurrency fits with; 0 when none does."""
+        return self.longest(self.pool_low)
+
+    @functools.cached_property
+    def max_context_high(self) -> int:
+        return self.longest(self.pool_high)
 
     @property
     def starts(self) -> Verdict:

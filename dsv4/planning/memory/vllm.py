@@ -298,8 +298,7 @@ def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
         held_high=pool.requests_at_once(high, d.max_model_len, flight) * d.num_pools,
         printed_low=pool.printed_concurrency(low, d.max_model_len, flight.tokens),
         printed_high=pool.printed_concurrency(high, d.max_model_len, flight.tokens),
-        max_context_low=pool.max_model_len(low, flight, MAX_CONTEXT, per_replica),
-        max_context_high=pool.max_model_len(high, flight, MAX_CONTEXT, per_replica),
+        longest=lambda pool_bytes: pool.max_model_len(pool_bytes, flight, MAX_CONTEXT, per_replica),
         shortfall_bytes=max(need - low, 0),
         verdict=verdict_of(need <= low, need <= high),
     )
