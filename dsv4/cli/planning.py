@@ -6,7 +6,8 @@ fits, 2 bad input.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +18,37 @@ import click
 from dsv4.cli.output import json_option, print_json
 from dsv4.errors import HardwareError, PlanError, RecipeError
 from dsv4.machine.compat import Engine
-from dsv4.machine.hardware import GIB, Gpu, detect_machine, find_gpu
+from dsv4.machine.hardware import GIB, Gpu, all_gpus, describe_gpu, detect_machine, find_gpu
 from dsv4.model.kv_layout import StateMapping
-from dsv4.planning.deployment import find_checkpoint, parse_context
+from dsv4.planning.deployment import Checkpoint, find_checkpoint, parse_context
 from dsv4.planning.launch import deployment_commands
-from dsv4.planning.memory.proof import Proof
+from dsv4.planning.memory.proof import Proof, Verdict, prove
 from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question
 from dsv4.planning.planner import plan as make_plan
 from dsv4.planning.recipe.schema import Recipe, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
+
+DEFAULT_CONTEXT = "128k"  # what published deployments and their users ask for, far below the model's 1m
+
+
+def _override_options(f: Callable[..., None]) -> Callable[..., None]:
+    """What `plan --format` and `launch` let a user change of a launch."""
+    for option in (
+        click.option("--wheel", help="Path in the container, or URL, of dsv4's wheel, where its plugin serves."),
+        click.option("--image", help="Another container image."),
+        click.option("--served-name", help="Name that clients ask for."),
+        click.option("--model-path", help="Folder of the model as the engine sees it, instead of the repository."),
+        click.option("--port", type=click.IntRange(1, 65_535), help="8000 when left out."),
+        click.option(
+            "--host", help="This machine alone (127.0.0.1) when left out; Kubernetes: every address, with a key."
+        ),
+    ):
+        f = option(f)
+    return f
+
+
+def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    named = {"model_path": "model"}
+    return {named.get(k, k): v for k, v in overrides.items() if v is not None}
 
 
 class _Command(click.Command):
@@ -39,14 +63,29 @@ class _Command(click.Command):
             raise PlanError(f"{' '.join(e.format_message().split())} See {ctx.command_path} --help.") from e
 
 
+def _recipe_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Recipe ids for the shell: eval "$(_DSV4_COMPLETE=bash_source dsv4)"."""
+    return [path.stem for path in recipe_paths() if path.stem.startswith(incomplete)]
+
+
+def _gpu_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [gpu.id for gpu in all_gpus() if gpu.id.startswith(incomplete)]
+
+
 @click.command("plan", cls=_Command)
 @click.option(
-    "--model", default="flash", show_default=True, help="flash, flash-0731, pro, pro-0813, or the repository."
+    "--model",
+    default="flash",
+    show_default=True,
+    help="flash, flash-0731, pro, pro-0813, a repository, or a folder; others by their headers.",
 )
-@click.option("--gpu", help="Card, as h200 or a100-80g; detected when left out.")
+@click.option("--gpu", shell_complete=_gpu_ids, help="Card, as h200 or a100-80g; detected when left out.")
+@click.option("--gpu-memory", type=float, help="GiB of a card that dsv4 has no entry for; with --capability.")
+@click.option("--capability", help="Compute capability of such a card, as 8.6.")
+@click.option("--bandwidth", type=float, default=0.0, help="Memory bandwidth of such a card in TB/s.")
 @click.option("--count", type=int, help="GPUs in all; detected, or one node, when left out.")
 @click.option("--nodes", type=int, help="Nodes they are in; as few as possible when left out.")
-@click.option("--context", default="1m", show_default=True, help="Tokens per request, as 800k or 819200.")
+@click.option("--context", help=f"Tokens per request, as 800k or 819200; {DEFAULT_CONTEXT} when left out.")
 @click.option("--concurrency", type=int, default=1, show_default=True, help="Requests of that length at once.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Both when left out.")
 @click.option(
@@ -61,7 +100,7 @@ class _Command(click.Command):
     type=click.Choice(["auto", "paged", "summary"]),
     default="auto",
     show_default=True,
-    help="Compressor state in vLLM (DSV4_STATE); auto: summary where dsv4's plugin serves, paged where native does.",
+    help="Compressor state in vLLM (DSV4_STATE); auto: what holds more requests where dsv4's plugin serves, paged where native does.",
 )
 @click.option(
     "--prefer",
@@ -70,36 +109,57 @@ class _Command(click.Command):
     show_default=True,
     help="What ranks first.",
 )
-@click.option("--proofs", type=int, default=1, show_default=True, help="Configurations to prove term by term.")
+@click.option(
+    "--proofs", type=click.IntRange(min=0), default=1, show_default=True, help="Configurations to prove term by term."
+)
+@click.option("--verbose", is_flag=True, help="Print the source of every term of a proof.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw context against concurrency into an .svg or .png.",
 )
+@click.option(
+    "--format",
+    "output",
+    type=click.Choice(["text", "shell", "compose", "k8s"]),
+    default="text",
+    show_default=True,
+    help="The plan in words, or the launch of what ranks first.",
+)
+@_override_options
 @json_option
 def plan(
     model: str,
     gpu: str | None,
+    gpu_memory: float | None,
+    capability: str | None,
+    bandwidth: float,
     count: int | None,
     nodes: int | None,
-    context: str,
+    context: str | None,
     concurrency: int,
     engine: str | None,
     max_num_batched_tokens: int,
     state: str,
     prefer: str,
     proofs: int,
+    verbose: bool,
     plot: Path | None,
+    output: str,
     as_json: bool,
+    **overrides: Any,
 ) -> None:
     """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when
     nothing fits.
     """
     with _named("--context"):
-        tokens = parse_context(context)
+        tokens = parse_context(context or DEFAULT_CONTEXT)
     with _named("--model"):
-        checkpoint = find_checkpoint(model)
-    card, count = _gpus(gpu, count, nodes)
+        checkpoint = _checkpoint(model)
+    if gpu_memory is not None or capability is not None:
+        card, count = _described(gpu, gpu_memory, capability, bandwidth), count or nodes or 1
+    else:
+        card, count = _gpus(gpu, count, nodes)
     with _named():
         question = Question(
             checkpoint=checkpoint,
@@ -113,20 +173,43 @@ def plan(
             prefer=cast("Preference", prefer),
             state=None if state == "auto" else StateMapping(state),
         )
+    if plot is not None:
+        from dsv4.planning.plot import refuse
+
+        with _named("--plot"):
+            refuse(plot)
     found = make_plan(question)
     if plot is not None:
         from dsv4.planning.plot import draw
 
         with _named("--plot"):
             draw(question, found, plot)
-    if as_json:
+    if output != "text":
+        _print_launch(found, output, overrides)
+    elif as_json:
         print_json({"question": _question_json(question), "configurations": [_candidate_json(c) for c in found]})
     else:
         from dsv4.planning.text import describe
 
-        click.echo(describe(question, found, proofs))
+        click.echo(describe(question, found, proofs, verbose))
+        if context is None:
+            click.echo(f"\nNo --context was given: {DEFAULT_CONTEXT} was planned; DeepSeek-V4 goes to 1m.")
     if not any(c.works for c in found):
         raise SystemExit(1)
+
+
+def _print_launch(found: Sequence[Candidate], output: str, overrides: Mapping[str, Any]) -> None:
+    """The launch of the best configuration. Raises PlanError where nothing fits."""
+    from dsv4.planning.manifests import Overrides, of_plan, render
+    from dsv4.planning.text import dsv4_settings
+
+    best = next((c.deployment for c in found if c.works), None)
+    if best is None:
+        raise PlanError("--format: nothing fits, so there is nothing to launch; see the plan without --format")
+    settings = dsv4_settings(best)
+    plugin = best.gpu.needs_plugin or bool(settings)
+    with _named():
+        click.echo(render(of_plan(best, settings, plugin, Overrides(**_given(overrides))), output))
 
 
 def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, int]:
@@ -140,6 +223,28 @@ def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, i
     except HardwareError as e:
         raise HardwareError(f"{e}; give --gpu and --count") from e
     return machine.gpu, machine.count if count is None else count
+
+
+def _checkpoint(model: str) -> Checkpoint:
+    """A released one by name, a folder, or another repository of the hub."""
+    from dsv4.planning.memory.folder import checkpoint_in, checkpoint_on_hub
+
+    if Path(model).is_dir():
+        return checkpoint_in(Path(model))
+    try:
+        return find_checkpoint(model)
+    except PlanError:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not re.search(r"v4\.1|v41", model.lower()):
+            return checkpoint_on_hub(model)
+        raise
+
+
+def _described(name: str | None, memory: float | None, capability: str | None, bandwidth: float) -> Gpu:
+    """A card outside the table. --gpu then only names it."""
+    if memory is None or capability is None:
+        raise PlanError("--gpu-memory and --capability describe a card together; give both, or --gpu alone")
+    with _named("--gpu-memory" if capability else "--capability"):
+        return describe_gpu(memory, capability, bandwidth, name or "")
 
 
 @contextmanager
@@ -179,6 +284,7 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         "dp": d.dp,
         "ep": d.ep,
         "pp": d.pp,
+        "replicas": d.replicas,
         "speculative": d.speculation.method,
         "works": c.works,
         "violations": list(c.violations),
@@ -199,26 +305,36 @@ def _terms_json(proof: Proof) -> list[dict[str, Any]]:
 
 
 @click.command("launch", cls=_Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_recipe_ids)
 @click.option(
     "--engine", type=click.Choice(["vllm", "sglang"]), help="Take the recipe of the same plan for this engine."
 )
 @click.option(
     "--format", "output", type=click.Choice(["shell", "compose", "k8s", "argv"]), default="shell", show_default=True
 )
+@_override_options
+@click.option("--context", help="Another context than the recipe's, as 64k.")
 @json_option
-def launch(recipe: str, engine: str | None, output: str, as_json: bool) -> None:
+def launch(recipe: str, engine: str | None, output: str, context: str | None, as_json: bool, **overrides: Any) -> None:
     """Print how to start RECIPE (an id, or a YAML file). Nothing is executed."""
-    from dsv4.planning.launch import commands, environment, render, split_roles
+    from dsv4.planning.launch import split_roles
+    from dsv4.planning.manifests import Overrides, of_recipe, render
 
     found, _ = find_recipe(recipe)
     found = _other_engine(found, engine)
     if not found.can_work:
         raise RecipeError(f"{found.id}: cannot work: {found.why_not[0].why}")
+    with _named("--context"):
+        tokens = parse_context(context) if context else 0
+    start = of_recipe(found, Overrides(context=tokens, **_given(overrides)))
+    if tokens and prove(start.deployment, found.lengths.concurrency).starts is Verdict.NO:
+        raise PlanError(f"--context {context}: does not start with {found.id}'s step; see dsv4 plan")
     if as_json:
-        print_json({"id": found.id, "env": environment(found), "argv": split_roles(commands(found))})
+        argv = split_roles(start.commands("127.0.0.1"))
+        print_json({"id": found.id, "env": start.environment(), "argv": argv})
         return
-    click.echo(render(found, output))
+    with _named():
+        click.echo(render(start, output))
 
 
 def _other_engine(recipe: Recipe, engine: str | None) -> Recipe:
@@ -243,7 +359,7 @@ def recipes() -> None:
 
 
 @recipes.command("list", cls=_Command)
-@click.option("--gpu", help="Only this card.")
+@click.option("--gpu", shell_complete=_gpu_ids, help="Only this card.")
 @click.option("--model", help="Only this checkpoint.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), help="Only this engine.")
 @json_option
@@ -266,6 +382,8 @@ def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json
     width = max((len(r.id) for r in rows), default=0)
     for r in rows:
         click.echo(f"{r.id:{width}}  {r.status:11}  {_kinds(r):17}  {r.title}")
+    refused = sum(not r.can_work for r in rows)
+    click.echo(f"{len(rows) - refused} recipes; {refused} more say why a machine cannot serve it")
 
 
 def _kinds(r: Recipe) -> str:
@@ -273,7 +391,7 @@ def _kinds(r: Recipe) -> str:
 
 
 @recipes.command("show", cls=_Command)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_recipe_ids)
 @json_option
 def show(recipe: str, as_json: bool) -> None:
     """The recipe's file."""
@@ -287,7 +405,7 @@ def show(recipe: str, as_json: bool) -> None:
 
 
 @recipes.command("check", cls=_Command)
-@click.argument("recipe", nargs=-1)
+@click.argument("recipe", nargs=-1, shell_complete=_recipe_ids)
 @click.option(
     "--engine-path",
     "engine_paths",

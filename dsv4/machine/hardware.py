@@ -6,12 +6,14 @@ without torch.
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 from dsv4.data import data_folder, read_yaml
 from dsv4.errors import HardwareError, nearest
-from dsv4.machine.decide import Device, detect_devices, runs_native
+from dsv4.machine.decide import OLDEST_CAPABILITY, Device, detect_devices, runs_native
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -35,10 +37,11 @@ class Gpu:
     gpus_per_node: int
     fabric: str
     mem_bw_tb_s: float
-    bf16_tflops: float
+    bf16_tflops: float | None
     fp8_tflops: float | None
     fp4_tflops: float | None
     source: str
+    platform: Literal["cuda", "rocm"] = "cuda"
 
     @property
     def total_bytes(self) -> int:
@@ -57,7 +60,7 @@ class Gpu:
     @property
     def needs_plugin(self) -> bool:
         """No native V4 of either engine runs here (sm80, sm86, sm89): dsv4's own kernels serve."""
-        return not runs_native(Device("cuda", self.name, self.capability))
+        return not runs_native(Device(self.platform, self.name, self.capability))
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,15 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card with this id or alias, whatever the case. Raises HardwareError naming the nearest
-    ids.
+    """The card with this id, alias or product name, as NVML, ROCm and people write it ("H200 SXM",
+    "NVIDIA A100-SXM4-80GB", "AMD Instinct MI300X"). Raises HardwareError naming the nearest ids.
     """
     names = {n.lower(): gpu for gpu in all_gpus() for n in (gpu.id, *gpu.aliases)}
-    wanted = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
-    if wanted in names:
-        return names[wanted]
+    wanted = "-".join(name.strip().lower().replace("_", " ").replace("-", " ").split())
+    plain = "-".join(_plain_words(name))
+    for spelling in (wanted, wanted.removeprefix("nvidia-"), plain):
+        if spelling in names:
+            return names[spelling]
     near = nearest(wanted, names)
     ids = list(dict.fromkeys(names[n].id for n in near)) or [gpu.id for gpu in all_gpus()]
     raise HardwareError(f"{name}: unknown GPU; nearest: {', '.join(ids)}")
@@ -106,16 +111,54 @@ def detect_machine() -> Machine:
 def match_device(name: str, mib: int) -> Gpu:
     """The card that NVML describes by `name` and total memory. Raises HardwareError."""
     for gpu in all_gpus():
-        if (
-            _words(gpu) <= set(name.lower().replace("-", " ").split())
-            and abs(mib - gpu.visible_mib) <= _MEMORY_TOLERANCE * gpu.visible_mib
-        ):
+        if _words(gpu) <= set(_plain_words(name)) and abs(mib - gpu.visible_mib) <= _MEMORY_TOLERANCE * gpu.visible_mib:
             return gpu
     known = ", ".join(gpu.id for gpu in all_gpus())
     raise HardwareError(f"this machine's {name} ({mib} MiB) is not in dsv4's table ({known})")
 
 
+def describe_gpu(memory_gib: float, capability: str, bandwidth_tb_s: float = 0.0, name: str = "") -> Gpu:
+    """A card outside the table, by what decides a plan. memory_gib: as nvidia-smi reports it.
+    Raises HardwareError.
+    """
+    match = re.fullmatch(r"([0-9]{1,2})\.([0-9])", capability.strip())
+    if match is None:
+        raise HardwareError(f"{capability}: is no compute capability; write it as 8.6")
+    if (int(match[1]), int(match[2])) < OLDEST_CAPABILITY:
+        raise HardwareError(f"{capability}: dsv4 needs 8.0 or newer, and native V4 9.0")
+    if not 1 <= memory_gib <= 10_000:
+        raise HardwareError(f"{memory_gib:g}: give the card's memory in GiB")
+    return Gpu(
+        id=name or f"gpu-{memory_gib:g}g",
+        name=name or f"a card of {memory_gib:g} GiB",
+        aliases=(),
+        cc=capability.strip(),
+        arch="x86_64",
+        visible_mib=round(memory_gib * 1024),
+        driver_reserve_mib=620,
+        confidence="as given",
+        gpus_per_node=8,
+        fabric="not known",
+        mem_bw_tb_s=bandwidth_tb_s,
+        bf16_tflops=None,
+        fp8_tflops=None,
+        fp4_tflops=None,
+        source="the command line",
+    )
+
+
+_VENDORS = ("nvidia", "amd", "instinct", "geforce", "tesla", "blackwell")
+_FORMS = ("pcie", "sxm", "sxm4", "sxm5", "sxm6", "ac", "oam", "hbm2e", "hbm3", "hbm3e")
+_EDITIONS = ("server", "workstation", "edition", "max", "q")
+_NO_IDENTITY = frozenset((*_VENDORS, *_FORMS, *_EDITIONS))
+
+
+def _plain_words(name: str) -> list[str]:
+    """Words of a product name without vendor, form factor and edition; sizes as 80g."""
+    words = [w for w in name.lower().replace("-", " ").replace("_", " ").split() if w not in _NO_IDENTITY]
+    return [re.sub(r"^([0-9]+)gb$", r"\1g", w) for w in words]
+
+
 def _words(gpu: Gpu) -> set[str]:
-    """Words of the marketing name that identify the card, without memory size and edition."""
-    drop = {"nvidia", "geforce", "blackwell", "server", "edition", "hbm3", "sxm4", "80gb"}
-    return set(gpu.name.lower().replace("-", " ").split()) - drop
+    """Words of the marketing name that identify the card, without memory size."""
+    return {w for w in _plain_words(gpu.name) if not re.fullmatch(r"[0-9]+g", w)}

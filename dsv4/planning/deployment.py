@@ -6,7 +6,8 @@ plans both become this.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from dsv4.data import data_folder, read_yaml
 from dsv4.errors import PlanError, nearest
@@ -14,13 +15,19 @@ from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
+from dsv4.planning.memory.weights import Inventory
 
 MAX_CONTEXT = 1_048_576
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?(e[0-9]{1,2})?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A released checkpoint. id: short name; total_bytes: all its tensors."""
+    """A checkpoint. id: short name; total_bytes: all its tensors.
+
+    weights: what its own headers hold; None for a released one, whose config implies its tensors.
+    unserved: why dsv4 does not serve it, "" where it does.
+    """
 
     id: str
     repo: str
@@ -28,6 +35,8 @@ class Checkpoint:
     released: str
     total_bytes: int
     config: V4Config
+    weights: Inventory | None = None
+    unserved: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,7 @@ class Parallelism:
     dp: int = 1
     pp: int = 1
     ep: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,8 @@ class Deployment:
     dp: attention replicas, each with its own KV pool.
     ep: whole experts per rank, over tp * dp ranks.
     pp: pipeline stages.
+    replicas: engines of their own behind a router, each with weights and pool; tp, dp, pp and ep
+    are one engine's.
     max_num_batched_tokens: per step and replica; SGLang's chunked prefill size.
     max_num_seqs: per replica.
     memory_fraction: gpu_memory_utilization or mem_fraction_static.
@@ -89,6 +101,7 @@ class Deployment:
     a2a_backend: str = "none"
     attention_backend: str = "auto"
     decode_graphs_only: bool = False
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         if (self.state is StateMapping.RING) != (self.engine == "sglang"):
@@ -112,10 +125,28 @@ class Deployment:
         return self.config.num_draft_layers if self.has_draft else 0
 
     @property
+    def num_pools(self) -> int:
+        """KV pools over which requests spread: attention replicas of every engine."""
+        return self.dp * self.replicas
+
+    @property
+    def redundant_experts(self) -> int:
+        """Copies of routed experts with which every expert-parallel rank holds equally many."""
+        return -self.config.n_routed_experts % (self.tp * self.dp) if self.ep else 0
+
+    @property
+    def one_engine(self) -> Deployment:
+        """What one of `replicas` engines runs."""
+        if self.replicas == 1:
+            return self
+        return replace(self, count=self.count // self.replicas, nodes=max(self.nodes // self.replicas, 1), replicas=1)
+
+    @property
     def shape(self) -> str:
-        """Parallelism in words, as `TP8`, `TP8 x PP2` or `DP8 + EP`."""
+        """Parallelism in words, as `TP8`, `TP8 x PP2`, `DP8 + EP` or `2x TP4` for two engines."""
         parts = [f"{name}{n}" for name, n in (("TP", self.tp), ("DP", self.dp), ("PP", self.pp)) if n > 1]
-        return (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
+        engines = f"{self.replicas}x " if self.replicas > 1 else ""
+        return engines + (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
 
 
 def usual_state(engine: Engine, plugin: bool) -> StateMapping:
@@ -150,20 +181,22 @@ def find_checkpoint(name: str) -> Checkpoint:
     wanted = name.strip().lower().removesuffix("/")
     if wanted in by_name:
         return by_name[wanted]
+    if re.search(r"v4\.1|v41", wanted):
+        raise PlanError(f"{name}: is DeepSeek-V4.1, another architecture, which dsv4 neither plans nor serves")
     near = nearest(wanted, by_name)
     ids = list(dict.fromkeys(by_name[n].id for n in near)) or [c.id for c in all_checkpoints()]
     raise PlanError(f"{name}: unknown checkpoint; nearest: {', '.join(ids)}")
 
 
 def parse_context(text: str) -> int:
-    """Tokens in `text`: plain, or with k or m as binary thousands (800k is 819,200; 1m is
+    """Tokens in `text`: plain, as 1e5, or with k or m as binary thousands (800k is 819,200; 1m is
     1,048,576). Raises PlanError.
     """
     raw = text.strip().lower().replace(",", "").replace("_", "")
     scale = {"k": 1024, "m": 1024 * 1024}.get(raw[-1:], 1)
     digits = raw[:-1] if scale > 1 else raw
     try:
-        tokens = int(float(digits) * scale) if digits.isascii() and digits.replace(".", "", 1).isdigit() else 0
+        tokens = int(float(digits) * scale) if _NUMBER.fullmatch(digits) else 0
     except (ValueError, OverflowError):
         tokens = 0
     if tokens < 1:

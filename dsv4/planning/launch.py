@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a deployment to command lines: argv per node, and shell, compose and Kubernetes around it.
+"""From a deployment to command lines: argv per node; `dsv4.planning.manifests` writes them down.
 
 Only spellings that parse on every tested version are used. Several nodes start through the engines'
 own multi-node mode. `Var` marks what only the machine knows (its rank, the head's address).
@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
 
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.recipe.schema import Recipe
 
-PORT = 8000
+WATCHDOG_S = 1800  # kernels compile in the first steps, longer than SGLang's watchdog of 300 s waits
 MASTER_PORT = 29501
 DP_RPC_PORT = 13345
-IMAGES = {"vllm": "vllm/vllm-openai:v{}", "sglang": "lmsysorg/sglang:v{}"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,20 @@ class Var:
 
 
 Arg = str | Var
-NODE_RANK, HEAD_ADDR = Var("NODE_RANK"), Var("HEAD_ADDR")
+NODE_RANK, HEAD_ADDR, API_KEY = Var("NODE_RANK"), Var("HEAD_ADDR"), Var("API_KEY")
 HEAD_ADDR_PORT = Var("HEAD_ADDR_PORT", f'"$HEAD_ADDR:{MASTER_PORT}"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where the engine listens: this machine alone, unless a host is given. served_name: "" keeps
+    the model's; ask_key: SGLang demands $API_KEY of its clients.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_name: str = ""
+    ask_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Command:
     def argv(self, node_rank: int = 0, head_addr: str = "HEAD_ADDR") -> list[str]:
         """Plain arguments for node `node_rank`."""
         values = {"NODE_RANK": str(node_rank), "HEAD_ADDR": head_addr, "HEAD_ADDR_PORT": f"{head_addr}:{MASTER_PORT}"}
+        values["API_KEY"] = "API_KEY"
         values["DP_START_RANK"] = str(node_rank * self.replicas_per_node)
         return [values[a.name] if isinstance(a, Var) else a for a in self.args]
 
@@ -71,20 +80,27 @@ def commands(recipe: Recipe) -> list[Command]:
     return deployment_commands(recipe.deployment(), recipe.checkpoint.revision, tuple(recipe.extra_args))
 
 
-def deployment_commands(d: Deployment, revision: str = "main", extra_args: tuple[str, ...] = ()) -> list[Command]:
-    """As `commands`, from the typed fields alone."""
+def deployment_commands(
+    d: Deployment,
+    revision: str = "main",
+    extra_args: tuple[str, ...] = (),
+    endpoint: Endpoint = Endpoint(),
+) -> list[Command]:
+    """As `commands`, from the typed fields alone; of one engine where there are several."""
+    d = d.one_engine
     render = _vllm if d.engine == "vllm" else _sglang
     roles = ["head", "worker"] if d.nodes > 1 else ["head"]
-    return [Command(role, (*render(d, revision, role), *extra_args), max(d.dp // d.nodes, 1)) for role in roles]
+    return [
+        Command(role, (*render(d, revision, role, endpoint), *extra_args), max(d.dp // d.nodes, 1)) for role in roles
+    ]
 
 
-def environment(recipe: Recipe) -> dict[str, str]:
-    """Variables of every node: the recipe's own."""
-    return dict(sorted(recipe.env.items()))
+def _revision(d: Deployment, revision: str) -> list[Arg]:
+    return ["--revision", revision] if d.checkpoint.released else []  # a folder has none
 
 
-def _vllm(d: Deployment, revision: str, role: str) -> list[Arg]:
-    args: list[Arg] = ["vllm", "serve", d.checkpoint.repo, "--revision", revision]
+def _vllm(d: Deployment, revision: str, role: str, endpoint: Endpoint) -> list[Arg]:
+    args: list[Arg] = ["vllm", "serve", d.checkpoint.repo, *_revision(d, revision)]
     args += ["--tensor-parallel-size", str(d.tp)]
     if d.pp > 1:
         args += ["--pipeline-parallel-size", str(d.pp)]
@@ -92,6 +108,8 @@ def _vllm(d: Deployment, revision: str, role: str) -> list[Arg]:
         args += ["--data-parallel-size", str(d.dp)]
     if d.ep:
         args += ["--enable-expert-parallel"]
+    if d.redundant_experts:
+        args += ["--enable-eplb", "--eplb-config", json.dumps({"num_redundant_experts": d.redundant_experts})]
     if d.a2a_backend != "none":
         args += ["--all2all-backend", d.a2a_backend]
     args += ["--max-model-len", str(d.max_model_len), "--max-num-batched-tokens", str(d.max_num_batched_tokens)]
@@ -113,7 +131,12 @@ def _vllm(d: Deployment, revision: str, role: str) -> list[Arg]:
         args += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
     args += ["--tokenizer-mode", "deepseek_v4", "--reasoning-parser", "deepseek_v4"]
     args += ["--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4"]
-    return [*args, *_vllm_nodes(d, role), *(["--host", "0.0.0.0", "--port", str(PORT)] if role == "head" else [])]  # noqa: S104
+    return [*args, *_vllm_nodes(d, role), *(_listen(endpoint) if role == "head" else [])]
+
+
+def _listen(endpoint: Endpoint) -> list[Arg]:
+    name: list[Arg] = ["--served-model-name", endpoint.served_name] if endpoint.served_name else []
+    return [*name, "--host", endpoint.host, "--port", str(endpoint.port)]
 
 
 def _vllm_nodes(d: Deployment, role: str) -> list[Arg]:
@@ -140,13 +163,15 @@ def _vllm_nodes(d: Deployment, role: str) -> list[Arg]:
     ]
 
 
-def _sglang(d: Deployment, revision: str, role: str) -> list[Arg]:
-    args: list[Arg] = ["sglang", "serve", "--model-path", d.checkpoint.repo, "--revision", revision]
+def _sglang(d: Deployment, revision: str, role: str, endpoint: Endpoint) -> list[Arg]:
+    args: list[Arg] = ["sglang", "serve", "--model-path", d.checkpoint.repo, *_revision(d, revision)]
     args += ["--tp-size", str(d.tp * d.dp)]
     if d.dp > 1:
         args += ["--attn-dp-size", str(d.dp)]
     if d.ep:
         args += ["--ep-size", str(d.tp * d.dp)]
+    if d.redundant_experts:
+        args += ["--ep-num-redundant-experts", str(d.redundant_experts)]
     if d.pp > 1:
         args += ["--pp-size", str(d.pp)]
     args += ["--context-length", str(d.max_model_len)]
@@ -175,7 +200,8 @@ def _sglang(d: Deployment, revision: str, role: str) -> list[Arg]:
     args += ["--reasoning-parser", "deepseek-v4", "--tool-call-parser", "deepseekv4"]
     if d.nodes > 1:
         args += ["--nnodes", str(d.nodes), "--node-rank", NODE_RANK, "--dist-init-addr", HEAD_ADDR_PORT]
-    return [*args, "--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104
+    key: list[Arg] = ["--api-key", API_KEY] if endpoint.ask_key else []
+    return [*args, "--watchdog-timeout", str(WATCHDOG_S), *key, *_listen(endpoint)]
 
 
 def _sglang_speculation(d: Deployment) -> list[Arg]:
@@ -191,172 +217,6 @@ def _sglang_speculation(d: Deployment) -> list[Arg]:
             str(d.speculation.num_tokens + 1),
         ]
     return []
-
-
-# --------------------------------------------------------------------------------------------
-# Formats
-
-
-def render(recipe: Recipe, output: str) -> str:
-    """The recipe as `shell`, `compose`, `k8s` or `argv` (JSON, one list per role)."""
-    return {"shell": _shell, "compose": _compose, "k8s": _k8s, "argv": _argv}[output](recipe)
-
-
-def _argv(recipe: Recipe) -> str:
-    rows = [c.argv(node_rank=i) for i, c in enumerate(commands(recipe))]
-    return "\n".join(json.dumps(row) for row in rows)
-
-
-def _header(recipe: Recipe) -> list[str]:
-    lines = [
-        f"{recipe.id}: {recipe.title}",
-        f"status: {recipe.status}; engine: {recipe.engine.name} {recipe.version_range}",
-    ]
-    if recipe.engine.serves_with == "plugin":
-        lines.append(
-            "served by dsv4's plugin: pip install dsv4 beside the engine on every node, then check with dsv4 doctor"
-        )
-    return [f"# {' '.join(line.split())}" for line in lines]  # a title with a newline must stay a comment
-
-
-def _shell(recipe: Recipe) -> str:
-    exports = [f"export {k}={shlex.quote(v)}" for k, v in environment(recipe).items()]
-    cmds = commands(recipe)
-    if len(cmds) == 1:
-        return "\n".join(["#!/bin/sh", *_header(recipe), *exports, f"exec {cmds[0].shell()}"])
-    check = [
-        f"# Run on each of the {recipe.hardware.nodes} nodes with NODE_RANK=0.. and HEAD_ADDR=<address of node 0> set.",
-        ': "${NODE_RANK:?set NODE_RANK}" "${HEAD_ADDR:?set HEAD_ADDR}"',
-    ]
-    head, worker = cmds
-    start = ["#!/bin/sh", *_header(recipe), *check, *exports, *worker.prelude()]
-    if head.args == worker.args:
-        return "\n".join([*start, f"exec {head.shell()}"])
-    return "\n".join(
-        [*start, 'if [ "$NODE_RANK" = 0 ]; then', f"  exec {head.shell()}", "else", f"  exec {worker.shell()}", "fi"]
-    )
-
-
-def _image(recipe: Recipe) -> str:
-    return IMAGES[recipe.engine.name].format(recipe.versions[-1])
-
-
-def _script(recipe: Recipe, command: Command) -> list[str]:
-    """Container entry point: a shell, because node facts arrive as variables."""
-    install = f"pip install --no-deps 'dsv4[{recipe.engine.name}]' && " if recipe.engine.serves_with == "plugin" else ""
-    return ["/bin/sh", "-c", install + "; ".join([*command.prelude(), f"exec {command.shell()}"])]
-
-
-def _compose(recipe: Recipe) -> str:
-    services = {}
-    for command in commands(recipe):
-        per_node = recipe.hardware.count // recipe.hardware.nodes
-        # Compose would expand $NAME itself: double the sign, so that the container's shell does.
-        script = [part.replace("$", "$$") for part in _script(recipe, command)]
-        nodes = {k: f"${{{k}:?set {k}}}" for k in ("NODE_RANK", "HEAD_ADDR")} if recipe.hardware.nodes > 1 else {}
-        services[command.role] = {
-            "image": _image(recipe),
-            "entrypoint": script[:2],
-            "command": script[2:],
-            "environment": {**environment(recipe), **nodes},
-            "network_mode": "host",
-            "ipc": "host",
-            "shm_size": _shm(recipe),
-            "ulimits": {"memlock": -1, "stack": 67108864},
-            "volumes": ["${HF_HOME:-~/.cache/huggingface}:/root/.cache/huggingface"],
-            "deploy": {
-                "resources": {
-                    "reservations": {"devices": [{"driver": "nvidia", "count": per_node, "capabilities": ["gpu"]}]}
-                }
-            },
-            **({"profiles": [command.role]} if recipe.hardware.nodes > 1 else {}),
-        }
-    note = (
-        ["# docker compose --profile head up on node 0, --profile worker up on the others"]
-        if recipe.hardware.nodes > 1
-        else []
-    )
-    return "\n".join([*_header(recipe), *note, _dump({"services": services})])
-
-
-def _k8s(recipe: Recipe) -> str:
-    cmds = commands(recipe)
-    labels = {"app": recipe.id}
-    if len(cmds) == 1:
-        template = {"metadata": {"labels": labels}, "spec": _pod(recipe, cmds[0])}
-        spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
-        workload = {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": recipe.id, "labels": labels},
-            "spec": spec,
-        }
-        selector = labels
-    else:
-        group = {
-            "size": recipe.hardware.nodes,
-            "restartPolicy": "RecreateGroupOnPodRestart",
-            "leaderTemplate": {"metadata": {"labels": {**labels, "role": "head"}}, "spec": _pod(recipe, cmds[0])},
-            "workerTemplate": {"metadata": {"labels": labels}, "spec": _pod(recipe, cmds[1])},
-        }
-        workload = {
-            "apiVersion": "leaderworkerset.x-k8s.io/v1",
-            "kind": "LeaderWorkerSet",
-            "metadata": {"name": recipe.id, "labels": labels},
-            "spec": {"replicas": 1, "leaderWorkerTemplate": group},
-        }
-        selector = {**labels, "role": "head"}
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": recipe.id, "labels": labels},
-        "spec": {"selector": selector, "ports": [{"name": "http", "port": PORT, "targetPort": PORT}]},
-    }
-    return "\n".join([*_header(recipe), _dump(workload).rstrip(), "---", _dump(service)])
-
-
-def _pod(recipe: Recipe, command: Command) -> dict[str, Any]:
-    per_node = recipe.hardware.count // recipe.hardware.nodes
-    script = _script(recipe, command)
-    if recipe.hardware.nodes > 1:
-        # LeaderWorkerSet injects both into every container of the group.
-        script[2] = f'NODE_RANK="$LWS_WORKER_INDEX"; HEAD_ADDR="$LWS_LEADER_ADDRESS"; {script[2]}'
-    container: dict[str, Any] = {
-        "name": recipe.engine.name,
-        "image": _image(recipe),
-        "command": script[:2],
-        "args": script[2:],
-        "env": [{"name": k, "value": v} for k, v in environment(recipe).items()],
-        "resources": {"limits": {"nvidia.com/gpu": per_node}},
-        "volumeMounts": [
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
-            {"name": "models", "mountPath": "/root/.cache/huggingface"},
-        ],
-    }
-    if command.role == "head":
-        probe = {"httpGet": {"path": "/health", "port": PORT}}
-        container["ports"] = [{"containerPort": PORT}]
-        # Loading 150 to 900 GB from a network volume takes up to 90 minutes.
-        container["startupProbe"] = {**probe, "periodSeconds": 30, "failureThreshold": 180}
-        container["readinessProbe"] = {**probe, "periodSeconds": 10}
-    shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _shm(recipe).replace("gb", "Gi")}}
-    models = {"name": "models", "persistentVolumeClaim": {"claimName": "huggingface-cache"}}
-    return {"containers": [container], "volumes": [shm, models]}
-
-
-def _shm(recipe: Recipe) -> str:
-    return "64gb" if recipe.hardware.nodes > 1 else "32gb"
-
-
-def _dump(data: Mapping[str, Any]) -> str:
-    return yaml.dump(dict(data), Dumper=_PlainDumper, sort_keys=False, width=10_000)
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """Without anchors: Kubernetes files are edited by hand."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def split_roles(cmds: Sequence[Command]) -> dict[str, list[str]]:

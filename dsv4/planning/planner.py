@@ -15,7 +15,8 @@ from dsv4.machine.hardware import Gpu
 from dsv4.model.config import FP8_BLOCK
 from dsv4.model.kv_layout import IndexFormat, StateMapping
 from dsv4.planning.deployment import MAX_CONTEXT, Checkpoint, Deployment, Parallelism, Speculation, usual_state
-from dsv4.planning.memory.proof import Proof, Verdict, prove
+from dsv4.planning.memory.proof import Proof, Verdict, prove, roomier_state
+from dsv4.planning.memory.weights import stage_weights
 from dsv4.planning.recipe.schema import MAX_GPUS, Recipe, shipped_recipes
 from dsv4.planning.rules import violations
 
@@ -24,6 +25,7 @@ STEP_GRAIN = 256
 MAX_STEP_TOKENS = 65_536
 MAX_REQUESTS = 65_536
 Preference = Literal["latency", "throughput"]
+SEQS_LEVELS = (16, 64, 256, 1024)  # where the graphs' published sizes step; below the first, room for shorter requests
 _DRAFT_TOKENS = {"mtp": 1, "dspark": 5}
 
 
@@ -192,6 +194,8 @@ def _more_gpus(proof: Proof, concurrency: int) -> list[Knob]:
     one.
     """
     d = proof.deployment
+    if d.replicas > 1:
+        return []  # each would have to be larger: that is another shape
     for factor in (2, 3, 4):
         inside = d.count * factor <= d.gpu.gpus_per_node
         nodes = d.nodes if inside else -(-d.count * factor // d.gpu.gpus_per_node)
@@ -250,12 +254,12 @@ def deployments(q: Question) -> Iterator[Deployment]:
 
 def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: Speculation) -> Deployment:
     """One configuration with defaults: fractions and kernels as published recipes for the card have
-    them.
+    them, state as DSV4_STATE=auto would keep it, and as many requests as the pool holds.
     """
     gpu = q.gpu
-    per_replica = -(-q.concurrency // parallel.dp)
-    seqs = min(max(16, per_replica), q.max_num_batched_tokens // (1 + speculation.num_tokens))
-    return Deployment(
+    per_replica = -(-q.concurrency // (parallel.dp * parallel.replicas))
+    most = max(q.max_num_batched_tokens // (1 + speculation.num_tokens), 1)
+    base = Deployment(
         checkpoint=q.checkpoint,
         engine=engine,
         gpu=gpu,
@@ -265,36 +269,68 @@ def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: 
         dp=parallel.dp,
         ep=parallel.ep,
         pp=parallel.pp,
+        replicas=parallel.replicas,
         max_model_len=q.context,
         max_num_batched_tokens=q.max_num_batched_tokens,
-        max_num_seqs=seqs,
+        max_num_seqs=min(max(SEQS_LEVELS[0], per_replica), most),
         memory_fraction=0.95 if engine == "vllm" else 0.9 if gpu.visible_mib > 60_000 else 0.88,
         index=IndexFormat.MXFP4 if gpu.capability[0] == 10 else IndexFormat.FP8,
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
         speculation=speculation,
-        decode_graphs_only=engine == "vllm" and gpu.capability[0] <= 9,
+        decode_graphs_only=engine == "vllm" and gpu.platform == "cuda" and gpu.capability[0] <= 9,
         state=q.state if q.state and engine == "vllm" else usual_state(engine, gpu.needs_plugin),
     )
+    if q.state is None and engine == "vllm" and gpu.needs_plugin:
+        base = replace(base, state=roomier_state(base))
+    return _with_seqs(base, q.concurrency, most)
+
+
+def _with_seqs(d: Deployment, concurrency: int, most: int) -> Deployment:
+    """`d` with the max_num_seqs that the pool fills: requests beyond the first 16 cost memory for
+    graphs and SGLang's rings, so more are asked for only where more are then held.
+    """
+    best, best_proof = d, prove(d, concurrency)
+    for level in SEQS_LEVELS[1:]:
+        wider = replace(d, max_num_seqs=min(max(level, d.max_num_seqs), most))
+        proof = prove(wider, concurrency)
+        if proof.verdict is best_proof.verdict and proof.at_once_low > best_proof.at_once_low:
+            best, best_proof = wider, proof
+    held = -(-best_proof.held_high // d.num_pools)
+    return replace(best, max_num_seqs=max(min(best.max_num_seqs, held), d.max_num_seqs))
 
 
 def shapes(q: Question) -> list[Parallelism]:
-    """Ways to use every GPU: TP inside a node; DP or PP across nodes; EP wherever attention is
-    replicated.
+    """Ways to use every GPU: TP inside a node; DP or PP across nodes, and PP over links too slow
+    for wide TP; EP wherever attention is replicated; several engines where one fits fewer GPUs.
     """
+    config = q.checkpoint.config
+    slow_links = q.gpu.needs_plugin or q.gpu.fabric.startswith("PCIe")
     per_node = q.count // q.nodes
     fabric = q.count if q.gpu.arch == "aarch64" else per_node  # a GB200/GB300 rack is one NVLink domain
     found: list[Parallelism] = []
     for tp in (t for t in (1, 2, 4, 8, 16) if fabric % t == 0 and q.count % t == 0):
         rest = q.count // tp
         if rest == 1:
-            # Slices of experts keep every rank busy; whole experts only where a slice would break
-            # an FP8 block.
-            found.append(Parallelism(tp=tp, ep=bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)))
+            found.append(Parallelism(tp=tp, ep=_whole_experts(q, tp)))
             continue
         found.append(Parallelism(tp=tp, dp=rest, ep=True))
-        if q.nodes > 1 and rest == q.nodes <= q.checkpoint.config.num_hidden_layers:
+        if q.nodes > 1 and rest == q.nodes <= config.num_hidden_layers:
             found.append(Parallelism(tp=tp, pp=rest, ep=True))
+        elif slow_links and rest <= config.num_hidden_layers:
+            found.append(Parallelism(tp=tp, pp=rest, ep=_whole_experts(q, tp)))
+        alone = stage_weights(config, tp=tp, dp=1, ep=False, pp=1, with_draft=False, weights=q.checkpoint.weights)[
+            0
+        ].total_bytes
+        if per_node % tp == 0 and alone < q.gpu.total_bytes:
+            found.append(Parallelism(tp=tp, ep=_whole_experts(q, tp), replicas=rest))
     return found
+
+
+def _whole_experts(q: Question, tp: int) -> bool:
+    """Slices of experts keep every rank busy; whole experts only where a slice would break an FP8
+    block.
+    """
+    return bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)
 
 
 def _speculations(q: Question, pp: int) -> list[Speculation]:
@@ -316,7 +352,7 @@ def _same_shape(r: Recipe, d: Deployment) -> bool:
         r.engine.name == d.engine
         and r.checkpoint.id == d.checkpoint.id
         and r.hardware.count == d.count
-        and (r.parallel.tp, r.parallel.dp, r.parallel.pp) == (d.tp, d.dp, d.pp)
+        and (r.parallel.tp, r.parallel.dp, r.parallel.pp, 1) == (d.tp, d.dp, d.pp, d.replicas)
         and (r.speculative.method != "none") == d.has_draft
     )
 
@@ -326,4 +362,4 @@ def _rank(c: Candidate, prefer: Preference) -> tuple[float, ...]:
     # A wider attention TP and a draft shorten every step of a request; replicas and no draft hold
     # more requests.
     latency = (-c.deployment.tp, -c.deployment.has_draft) if prefer == "latency" else (0, 0)
-    return (order, *latency, c.proof.shortfall_bytes, -c.proof.concurrency_low, -c.proof.max_context_low)
+    return (order, *latency, c.proof.shortfall_bytes, -c.proof.at_once_low, -c.proof.max_context_low)

@@ -5,6 +5,8 @@ overheads.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +20,22 @@ CONTEXTS = tuple(4096 * 2**i for i in range(9))  # 4K to 1M
 MAX_LINES = 8
 
 
-def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
-    """Write `path` (.svg or .png). Raises PlanError when nothing works or matplotlib is absent."""
+def refuse(path: Path) -> None:
+    """Raises PlanError for what would stop `draw` whatever the plan: the name, or no matplotlib."""
     if path.suffix not in (".svg", ".png"):
         raise PlanError(f"{path}: give a name that ends in .svg or .png")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlanError(f"{path}: needs matplotlib to be drawn, which is not installed; pip install 'dsv4[plan]'")
+
+
+def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
+    """Write `path` (.svg or .png). Raises PlanError as `refuse` does and when nothing works."""
+    refuse(path)
     works = [c for c in found if c.works][:MAX_LINES]
     if not works:
         raise PlanError(f"{path}: nothing fits, so there is nothing to draw")
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise PlanError(
-            f"{path}: needs matplotlib to be drawn, which is not installed; pip install 'dsv4[plan]'"
-        ) from e
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "dsv4"  # the same plan gives the same file
     from matplotlib import pyplot
@@ -38,7 +43,7 @@ def draw(question: Question, found: Sequence[Candidate], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for c in works:
         _line(axes, c)
-    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="requests at once, all replicas")
+    axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="requests decoding at once, all replicas")
     axes.set_title(
         f"{question.checkpoint.id} on {question.count} x {question.gpu.id}, steps of {question.max_num_batched_tokens:,} tokens"
     )
@@ -64,7 +69,8 @@ def _line(axes: object, c: Candidate) -> None:
     d = c.deployment
     proofs = points(c)
     label = f"{d.engine} {d.shape}{'' if d.speculation.method == 'none' else ' ' + d.speculation.method}"
-    low = [p.by_memory_low for p in proofs]  # memory, not the max_num_seqs of the plan
-    high = [p.by_memory_high for p in proofs]
+    # By memory, not by the max_num_seqs of the plan; zero has no place on a logarithmic axis.
+    low = [p.held_low or math.nan for p in proofs]
+    high = [p.held_high or math.nan for p in proofs]
     axes.plot(CONTEXTS, low, marker="o", markersize=3, label=label)  # type: ignore[attr-defined]
     axes.fill_between(CONTEXTS, low, high, alpha=0.15)  # type: ignore[attr-defined]

@@ -27,8 +27,10 @@ def violations(d: Deployment, env: Mapping[str, str] | None = None) -> list[str]
 
 
 def _topology(d: Deployment) -> Iterator[str]:
-    if d.tp * d.dp * d.pp != d.count:
-        yield f"tp x dp x pp is {d.tp * d.dp * d.pp}, the deployment has {d.count} GPUs"
+    if d.tp * d.dp * d.pp * d.replicas != d.count:
+        yield f"tp x dp x pp is {d.tp * d.dp * d.pp * d.replicas}, the deployment has {d.count} GPUs"
+    if d.pp > d.config.num_hidden_layers:
+        yield f"PP{d.pp} has more stages than {d.checkpoint.id} has layers ({d.config.num_hidden_layers})"
     if d.count % d.nodes:
         yield f"{d.count} GPUs do not divide over {d.nodes} nodes"
     elif d.count // d.nodes > d.gpu.gpus_per_node:
@@ -50,7 +52,7 @@ def _shards(d: Deployment, env: Mapping[str, str]) -> Iterator[str]:
     if shard % FP8_BLOCK and not (d.engine == "sglang" and env.get(SHARED_EXPERT_ENV) == "1"):
         yield f"TP{d.tp} cuts the shared expert to {shard} columns, no multiple of the FP8 block {FP8_BLOCK}; use DP or PP instead"
     ranks = d.tp * d.dp
-    if d.ep and c.n_routed_experts % ranks:
+    if d.redundant_experts and (ranks > c.n_routed_experts or d.gpu.needs_plugin):
         yield f"{c.n_routed_experts} experts do not divide over {ranks} ranks"
     if not d.ep and (c.moe_intermediate_size // ranks) % FP8_BLOCK:
         yield f"without EP, {ranks} ranks cut each routed expert to {c.moe_intermediate_size / ranks:g} columns; turn EP on"
@@ -83,8 +85,13 @@ def _card(d: Deployment) -> Iterator[str]:
     major, _ = d.gpu.capability
     if d.index is IndexFormat.MXFP4 and major != 10:
         yield f"mxfp4 index keys exist on compute capability 10.x only; {d.gpu.id} is {d.gpu.cc}: use fp8"
-    if d.gpu.needs_plugin and (d.dp > 1 or d.pp > 1 or d.has_draft):
-        yield f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, which has no drafts yet and is untested with DP attention and PP"
+    if d.gpu.needs_plugin and (d.dp > 1 or d.has_draft or (d.pp > 1 and d.engine == "sglang")):
+        yield (
+            f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, which has no drafts yet, no DP attention, and pipeline"
+            " stages in vLLM alone"
+        )
+    if d.gpu.needs_plugin and d.checkpoint.unserved:
+        yield f"{d.gpu.id} is served by dsv4's plugin, which does not serve this checkpoint: {d.checkpoint.unserved}"
     if d.moe_backend in _MEGA_MOE or d.a2a_backend in _MEGA_MOE:
         if major != 10:
             yield f"mega MoE needs compute capability 10.x; {d.gpu.id} is {d.gpu.cc}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from dsv4.machine.hardware import GIB
@@ -12,137 +13,194 @@ from dsv4.planning.launch import deployment_commands
 from dsv4.planning.memory.proof import Proof, Verdict
 from dsv4.planning.planner import Candidate, Question
 
-_HEADER = (
-    "",
-    "engine",
-    "configuration",
-    "draft",
-    "weights",
-    "KV pool",
-    "KV/request",
-    "reserve",
-    "at once",
-    "longest",
-    "step limit",
-    "recipe",
+WIDTH = 80
+_NOTE = 44  # the column after which notes begin
+_HEADER = ("", "engine", "configuration", "at once", "start", "each", "longest", "step")
+_LEGEND = (
+    "At once: requests of this context that decode together over all replicas while one more is prefilled, with the"
+    " high and the low end of the overheads. Start, each: GiB of KV on the fullest rank for one request alone, with"
+    " the whole reserve for the tokens in flight, and for each further one. Longest: the context that as many"
+    " requests fit. Step: the largest max_num_batched_tokens that still fits."
 )
 
 
-def describe(q: Question, found: Sequence[Candidate], num_proofs: int) -> str:
-    """Plain text, at most 150 columns."""
+def describe(q: Question, found: Sequence[Candidate], num_proofs: int, verbose: bool = False) -> str:
+    """Plain text of at most WIDTH columns. verbose: with the source of every term."""
     works = [c for c in found if c.works]
     fails = [c for c in found if not c.works]
-    title = (
-        f"{q.checkpoint.id} ({q.checkpoint.repo}) on {q.count} x {q.gpu.id}"
-        f"{f' in {q.nodes} nodes' if q.nodes > 1 else ''}: {q.context:,} tokens, {q.concurrency} at once, steps of {q.max_num_batched_tokens:,}"
-    )
-    parts = [title, ""]
+    nodes = f" in {q.nodes} nodes" if q.nodes > 1 else ""
+    parts = _wrap(f"{q.checkpoint.id} ({q.checkpoint.repo}) on {q.count} x {q.gpu.id}{nodes}")
+    parts += [f"{q.context:,} tokens a request, {q.concurrency} at once, steps of {q.max_num_batched_tokens:,}", ""]
     if works:
-        parts += [*_table([_HEADER, *(_row(c) for c in works)]), "", *_LEGEND, ""]
+        parts += [*_table([_HEADER, *(_row(c) for c in works)]), "", *_wrap(_LEGEND), ""]
+        recipes = dict.fromkeys(f"{_name(c)}: {c.recipe}" for c in works if c.recipe)
+        parts += [*_wrap(f"Recipes of these shapes: {'; '.join(recipes)}."), ""] if recipes else []
         for c in works[:num_proofs]:
-            parts += [*_proof(c), ""]
-        parts += [line for c in works if c.proof.verdict is Verdict.TIGHT for line in _tight(c)]
+            parts += [*_proof(c, verbose), ""]
+        parts += [line for c in works if c.proof.verdict is Verdict.TIGHT for line in _wrap(_tight(c))]
     else:
-        parts += ["Nothing fits.", ""]
+        parts += [*_nothing_fits(fails), ""]
     if fails:
         by_reason: dict[str, list[str]] = {}
         for c in fails:
             by_reason.setdefault(_why(c), []).append(_name(c))
-        parts += [
-            "What does not work:",
-            *(f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()),
-            "",
-        ]
+        parts += ["What does not work:"]
+        parts += [line for reason, names in by_reason.items() for line in _wrap(f"{', '.join(names)}: {reason}", "  ")]
+        parts += [""]
     if q.gpu.needs_plugin:
-        parts.append(
-            f"{q.gpu.id} has no native V4 in either engine: this is served by dsv4's plugin (pip install dsv4 beside the engine)."
+        parts += _wrap(
+            f"{q.gpu.id} has no native V4 in either engine: dsv4's plugin serves there, beside the engine on every node."
         )
+    if q.checkpoint.unserved:
+        parts += _wrap(f"Planned for the engines' native V4 only; dsv4 does not serve it: {q.checkpoint.unserved}")
     return "\n".join(parts).rstrip()
 
 
-_LEGEND = [
-    "GiB per GPU on the fullest rank. KV pool: with the high and with the low end of the overheads. reserve: the part of KV/request that",
-    "does not grow with the context; vLLM counts it for every request, as its own start-up line does, SGLang once. at once: requests of",
-    "this context over all replicas. step limit: max_num_batched_tokens that still fits.",
-]
+def _wrap(text: str, indent: str = "") -> list[str]:
+    """`text` in lines of WIDTH columns; those below the first are two columns right of `indent`."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  " if indent else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _nothing_fits(fails: Sequence[Candidate]) -> list[str]:
+    """Leads with what does fit: the changes that are enough, of the nearest configurations."""
+    ways = dict.fromkeys(f"{_name(c)}: {k.text}" for c in fails for k in c.knobs if k.fits)
+    if not ways:
+        return ["Nothing fits, and no change that dsv4 knows is enough."]
+    return ["Nothing fits as asked. What does:", *(line for way in list(ways)[:4] for line in _wrap(way, "  "))]
 
 
 def _row(c: Candidate) -> tuple[str, ...]:
-    p, d = c.proof, c.deployment
+    p = c.proof
     return (
         p.verdict.value,
-        d.engine,
-        d.shape,
-        d.speculation.method,
-        f"{p.weights_bytes / GIB:.1f}",
-        f"{p.pool_low / GIB:.1f}-{p.pool_high / GIB:.1f}",
-        f"{p.request_bytes / GIB:.2f}",
-        f"{p.reserve_bytes / GIB:.2f}",
-        f"{p.concurrency_low:.1f}-{p.concurrency_high:.1f}",
+        c.deployment.engine,
+        _shape(c.deployment),
+        _span(p.at_once_low, p.at_once_high),
+        f"{p.start_bytes / GIB:.2f}",
+        f"{p.decoding_bytes / GIB:.2f}",
         f"{p.max_context_low:,}",
         f"{c.step_limit:,}" if c.step_limit else "-",
-        c.recipe or "-",
     )
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
+    return [gap.join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+
+
+def _shape(d: Deployment) -> str:
+    return d.shape if d.speculation.method == "none" else f"{d.shape} {d.speculation.method}"
 
 
 def _name(c: Candidate) -> str:
-    d = c.deployment
-    return f"{d.engine} {d.shape}{'' if d.speculation.method == 'none' else ' ' + d.speculation.method}"
+    return f"{c.deployment.engine} {_shape(c.deployment)}"
 
 
-def _proof(c: Candidate) -> Iterable[str]:
+def _span(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def _proof(c: Candidate, verbose: bool) -> Iterable[str]:
     p, d = c.proof, c.deployment
     flag = "gpu_memory_utilization" if d.engine == "vllm" else "mem_fraction_static"
-    yield f"Proof of {_name(c)}:"
-    total = d.gpu.total_bytes / GIB
-    yield from _table(
-        [
-            ("  card", f"{total:9.2f}", f"CUDA total of {d.gpu.name} ({d.gpu.confidence}); {flag} {d.memory_fraction}"),
-            ("  budget", f"{p.budget_bytes / GIB:9.2f}", "what the engine may use"),
-            *((f"  {t.name}", _range(t.low, t.high), t.source) for t in p.terms),
-            ("  KV pool", _range(p.pool_low, p.pool_high), "what is left"),
-            ("  KV needed", f"{p.need_bytes / GIB:9.2f}", _need(p)),
-        ]
+    yield f"Proof of {_name(c)}, in GiB on the fullest rank:"
+    card = f"CUDA total of {d.gpu.name} ({d.gpu.confidence}); {flag} {d.memory_fraction}"
+    yield from _term("card", f"{d.gpu.total_bytes / GIB:.2f}", card)
+    yield from _term("budget", f"{p.budget_bytes / GIB:.2f}", "what the engine may use")
+    for t in p.terms:
+        yield from _term(t.name, _range(t.low, t.high), "")
+        yield from _wrap(t.source, "    ") if verbose else ()
+    yield from _term("KV pool", _range(p.pool_low, p.pool_high), "what is left")
+    yield from _term("to start", f"{p.start_bytes / GIB:.2f}", _start(p))
+    yield from _term(
+        "each more", f"{p.decoding_bytes / GIB:.2f}", f"a request of {d.max_model_len:,} tokens that decodes"
     )
+    held = f"requests by KV, at most {d.max_num_seqs * d.num_pools:,} by max_num_seqs"
+    yield from _term("at once", _span(p.held_low, p.held_high), held)
+    if p.printed_low is not None and p.printed_high is not None:
+        log = 'vLLM\'s own "Maximum concurrency" line, which charges the reserve to every request'
+        yield from _term("(log)", f"{p.printed_low:.2f}-{p.printed_high:.2f}x", log + _per_replica(d))
     if c.step_limit:
-        yield f"  stops fitting above max_num_batched_tokens {c.step_limit:,}; longest context {p.max_context_low:,}"
-    yield from (
-        f"  start{' ' + command.role if d.nodes > 1 else ''}: {_settings(d)}{command.shell()}"
-        for command in deployment_commands(d)
-    )
+        yield from _wrap(
+            f"stops fitting above max_num_batched_tokens {c.step_limit:,}; longest context {p.max_context_low:,}", "  "
+        )
+    if d.replicas > 1:
+        yield from _wrap(
+            f"{d.replicas} engines behind a router, each on {d.count // d.replicas} GPUs of its own"
+            " (CUDA_VISIBLE_DEVICES) and at a port of its own:", "  "
+        )  # fmt: skip
+    for command in deployment_commands(d):
+        role = f" {command.role}" if d.one_engine.nodes > 1 else ""
+        yield from _command(f"start{role}: {_settings(d)}", command.shell())
+
+
+def _per_replica(d: Deployment) -> str:
+    return " and is of one replica" if d.num_pools > 1 else ""
+
+
+def _term(name: str, figures: str, note: str) -> list[str]:
+    """One line of the proof; the note goes on below itself."""
+    head = f"  {name:<22} {figures:>16}  "
+    if name and len(head) > _NOTE:  # a long name stands alone
+        return [f"  {name}", *_term("", figures, note)]
+    if len(head) > _NOTE:
+        return [head.rstrip(), *_wrap(note, "    ")]
+    lines = textwrap.wrap(note, WIDTH - len(head), break_long_words=False, break_on_hyphens=False) or [""]
+    return [f"{head}{lines[0]}".rstrip(), *(" " * len(head) + line for line in lines[1:])]
+
+
+def _command(lead: str, shell: str) -> list[str]:
+    """A command to copy: broken before options, each line but the last ended by a backslash."""
+    words = shell.replace(" --", "\n--").split("\n")
+    lines = [f"  {lead}{words[0]}"]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 3 <= WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return [line + " \\" for line in lines[:-1]] + [lines[-1]]
+
+
+def dsv4_settings(d: Deployment) -> dict[str, str]:
+    """The variables without which something else would be started than what was proved."""
+    plugin = d.gpu.needs_plugin or d.state is StateMapping.SUMMARY
+    mode = {"DSV4_MODE": "on"} if plugin and not d.gpu.needs_plugin else {}
+    state = {} if d.state is usual_state(d.engine, plugin) else {"DSV4_STATE": d.state.value}
+    return mode | state
 
 
 def _settings(d: Deployment) -> str:
-    """The variables without which something else would be started than what was proved."""
-    plugin = d.gpu.needs_plugin or d.state is StateMapping.SUMMARY
-    mode = "DSV4_MODE=on " if plugin and not d.gpu.needs_plugin else ""
-    return mode + ("" if d.state is usual_state(d.engine, plugin) else f"DSV4_STATE={d.state.value} ")
+    return "".join(f"{k}={v} " for k, v in dsv4_settings(d).items())
 
 
-def _need(p: Proof) -> str:
+def _start(p: Proof) -> str:
     d = p.deployment
-    if d.engine == "vllm":
-        flight = (
-            "async scheduling keeps two steps in flight"
-            if d.async_scheduling and d.pp == 1
-            else f"{d.pp} stages in flight"
-        )
-        return f"{p.request_bytes / GIB:.2f} per request of {d.max_model_len:,} tokens, of it {p.reserve_bytes / GIB:.2f} window and state ({flight})"
-    return f"{p.request_bytes / GIB:.2f} per request of {d.max_model_len:,} tokens, and {p.reserve_bytes / GIB:.2f} request-scoped"
+    reserve = f"{p.reserve_bytes / GIB:.2f}"
+    if d.engine == "sglang":
+        return f"one request of {d.max_model_len:,} tokens and {reserve} for rings and windows of all"
+    if d.pp > 1:
+        flight = f"{d.pp + d.async_scheduling} steps in flight"
+    else:
+        flight = "two steps in flight, async scheduling" if d.async_scheduling else "one step in flight"
+    return f"one request of {d.max_model_len:,} tokens, of it {reserve} window and state ({flight})"
 
 
 def _range(low: int, high: int) -> str:
     a, b = sorted((low / GIB, high / GIB))
-    return f"{a:9.2f}" if abs(b - a) < 0.005 else f"{a:9.2f} to {b:.2f}"
+    return f"{a:.2f}" if abs(b - a) < 0.005 else f"{a:.2f} to {b:.2f}"
 
 
-def _tight(c: Candidate) -> Iterable[str]:
-    yield f"  {_name(c)} fits only if overheads stay low: {c.proof.shortfall_bytes / GIB:.2f} GiB short otherwise{_knob(c)}"
+def _tight(c: Candidate) -> str:
+    short = c.proof.shortfall_bytes / GIB
+    return f"{_name(c)} fits only if overheads stay low: {short:.2f} GiB short otherwise{_knob(c)}"
 
 
 def _why(c: Candidate) -> str:
@@ -151,7 +209,8 @@ def _why(c: Candidate) -> str:
     p = c.proof
     if p.headroom_shortfall_bytes and p.headroom_shortfall_bytes >= p.need_bytes - p.pool_low:
         return f"activations and graphs need {p.headroom_shortfall_bytes / GIB:.2f} GiB more than mem_fraction_static leaves{_knob(c)}"
-    return f"{p.shortfall_bytes / GIB:.2f} GiB short{_knob(c)}"
+    starts = f", though one starts and {p.at_once_low} are held" if p.starts is Verdict.FITS else ""
+    return f"{p.shortfall_bytes / GIB:.2f} GiB short{starts}{_knob(c)}"
 
 
 def _knob(c: Candidate) -> str:

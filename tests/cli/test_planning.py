@@ -90,7 +90,8 @@ def test_plan_answers_in_under_a_second_of_cpu():
 
 def test_plan_prints_the_proof_and_where_the_step_stops():
     out = _run(*PLAN, "--engine", "vllm", "--proofs", "9").stdout
-    assert "Proof of vllm TP8:" in out
+    assert "Proof of vllm TP8, in GiB on the fullest rank:" in out
+    assert re.search(r"\(log\) +\d+\.\d\d-\d+\.\d\dx +vLLM's own \"Maximum", out)
     assert re.search(r"stops fitting above max_num_batched_tokens \d{1,2},\d{3}", out)
 
 
@@ -116,7 +117,74 @@ def test_plan_names_missing_gib_and_the_knob():
         "--max-num-batched-tokens",
         "32768",
     )
-    assert re.search(r"GiB short; lower max_num_batched_tokens to \d+: frees \d+\.\d GiB and fits", done.stdout)
+    text = " ".join(done.stdout.split())
+    assert re.search(r"GiB short; lower max_num_batched_tokens to \d+: frees \d+\.\d GiB and fits", text)
+
+
+def test_where_nothing_fits_the_plan_leads_with_what_does():
+    done = _run("plan", "--model", "pro", "--gpu", "h100", "--count", "8")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert lines[3:5] == ["Nothing fits as asked. What does:", "  sglang TP8: use 16 GPUs (TP8 x PP2)"]
+
+
+def test_a_plan_fits_80_columns_and_its_commands_are_shell():
+    for args in (PLAN, ("plan", "--gpu", "h100", "--count", "16", "--model", "pro", "--verbose")):
+        out = _run(*args, "--proofs", "9").stdout
+        assert max(len(line) for line in out.splitlines()) <= 80
+        command = re.search(r"start(?: head)?: ((?:.*\\\n)*.*)", out)
+        words = subprocess.run(
+            ["bash", "-c", f"printf '%s\\n' {command[1]}"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert words[1] == "serve"
+        assert not [w for w in words if w == "\\"]
+
+
+def test_the_default_context_is_named():
+    out = _run("plan", "--gpu", "h200", "--proofs", "0").stdout
+    assert "131,072 tokens a request" in out
+    assert out.splitlines()[-1] == "No --context was given: 128k was planned; DeepSeek-V4 goes to 1m."
+    assert "No --context" not in _run(*PLAN).stdout
+
+
+def test_sources_are_printed_when_asked_for():
+    assert "https://" not in _run(*PLAN).stdout
+    assert "https://github.com/" in _run(*PLAN, "--verbose").stdout
+
+
+def test_cards_and_contexts_are_read_as_people_write_them():
+    out = _run("plan", "--gpu", "H200 SXM", "--context", "1e5", "--proofs", "0").stdout
+    assert out.startswith("flash (deepseek-ai/DeepSeek-V4-Flash) on 8 x h200\n100,000 tokens a request")
+
+
+def test_any_card_is_planned_by_its_memory_and_capability():
+    out = _run("plan", "--gpu-memory", "40", "--capability", "8.6", "--count", "8", "--context", "64k").stdout
+    assert "on 8 x gpu-40g" in out
+    assert "dsv4's plugin serves" in " ".join(out.split())
+
+
+def test_the_shell_completes_recipes_and_cards():
+    for words, found in (
+        ("dsv4 launch h200-x8-pro-vllm", "h200-x8-pro-vllm-context-1m"),
+        ("dsv4 plan --gpu mi3", "mi300x"),
+    ):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "_DSV4_COMPLETE": "bash_complete", "COMP_WORDS": words}
+        done = subprocess.run(
+            [sys.executable, "-c", BLOCKER], env=env | {"COMP_CWORD": str(len(words.split()) - 1)},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert f"plain,{found}" in done.stdout.splitlines()
+
+
+def test_a_plot_without_matplotlib_says_so_before_it_plans(tmp_path):
+    program = BLOCKER.replace("('torch',", "('matplotlib', 'torch',").replace(
+        "from dsv4.cli.main", "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'matplotlib' else find(name, *a)\n"
+        "import dsv4.planning.planner as planner; planner.deployments = None\nfrom dsv4.cli.main"
+    )  # fmt: skip
+    done = _run("plan", "--gpu", "h200", "--plot", str(tmp_path / "x.svg"), program=program)
+    assert done.returncode == 2
+    assert "needs matplotlib" in done.stderr
 
 
 def test_plot_writes_the_same_svg_twice(tmp_path):
@@ -136,6 +204,10 @@ BAD = [
     (["plan", "--gpu", "h200", "--count", "12", "--nodes", "5"], "does not divide over 5 nodes"),
     (["plan", "--gpu", "h200", "--nodes", "-1"], "impossible"),
     (["plan", "--gpu", "h200", "--context", "2m"], "DeepSeek-V4 ends at 1,048,576"),
+    (["plan", "--gpu", "h200", "--proofs", "-1"], "--proofs"),
+    (["plan", "--gpu-memory", "24"], "--capability"),
+    (["plan", "--gpu-memory", "24", "--capability", "7.0"], "needs 8.0"),
+    (["plan", "--gpu", "h200", "--model", "deepseek-ai/DeepSeek-V4.1-Flash"], "is DeepSeek-V4.1"),
     (["plan", "--gpu", "h200", "--context", "many"], "is not a number of tokens"),
     (["plan", "--gpu", "h200", "--engine", "trt"], "'trt' is not one of 'vllm', 'sglang'"),
     (["plan", "--gpu", "h200", "--model", "v3"], "--model v3: unknown checkpoint"),
@@ -146,6 +218,9 @@ BAD = [
     (["launch", "h100-x8-pro-vllm-context"], "cannot work: weights alone are 101.9 GiB"),
     (["launch", "h200-x16-pro-vllm-throughput", "--format", "nomad"], "'nomad' is not one of"),
     (["launch"], "Missing argument"),
+    (["launch", "h200-x8-pro-vllm-context-800k", "--port", "0"], "--port"),
+    (["plan", "--gpu", "h100", "--count", "8", "--model", "pro", "--format", "k8s"], "nothing fits"),
+    (["plan", "--gpu", "mi300x", "--format", "k8s"], "--image mi300x: no pinned image"),
     (["recipes", "show", "/etc/passwd"], "/etc/passwd"),
     (["recipes", "show", "absent.yaml"], "cannot be read"),
     (["recipes", "check", "zzz"], "zzz: no such recipe"),
@@ -187,6 +262,8 @@ def test_check_prints_one_line_per_recipe_and_names_skipped_engines():
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     listed = _run("recipes", "list").stdout.splitlines()
+    refused = sum(" refusal " in line for line in lines)
+    assert listed.pop() == f"{len(lines) - refused} recipes; {refused} more say why a machine cannot serve it"
     assert len(lines) == len(listed) > 80
     assert all(re.match(r"\S+ +ok +schema (rules|refusal) memory", line) for line in lines)
     assert sum("vllm-0.33.0:SKIPPED" in line and "vllm 0.33.0 is not installed here" in line for line in lines) > 30
@@ -204,6 +281,17 @@ def test_check_exits_1_when_a_rung_fails(tmp_path):
 def test_launch_finds_the_recipe_of_the_same_plan_for_the_other_engine():
     out = json.loads(_run("launch", "h200-x8-pro-vllm-context-800k", "--engine", "sglang", "--json").stdout)
     assert out["argv"]["head"][:2] == ["sglang", "serve"]
+
+
+def test_a_launch_is_overridden_and_a_plan_is_launched():
+    out = _run(
+        "launch", "h200-x8-pro-vllm-context-800k", "--context", "64k", "--port", "9000", "--served-name", "v4"
+    ).stdout
+    for words in ("--max-model-len 65536", "--port 9000", "--served-model-name v4", "--host 127.0.0.1"):
+        assert words in out
+    out = _run("plan", "--gpu", "h200", "--format", "compose").stdout
+    assert out.startswith("# planned by dsv4: flash on 8 x h200")
+    assert "services:" in out
 
 
 JSON = [

@@ -25,12 +25,13 @@ from dsv4.model.kv_layout import (
     state_ring_rows,
     state_row,
 )
-from dsv4.planning.deployment import Deployment, find_checkpoint
+from dsv4.planning.deployment import Deployment, Speculation, find_checkpoint
 from dsv4.planning.memory.proof import prove
 from dsv4.planning.memory.vllm import KvGroup, VllmPool, vllm_pool
 from dsv4.planning.memory.weights import stage_weights
 
 GIB = 1 << 30
+FP8 = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat.FP8)
 PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
 BEGIN, END = (
     "<!-- memory points: python tests/golden/memory_table.py rewrites this -->",
@@ -46,8 +47,10 @@ def pool(point: dict[str, Any]) -> VllmPool:
 
 
 def common_slots_pool(config: V4Config, formats: CacheFormats, num_draft_layers: int) -> VllmPool:
-    """vLLM 0.21 to 0.27: a block has as many (KV + index + HCA) slots as the longest group has
-    layers."""
+    """How vLLM 0.21 to 0.27 prices "KV cache is needed": a block has as many (KV + index + HCA)
+    slots as the longest group has layers. "Maximum concurrency" is by the widest group in every
+    version: 0.27.1 prints one each way in the same run.
+    """
     groups = vllm_pool(config, formats, num_draft_layers).groups
     return VllmPool(groups, common_slots_bytes(config, formats, groups))
 
@@ -63,19 +66,25 @@ def common_slots_bytes(config: V4Config, formats: CacheFormats, groups: Sequence
     return max(g.max_layers_per_page_size for g in groups) * sum(pages.values())
 
 
+def printed_concurrency(point: dict[str, Any]) -> float:
+    """vLLM's start-up line from the pool that the same log prints."""
+    widest = vllm_pool(find_checkpoint(point["model"]).config, FP8, point.get("draft_layers", 0))
+    pool_bytes = int(point["pool_gib"] * GIB)
+    return widest.printed_concurrency(pool_bytes, point["max_model_len"], point["in_flight_tokens"])
+
+
 def concurrency(point: dict[str, Any]) -> tuple[float, float]:
-    """What the planner predicts for a deployment whose pool no log prints: with the high and the
-    low overheads."""
-    formats = CacheFormats(KvFormat.FP8_DS_MLA, IndexFormat(point["index"]))
+    """What the planner predicts of all replicas' start-up lines for a deployment whose pool no log
+    prints: with the high and the low overheads."""
     checkpoint = find_checkpoint(point["model"])
     d = Deployment(
         checkpoint=checkpoint,
         engine="vllm",
         gpu=find_gpu(point["gpu"]),
-        count=point["tp"],
+        count=point["tp"] * point["dp"],
         nodes=1,
         tp=point["tp"],
-        dp=1,
+        dp=point["dp"],
         ep=True,
         pp=1,
         max_model_len=point["max_model_len"],
@@ -83,17 +92,14 @@ def concurrency(point: dict[str, Any]) -> tuple[float, float]:
         max_num_seqs=point["max_num_seqs"],
         memory_fraction=point["fraction"],
         async_scheduling=False,
-        index=formats.index,
+        index=IndexFormat.FP8,
+        speculation=Speculation(method="dspark", num_tokens=5),
         state=StateMapping.PAGED,
     )
     proof = prove(d)
-    # That version laid blocks out otherwise, with slots for three draft layers.
-    laid_out = common_slots_pool(checkpoint.config, formats, num_draft_layers=3)
-    low, high = (
-        laid_out.max_concurrency(b, d.max_model_len, d.max_num_batched_tokens)
-        for b in (proof.pool_low, proof.pool_high)
-    )
-    return low, high
+    assert proof.printed_low is not None
+    assert proof.printed_high is not None
+    return proof.printed_low * d.dp, proof.printed_high * d.dp
 
 
 def historic_bytes_per_full_token(
@@ -143,10 +149,12 @@ def rows() -> list[tuple[str, str, float, float, str]]:
     for p in points["need"]:
         need = pool(p).request_bytes(p["max_model_len"], p["in_flight_tokens"]) / GIB
         found.append((p["what"], "GiB KV needed", p["printed_gib"], need, p["source"]))
-    (p,) = points["vllm_concurrency"]
-    low, high = concurrency(p)
-    what = f"{p['what']}; middle of {low:.1f} to {high:.1f}"
-    found.append((what, "requests of 1M at once", p["printed_concurrency"], (low + high) / 2, p["source"]))
+    for p in points["vllm_concurrency_of_pool"]:
+        found.append((p["what"], '"Maximum concurrency"', p["printed"], printed_concurrency(p), p["source"]))
+    for p in points["vllm_concurrency"]:
+        low, high = concurrency(p)
+        what = f"{p['what']}; middle of {low:.1f} to {high:.1f}"
+        found.append((what, '"Maximum concurrency"', p["printed_concurrency"], (low + high) / 2, p["source"]))
     (p,) = points["vllm_budget"]
     found.append(
         (

@@ -17,7 +17,7 @@ from dsv4.model.tensors import tensor_specs
 from dsv4.planning.deployment import all_checkpoints, find_checkpoint
 from dsv4.planning.memory import overheads
 from dsv4.planning.memory.sglang import SglangRequest, sglang_pool
-from dsv4.planning.memory.vllm import in_flight_tokens, vllm_pool
+from dsv4.planning.memory.vllm import InFlight, in_flight_tokens, vllm_pool
 from dsv4.planning.memory.weights import inventory, pipeline_layers, stage_weights
 
 _spec = importlib.util.spec_from_file_location("memory_table", Path(__file__).parents[1] / "golden" / "memory_table.py")
@@ -90,7 +90,7 @@ def test_estimated_length_lies_between_those_of_the_unrounded_memory(point):
     def longest(gib: float) -> int:
         # These versions did not set the null block aside.
         pool = memory_table.pool(point)
-        return pool.max_model_len(int(gib * GIB) + pool.block_bytes, point["in_flight_tokens"], 1 << 20)
+        return pool.max_model_len(int(gib * GIB) + pool.block_bytes, InFlight(point["in_flight_tokens"]), 1 << 20)
 
     assert longest(point["available_gib"] - 0.005) <= point["printed_tokens"] <= longest(point["available_gib"] + 0.005)
 
@@ -118,11 +118,24 @@ def test_loaded_memory_of_a_log_lies_in_the_predicted_range(point):
     assert low / GIB == pytest.approx(point["printed_gib"], rel=0.05)
 
 
-def test_concurrency_on_8_b200_lies_in_the_predicted_range():
-    (point,) = POINTS["vllm_concurrency"]
+def test_a_logs_weights_with_a_dspark_draft_lie_in_the_predicted_range():
+    (point,) = POINTS["vllm_loaded_with_draft"]
+    config = find_checkpoint(point["model"]).config
+    (rank,) = stage_weights(config, tp=point["tp"], dp=1, ep=False, pp=1, with_draft=True)
+    built = overheads.load_overhead(rank.wo_a_bytes).high + overheads.draft_load_overhead(config).high
+    assert rank.total_bytes / GIB < point["printed_gib"] < (rank.total_bytes + built) / GIB
+
+
+@pytest.mark.parametrize("point", POINTS["vllm_concurrency"], ids=lambda p: p["what"])
+def test_concurrency_on_8_b200_lies_in_the_predicted_range(point):
     low, high = memory_table.concurrency(point)
     assert low <= point["printed_concurrency"] <= high
     assert (low + high) / 2 == pytest.approx(point["printed_concurrency"], rel=0.05)
+
+
+@pytest.mark.parametrize("point", POINTS["vllm_concurrency_of_pool"], ids=lambda p: p["what"])
+def test_the_start_up_line_follows_from_the_pool_of_its_log_to_the_printed_digit(point):
+    assert memory_table.printed_concurrency(point) == pytest.approx(point["printed"], rel=0.001)
 
 
 def test_the_docs_table_is_the_computed_one():
@@ -152,7 +165,7 @@ def test_800k_needs_4_6_gib_at_512_tokens_and_86k_needs_18_3_at_16384_async():
 def test_longest_context_fits_and_one_more_token_does_not(name, index, length, flight, gib):
     pool = vllm_pool(find_checkpoint(name).config, CacheFormats(KvFormat.FP8_DS_MLA, index))
     budget = gib * GIB
-    longest = pool.max_model_len(budget, flight, length)
+    longest = pool.max_model_len(budget, InFlight(flight), length)
 
     def fits(max_model_len: int) -> bool:  # one request beside the null block
         return pool.request_bytes(max_model_len, flight) <= budget - pool.block_bytes

@@ -53,6 +53,7 @@ def _planned_cases(engine: str) -> list[Case]:
         ("flash-0731", "b200", 4),
         ("flash", "a100", 8),
         ("pro", "gb200", 8),
+        ("pro", "gb300", 72),
     ):
         card = find_gpu(gpu)
         question = Question(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 
 from dsv4.planning.deployment import Deployment
@@ -38,10 +40,16 @@ class Proof:
     end.
 
     budget_bytes: what the engine may use.
-    request_bytes: what its admission reserves for one request of max_model_len.
-    reserve_bytes: the part of request_bytes that does not depend on the context.
-    need_bytes: what the target concurrency takes on one replica.
-    by_memory_*: requests of max_model_len at once over all replicas, by KV alone.
+    start_bytes: what one request of max_model_len needs of the pool, with the whole in-flight
+    reserve: below it vLLM refuses to start.
+    reserve_bytes: the part of start_bytes that does not grow with the context.
+    decoding_bytes: what a request of max_model_len holds once it decodes.
+    need_bytes: what the target concurrency takes on one replica: one request starts while the
+    others decode.
+    held_*: requests of max_model_len that decode together over all replicas, by KV alone.
+    printed_*: vLLM's own start-up line for one replica, "Maximum concurrency"; it charges the
+    reserve to every request. None for SGLang.
+    longest: the context that the target concurrency fits with, of a pool's bytes.
     shortfall_bytes: missing with the high ends, 0 when it fits.
     headroom_shortfall_bytes: the part of it that activations and graphs lack outside SGLang's
     fraction.
@@ -53,25 +61,45 @@ class Proof:
     budget_bytes: int
     pool_low: int
     pool_high: int
-    request_bytes: int
+    start_bytes: int
     reserve_bytes: int
+    decoding_bytes: int
     need_bytes: int
-    by_memory_low: float
-    by_memory_high: float
-    max_context_low: int
-    max_context_high: int
+    held_low: int
+    held_high: int
+    printed_low: float | None
+    printed_high: float | None
+    longest: Callable[[int], int] = field(compare=False, repr=False)
     shortfall_bytes: int
     verdict: Verdict
     headroom_shortfall_bytes: int = 0
 
-    @property
-    def concurrency_low(self) -> float:
-        """Requests of max_model_len at once over all replicas, by KV and by max_num_seqs."""
-        return min(self.by_memory_low, self.deployment.max_num_seqs * self.deployment.dp)
+    @functools.cached_property
+    def max_context_low(self) -> int:
+        """The longest context that the target concurrency fits with; 0 when none does."""
+        return self.longest(self.pool_low)
+
+    @functools.cached_property
+    def max_context_high(self) -> int:
+        return self.longest(self.pool_high)
 
     @property
-    def concurrency_high(self) -> float:
-        return min(self.by_memory_high, self.deployment.max_num_seqs * self.deployment.dp)
+    def starts(self) -> Verdict:
+        """Whether one request of max_model_len can be served at all: what vLLM checks at start."""
+        if self.headroom_shortfall_bytes:
+            return self.verdict
+        return verdict_of(self.start_bytes <= self.pool_low, self.start_bytes <= self.pool_high)
+
+    @property
+    def at_once_low(self) -> int:
+        """Requests of max_model_len that decode together over all replicas, by KV and by
+        max_num_seqs.
+        """
+        return min(self.held_low, self.deployment.max_num_seqs * self.deployment.num_pools)
+
+    @property
+    def at_once_high(self) -> int:
+        return min(self.held_high, self.deployment.max_num_seqs * self.deployment.num_pools)
 
     @property
     def weights_bytes(self) -> int:
@@ -80,17 +108,23 @@ class Proof:
 
 def weights_of(d: Deployment, stage: int) -> RankWeights:
     """Weights of one rank of pipeline stage `stage`."""
-    return stage_weights(d.config, tp=d.tp, dp=d.dp, ep=d.ep, pp=d.pp, with_draft=d.has_draft)[stage]
+    return stage_weights(
+        d.config, tp=d.tp, dp=d.dp, ep=d.ep, pp=d.pp, with_draft=d.has_draft, weights=d.checkpoint.weights
+    )[stage]
 
 
 def weight_terms(d: Deployment, stage: int) -> list[Term]:
     """Weights of one rank of pipeline stage `stage`, and what widening them may take."""
     w = weights_of(d, stage)
     body = w.total_bytes - w.draft_bytes
-    terms = [Term("weights", body, body, INVENTORY_SOURCE)]
+    source = INVENTORY_SOURCE if d.checkpoint.weights is None else f"headers of {d.checkpoint.repo}"
+    terms = [Term("weights", body, body, source)]
     if w.draft_bytes:
-        terms.append(Term("weights of the draft", w.draft_bytes, w.draft_bytes, INVENTORY_SOURCE))
-    return [*terms, term("widened while loading", overheads.load_overhead(w.wo_a_bytes))]
+        terms.append(Term("weights of the draft", w.draft_bytes, w.draft_bytes, source))
+    terms.append(term("widened while loading", overheads.load_overhead(w.wo_a_bytes)))
+    if w.draft_bytes and d.engine == "vllm" and d.speculation.method == "dspark":
+        terms.append(term("built for the draft", overheads.draft_load_overhead(d.config)))
+    return terms
 
 
 def exchange_terms(d: Deployment, suffix: str = "") -> list[Term]:

@@ -5,22 +5,34 @@ and its source.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from dsv4.model.kv_layout import StateMapping
 from dsv4.planning.deployment import Deployment
 from dsv4.planning.memory import sglang, vllm
 from dsv4.planning.memory.account import Proof, Term, Verdict
 
-__all__ = ["Proof", "Term", "Verdict", "prove"]
+__all__ = ["Proof", "Term", "Verdict", "prove", "roomier_state"]
 
 
 def prove(deployment: Deployment, concurrency: int = 1) -> Proof:
     """Prove `deployment` for `concurrency` requests of max_model_len over all replicas: the worst
     pipeline stage decides.
     """
-    per_replica = -(-concurrency // deployment.dp)
+    per_replica = -(-concurrency // deployment.num_pools)
     stages = range(deployment.pp)
     one = vllm.prove_stage if deployment.engine == "vllm" else sglang.prove_stage
     proofs = [one(deployment, stage, per_replica) for stage in stages]
     return min(
         proofs,
-        key=lambda p: (p.verdict is Verdict.FITS, p.verdict is Verdict.TIGHT, p.concurrency_low, -p.shortfall_bytes),
+        key=lambda p: (p.verdict is Verdict.FITS, p.verdict is Verdict.TIGHT, p.held_low, -p.shortfall_bytes),
     )
+
+
+def roomier_state(deployment: Deployment) -> StateMapping:
+    """How dsv4's vLLM plugin keeps more requests of max_model_len at once: summaries where the pool
+    is of the order of the in-flight reserve, pages where it is many times that and contexts are
+    long, since summaries make every page 1.17 times as wide. Summaries where both hold as many.
+    """
+    summary, paged = (prove(replace(deployment, state=state)) for state in (StateMapping.SUMMARY, StateMapping.PAGED))
+    return StateMapping.PAGED if paged.held_low > summary.held_low else StateMapping.SUMMARY

@@ -10,6 +10,7 @@ pool is sized from `--max-running-requests`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from dsv4.model.config import LayerKind, V4Config
@@ -29,6 +30,7 @@ from dsv4.planning.memory.account import Proof, exchange_terms, term, verdict_of
 from dsv4.planning.memory.weights import pipeline_layers
 
 EVICTION_INTERVAL = 128  # SGLANG_SWA_EVICTION_INTERVAL's default
+SPARE_TOKENS = 2 * PAGE_TOKENS  # the scheduler admits a request where more than one page would be left
 PREFIX_TAILS_PER_REQUEST = 4  # cached prefixes that cap mode keeps resumable, per running request
 
 
@@ -50,30 +52,56 @@ class SglangRequest:
 
 @dataclass(frozen=True)
 class SglangPool:
-    """Byte model of one rank's pool: `full_tokens * bytes_per_full_token + fixed_bytes`."""
+    """Byte model of one rank's pool: `full_tokens * bytes_per_full_token + fixed_bytes`.
+
+    window_tokens: cap mode's window pool; None when it is tied to full tokens.
+    decoding_window_pages: that a decoding request holds, over the positions it may have in them.
+    written_ahead_tokens: slots that a decoding request has beyond its length.
+    prefill_window_tokens: that the scheduler asks for to admit a request; later chunks wait.
+    """
 
     bytes_per_full_token: float
     fixed_bytes: float
-    window_tokens: int | None  # cap mode's window pool; None when tied to full tokens
+    window_tokens: int | None
     swa_full_tokens_ratio: float
-    live_window_tokens_per_request: int
-    window_tokens_in_flight: int
+    decoding_window_pages: float
+    written_ahead_tokens: int
+    prefill_window_tokens: int
 
     def full_tokens(self, pool_bytes: float) -> int:
         """max_total_num_tokens that fits `pool_bytes`."""
         return int(max(pool_bytes - self.fixed_bytes, 0) / self.bytes_per_full_token) // PAGE_TOKENS * PAGE_TOKENS
 
-    def bytes_for(self, full_tokens: int) -> float:
-        """Pool bytes that hold `full_tokens` tokens."""
-        return round_up(full_tokens, PAGE_TOKENS) * self.bytes_per_full_token + self.fixed_bytes
+    def request_tokens(self, context: int) -> int:
+        """Full tokens that one request of `context` tokens holds: whole pages."""
+        return round_up(context + self.written_ahead_tokens, PAGE_TOKENS)
 
-    def max_requests(self, full_tokens: int, context: int) -> float:
-        """Requests of `context` tokens at once, by compressed KV and by window slots."""
+    def need_bytes(self, requests: int, context: int) -> int:
+        """Pool bytes with which `requests` of `context` tokens decode together while the last of
+        them is prefilled.
+        """
+        tokens = requests * self.request_tokens(context) + SPARE_TOKENS
+        if self.window_tokens is None and requests > 1:
+            pages = math.ceil((requests - 1) * self._decoding_pages(context)) + self._prefill_pages(context)
+            tokens = max(tokens, math.ceil(pages * PAGE_TOKENS / self.swa_full_tokens_ratio))
+        return math.ceil(round_up(tokens, PAGE_TOKENS) * self.bytes_per_full_token + self.fixed_bytes)
+
+    def requests_at_once(self, full_tokens: int, context: int) -> int:
+        """Requests of `context` tokens at once, by compressed KV and by window pages. A chunk is
+        cut where the whole window pool is too short for it: windows never refuse the first request.
+        """
         window = self.window_tokens
         if window is None:
-            window = int(full_tokens * self.swa_full_tokens_ratio) // PAGE_TOKENS * PAGE_TOKENS
-        by_window = (window - self.window_tokens_in_flight) / self.live_window_tokens_per_request
-        return max(min(full_tokens / context, by_window), 0.0)
+            window = int(full_tokens * self.swa_full_tokens_ratio)
+        left = window // PAGE_TOKENS - self._prefill_pages(context)
+        by_window = 1 + max(math.floor(left / self._decoding_pages(context)), 0)
+        return min(max(full_tokens - SPARE_TOKENS, 0) // self.request_tokens(context), by_window)
+
+    def _decoding_pages(self, context: int) -> float:
+        return min(self.decoding_window_pages, self.request_tokens(context) // PAGE_TOKENS)
+
+    def _prefill_pages(self, context: int) -> int:
+        return -(-min(self.prefill_window_tokens, self.request_tokens(context)) // PAGE_TOKENS) + 1
 
 
 def sglang_pool(
@@ -109,14 +137,24 @@ def sglang_pool(
         fixed_bytes=hca_state + (window_tokens or 0) * window,
         window_tokens=window_tokens,
         swa_full_tokens_ratio=ratio,
-        live_window_tokens_per_request=live_window_tokens(config, request),
-        window_tokens_in_flight=_window_tokens_in_flight(request),
+        # A whole page before the last token stays, so that a cached prefix ends in a live window.
+        decoding_window_pages=(round_up(config.sliding_window, PAGE_TOKENS) + _written_ahead(request)) / PAGE_TOKENS
+        + 1,
+        written_ahead_tokens=_written_ahead(request),
+        prefill_window_tokens=request.chunked_prefill_tokens,
     )
 
 
+def _written_ahead(request: SglangRequest) -> int:
+    """Slots beyond its length that a decoding request with a draft has: two verifying steps
+    (`get_alloc_reserve_per_decode`).
+    """
+    return 2 * request.draft_tokens
+
+
 def live_window_tokens(config: V4Config, request: SglangRequest) -> int:
-    """Window slots that one decoding request may hold: the window, its eviction slack and the
-    tokens being written.
+    """Window slots that cap mode sets aside for one decoding request: the window, its eviction
+    slack and the tokens being written.
     """
     draft = max(request.draft_tokens, 1)
     trailing = config.sliding_window + EVICTION_INTERVAL * draft + PAGE_TOKENS
@@ -163,8 +201,7 @@ def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
 
     low = pool_bytes(before.high, sum(t.high for t in weights))
     high = pool_bytes(before.low, sum(t.low for t in weights))
-    request = int(pool.bytes_for(d.max_model_len) - pool.fixed_bytes)
-    need = int(pool.bytes_for(per_replica * d.max_model_len))
+    need = pool.need_bytes(per_replica, d.max_model_len)
     tokens_low, tokens_high = pool.full_tokens(low), pool.full_tokens(high)
     # The fraction leaves the rest of the card to activations and graphs: that must hold them.
     headroom = int((d.gpu.total_bytes - before.high) * (1 - d.memory_fraction))
@@ -181,14 +218,25 @@ def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
         budget_bytes=int((d.gpu.total_bytes - before.high) * d.memory_fraction),
         pool_low=low,
         pool_high=high,
-        request_bytes=request,
+        start_bytes=pool.need_bytes(1, d.max_model_len),
         reserve_bytes=int(pool.fixed_bytes),
+        decoding_bytes=int(pool.request_tokens(d.max_model_len) * pool.bytes_per_full_token),
         need_bytes=need,
-        by_memory_low=pool.max_requests(tokens_low, d.max_model_len) * d.dp,
-        by_memory_high=pool.max_requests(tokens_high, d.max_model_len) * d.dp,
-        max_context_low=min(tokens_low // max(per_replica, 1), MAX_CONTEXT),
-        max_context_high=min(tokens_high // max(per_replica, 1), MAX_CONTEXT),
+        held_low=pool.requests_at_once(tokens_low, d.max_model_len) * d.num_pools,
+        held_high=pool.requests_at_once(tokens_high, d.max_model_len) * d.num_pools,
+        printed_low=None,
+        printed_high=None,
+        longest=lambda pool_bytes: _longest(pool, pool_bytes, per_replica),
         shortfall_bytes=max(need - low, lack_low, 0),
         headroom_shortfall_bytes=lack_low,
         verdict=verdict_of(need <= low and not lack_low, need <= high and not lack_high),
     )
+
+
+def _longest(pool: SglangPool, pool_bytes: int, requests: int) -> int:
+    """The longest context of which `requests` are held at once; 0 when none is."""
+    low, high = 0, MAX_CONTEXT
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if pool.need_bytes(requests, middle) <= pool_bytes else (low, middle - 1)
+    return low

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV accounting without vLLM: groups, blocks of one shared pool, and what a request must be
-able to hold.
+"""vLLM's KV accounting without vLLM: groups, blocks of one shared pool, what one request must be
+able to hold before it is admitted, and what it holds once it decodes.
 
 Mirrors `_get_packed_kv_cache_groups`, `SlidingWindowSpec.max_admission_blocks_per_request` and
 `VllmConfig.max_in_flight_tokens` of vLLM 0.32 and 0.33 (`vllm/v1/core/kv_cache_utils.py`, in 0.33
-`kv_cache_planning.py`); tests compare with those functions.
+`kv_cache_planning.py`), and what `KVCacheManager.allocate_slots` and `remove_skipped_blocks` leave
+a decoding request with; tests compare with all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +60,18 @@ class KvGroup:
         tokens = min(self.sliding_window - 1 + in_flight_tokens, max_model_len)
         return -(-tokens // self.page_tokens) + 1  # the window may start inside a block
 
+    def decoding_blocks(self, max_model_len: int, unsettled_tokens: int) -> float:
+        """Blocks that a decoding request of `max_model_len` tokens holds, over the positions it may
+        have in its pages: the window before the last settled token, and the tokens that follow.
+        """
+        if self.per_request:
+            return 1
+        whole = -(-max_model_len // self.page_tokens)
+        if self.sliding_window is None:
+            return whole
+        tokens = self.sliding_window - 1 + unsettled_tokens
+        return min((tokens - 1) / self.page_tokens + 1, whole)
+
 
 @dataclass(frozen=True)
 class VllmPool:
@@ -67,12 +81,18 @@ class VllmPool:
     block_bytes: int
 
     def request_blocks(self, max_model_len: int, in_flight_tokens: int) -> int:
-        """Blocks one request of `max_model_len` tokens needs."""
+        """Blocks that must be free for one request of `max_model_len` tokens to be admitted."""
         return sum(g.request_blocks(max_model_len, in_flight_tokens) for g in self.groups)
 
     def request_bytes(self, max_model_len: int, in_flight_tokens: int) -> int:
-        """Bytes one request needs: vLLM's "KV cache is needed"."""
+        """Bytes one request needs to be admitted: vLLM's "KV cache is needed"."""
         return self.block_bytes * self.request_blocks(max_model_len, in_flight_tokens)
+
+    def decoding_blocks(self, max_model_len: int, unsettled_tokens: int) -> int:
+        """Blocks that a decoding request of `max_model_len` tokens holds: its window and state are
+        a few pages, whatever the step.
+        """
+        return math.ceil(sum(g.decoding_blocks(max_model_len, unsettled_tokens) for g in self.groups))
 
     def state_bytes(self, in_flight_tokens: int, max_model_len: int) -> int:
         """The part of `request_bytes` that windows and compressor states take: the in-flight
@@ -84,20 +104,43 @@ class VllmPool:
     def num_blocks(self, pool_bytes: int) -> int:
         return max(pool_bytes, 0) // self.block_bytes
 
-    def max_concurrency(self, pool_bytes: int, max_model_len: int, in_flight_tokens: int) -> float:
-        """Requests of `max_model_len` tokens at once: vLLM's "Maximum concurrency"."""
+    def printed_concurrency(self, pool_bytes: int, max_model_len: int, in_flight_tokens: int) -> float:
+        """vLLM's start-up line "Maximum concurrency for ... tokens per request", which charges
+        the in-flight reserve to every request. `requests_at_once` is what the pool holds.
+        """
         return self.num_blocks(pool_bytes) / self.request_blocks(max_model_len, in_flight_tokens)
 
-    def max_model_len(self, pool_bytes: int, in_flight_tokens: int, limit: int, concurrency: int = 1) -> int:
-        """Longest context of which `concurrency` requests fit beside the null block; 0 when none
-        does.
+    def need_bytes(self, requests: int, max_model_len: int, flight: InFlight) -> int:
+        """Bytes with which `requests` of `max_model_len` tokens decode together while the last of
+        them is prefilled: one is admitted, the others hold what decoding takes, and one block is
+        the null block.
         """
+        others = (requests - 1) * self.decoding_blocks(max_model_len, flight.unsettled_tokens)
+        return self.block_bytes * (self.request_blocks(max_model_len, flight.tokens) + others + 1)
+
+    def requests_at_once(self, pool_bytes: int, max_model_len: int, flight: InFlight) -> int:
+        """The most requests that `need_bytes` allows in `pool_bytes`; 0 when not one starts."""
+        left = self.num_blocks(pool_bytes) - 1 - self.request_blocks(max_model_len, flight.tokens)
+        return 0 if left < 0 else left // self.decoding_blocks(max_model_len, flight.unsettled_tokens) + 1
+
+    def max_model_len(self, pool_bytes: int, flight: InFlight, limit: int, concurrency: int = 1) -> int:
+        """Longest context of which `concurrency` requests are held at once; 0 when none is."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
-            need = concurrency * self.request_bytes(middle, in_flight_tokens)
-            low, high = (middle, high) if need <= pool_bytes - self.block_bytes else (low, middle - 1)
+            fits = self.need_bytes(concurrency, middle, flight) <= pool_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
         return low
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Tokens scheduled and not yet settled. tokens: of all requests, which admission reserves for.
+    unsettled_tokens: of one decoding request, with the slots its draft writes ahead.
+    """
+
+    tokens: int
+    unsettled_tokens: int = 1
 
 
 def in_flight_tokens(max_num_batched_tokens: int, async_scheduling: bool, pp: int) -> int:
@@ -107,6 +150,16 @@ def in_flight_tokens(max_num_batched_tokens: int, async_scheduling: bool, pp: in
     default since 0.30).
     """
     return max_num_batched_tokens * (pp + 1 if async_scheduling else pp)
+
+
+def in_flight(d: Deployment) -> InFlight:
+    """What `d` has in flight. A request decodes in one step at a time, with async scheduling in
+    two; each step writes its token, the drafted ones, and as many slots ahead for the next draft.
+    """
+    drafted = d.speculation.num_tokens
+    steps = 2 if d.async_scheduling else 1
+    tokens = in_flight_tokens(d.max_num_batched_tokens, d.async_scheduling, d.pp)
+    return InFlight(tokens, steps * (1 + drafted) + drafted)
 
 
 @functools.lru_cache(maxsize=64)
@@ -227,10 +280,9 @@ def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
     ]
     budget = int(d.memory_fraction * d.gpu.total_bytes)
     pool = stage_pool(d, stage)
-    flight = in_flight_tokens(d.max_num_batched_tokens, d.async_scheduling, d.pp)
+    flight = in_flight(d)
     low, high = budget - sum(t.high for t in terms), budget - sum(t.low for t in terms)
-    request = pool.request_bytes(d.max_model_len, flight)
-    need = per_replica * request + pool.block_bytes  # the pool holds back one null block
+    need = pool.need_bytes(per_replica, d.max_model_len, flight)
     return Proof(
         deployment=d,
         stage=stage,
@@ -238,13 +290,15 @@ def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
         budget_bytes=budget,
         pool_low=low,
         pool_high=high,
-        request_bytes=request,
-        reserve_bytes=pool.state_bytes(flight, d.max_model_len),
+        start_bytes=pool.need_bytes(1, d.max_model_len, flight),
+        reserve_bytes=pool.state_bytes(flight.tokens, d.max_model_len),
+        decoding_bytes=pool.block_bytes * pool.decoding_blocks(d.max_model_len, flight.unsettled_tokens),
         need_bytes=need,
-        by_memory_low=pool.max_concurrency(low, d.max_model_len, flight) * d.dp,
-        by_memory_high=pool.max_concurrency(high, d.max_model_len, flight) * d.dp,
-        max_context_low=pool.max_model_len(low, flight, MAX_CONTEXT, per_replica),
-        max_context_high=pool.max_model_len(high, flight, MAX_CONTEXT, per_replica),
+        held_low=pool.requests_at_once(low, d.max_model_len, flight) * d.num_pools,
+        held_high=pool.requests_at_once(high, d.max_model_len, flight) * d.num_pools,
+        printed_low=pool.printed_concurrency(low, d.max_model_len, flight.tokens),
+        printed_high=pool.printed_concurrency(high, d.max_model_len, flight.tokens),
+        longest=lambda pool_bytes: pool.max_model_len(pool_bytes, flight, MAX_CONTEXT, per_replica),
         shortfall_bytes=max(need - low, 0),
         verdict=verdict_of(need <= low, need <= high),
     )

@@ -102,15 +102,17 @@ def pipeline_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
+@functools.lru_cache(maxsize=256)
 def stage_weights(
-    config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool
+    config: V4Config, *, tp: int, dp: int, ep: bool, pp: int, with_draft: bool, weights: Inventory | None = None
 ) -> tuple[RankWeights, ...]:
     """Weights of one rank of each pipeline stage.
 
     tp: attention tensor-parallel ranks; dp: attention replicas beside each other in a stage; ep:
-    whole experts per rank. The draft sits on the last stage.
+    whole experts per rank; weights: where they are not those that `config` implies. The draft sits
+    on the last stage.
     """
-    inv = inventory(config)
+    inv = weights or inventory(config)
     stages = []
     for number, layers in enumerate(pipeline_layers(config.num_hidden_layers, pp)):
         body = sum((inv.layers[i] for i in layers), inv.first if number == 0 else Bytes())

@@ -29,7 +29,7 @@ from dsv4.planning.deployment import Deployment
 from dsv4.planning.launch import commands
 from dsv4.planning.memory import sglang, vllm
 from dsv4.planning.memory.proof import Proof, Verdict, prove
-from dsv4.planning.memory.vllm import in_flight_tokens, stage_with_draft
+from dsv4.planning.memory.vllm import stage_with_draft
 from dsv4.planning.memory.weights import pipeline_layers
 from dsv4.planning.recipe.question import (
     Answer,
@@ -177,7 +177,7 @@ def _proof_differs(recipe: Recipe, proof: Proof) -> list[str]:
 def _close(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return all(_close(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, str):
+    if isinstance(a, str) or a is None or b is None:
         return bool(a == b)
     return bool(abs(a - b) <= max(TOLERANCE * max(abs(a), abs(b)), 0.011))
 
@@ -297,7 +297,7 @@ def compare(recipe: Recipe, answer: Answer) -> list[str]:
 
 
 def _block_pools_differ(d: Deployment, kv: BlockPools, pool_bytes: Sequence[int]) -> list[str]:
-    flight = in_flight_tokens(d.max_num_batched_tokens, d.async_scheduling, d.pp)
+    flight = vllm.in_flight(d).tokens
     rows: list[tuple[str, float, float]] = [("in-flight tokens", flight, kv.in_flight_tokens)]
     blocks = []
     for stage, theirs in enumerate(kv.stages):
@@ -308,7 +308,10 @@ def _block_pools_differ(d: Deployment, kv: BlockPools, pool_bytes: Sequence[int]
         )
         blocks.append(pool.num_blocks(pool_bytes[stage]))
     per_request = vllm.stage_pool(d, 0).request_blocks(d.max_model_len, flight)
-    rows += [("blocks", min(blocks), kv.num_blocks), ("concurrency", min(blocks) / per_request, kv.concurrency)]
+    rows += [
+        ("blocks", min(blocks), kv.num_blocks),
+        ("start-up concurrency", min(blocks) / per_request, kv.concurrency),
+    ]
     return _differences("vLLM", rows)
 
 

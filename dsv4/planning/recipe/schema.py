@@ -180,10 +180,14 @@ class ProofSection(_Section):
     weights_gib: Gib
     budget_gib: Gib
     pool_gib: Annotated[list[float], Field(min_length=2, max_length=2)]
-    request_gib: Gib
-    reserve_gib: Gib
-    need_gib: Gib
-    concurrency: Span
+    start_gib: Annotated[float, Field(ge=0, description="one request with the whole in-flight reserve")]
+    reserve_gib: Annotated[float, Field(ge=0, description="the part of start_gib that the context does not decide")]
+    decoding_gib: Annotated[float, Field(ge=0, description="one request once it decodes")]
+    need_gib: Annotated[float, Field(ge=0, description="lengths.concurrency requests, one being prefilled")]
+    at_once: Annotated[list[int], Field(min_length=2, max_length=2, description="requests, over all replicas")]
+    vllm_prints: Span | None = Field(
+        description='vLLM\'s start-up line "Maximum concurrency" of one replica, which charges the reserve to every request'
+    )
     max_context: Annotated[list[int], Field(min_length=2, max_length=2)]
     verdict: Literal["fits", "tight", "no"]
 
@@ -390,15 +394,20 @@ def proof_section(proof: Proof) -> dict[str, Any]:
     def gib(n: float) -> float:
         return round(n / GIB, 2)
 
+    printed = None
+    if proof.printed_low is not None and proof.printed_high is not None:
+        printed = (proof.printed_low, proof.printed_high)
     return {
         "method": "formula+engine",
         "weights_gib": gib(proof.weights_bytes),
         "budget_gib": gib(proof.budget_bytes),
         "pool_gib": [gib(proof.pool_low), gib(proof.pool_high)],
-        "request_gib": gib(proof.request_bytes),
+        "start_gib": gib(proof.start_bytes),
         "reserve_gib": gib(proof.reserve_bytes),
+        "decoding_gib": gib(proof.decoding_bytes),
         "need_gib": gib(proof.need_bytes),
-        "concurrency": [round(proof.concurrency_low, 2), round(proof.concurrency_high, 2)],
+        "at_once": [proof.at_once_low, proof.at_once_high],
+        "vllm_prints": None if printed is None else [round(n, 2) for n in printed],
         "max_context": [proof.max_context_low, proof.max_context_high],
         "verdict": proof.verdict.value,
     }

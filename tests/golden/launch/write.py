@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv4.planning.launch import commands, environment, render
+from dsv4.planning.launch import commands
+from dsv4.planning.manifests import of_recipe, render
 from dsv4.planning.recipe.schema import find_recipe, shipped_recipes
 
 HERE = Path(__file__).parent
@@ -25,7 +26,7 @@ def command_lines() -> str:
     lines = []
     for recipe in shipped_recipes():
         if recipe.can_work:
-            env = "".join(f"{k}={v} " for k, v in environment(recipe).items())
+            env = "".join(f"{k}={v} " for k, v in of_recipe(recipe).environment().items())
             lines += [f"{recipe.id} {c.role}: {env}{c.shell()}" for c in commands(recipe)]
     return "\n".join(lines) + "\n"
 
@@ -34,7 +35,7 @@ def files() -> dict[str, str]:
     """Golden file name: content."""
     suffix = {"shell": "sh", "compose": "compose.yaml", "k8s": "k8s.yaml"}
     rendered = {
-        f"{name}.{suffix[fmt]}": render(find_recipe(name)[0], fmt) + "\n"
+        f"{name}.{suffix[fmt]}": render(of_recipe(find_recipe(name)[0]), fmt) + "\n"
         for name, fmts in FORMATS.items()
         for fmt in fmts
     }
