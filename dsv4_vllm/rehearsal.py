@@ -56,7 +56,7 @@ def padding_only(
         if spec.per_request:
             ends = torch.zeros(2, dtype=torch.int32, device=device)
             return SummaryMetadata(BatchView(ends, ends[:1], num_tokens, 1, max_model_len, num_tokens), page[:, 0])
-        return StateMetadata(page, nowhere)
+        return StateMetadata(page, nowhere, shared=num_tokens > 1)
 
     return {cache.prefix: plan(cache) for cache in caches.values()}
 
