@@ -59,7 +59,7 @@ SPILLS: dict[str, dict[str, int]] = {
     "attend": {"sm90": 16, "sm100": 20, "sm120": 120},
     "compress_store": {"sm86": 4},
     "prefill_logits": {"sm80": 20, "sm86": 12, "sm120": 24},
-    "topk": {"sm80": 8},
+    "topk": {"sm80": 8, "sm120": 24},
 }
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that vLLM takes only with more devices than a test has: refused by name all the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4.errors import DeploymentError
+from dsv4.model.config import V4Config
+from dsv4_vllm import support
+
+PRO = Path(__file__).parents[1] / "golden" / "configs" / "DeepSeek-V4-Pro.json"
+
+
+def deployment(folder: Path, **changes: Any) -> Any:
+    """A deployment that is served, but for `changes`, by the name of an option's field."""
+    parallel: dict[str, Any] = {
+        "tensor_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "data_parallel_size": 1,
+        "use_ubatching": False,
+        "enable_elastic_ep": False,
+        "enable_eplb": False,
+    }
+    raw = json.loads((folder / "config.json").read_text())
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(to_dict=lambda: raw), model=str(folder), dtype=torch.bfloat16
+        ),
+        parallel_config=SimpleNamespace(**(parallel | {k: v for k, v in changes.items() if k in parallel})),
+        cache_config=SimpleNamespace(kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="auto"),
+        aux_output_config=SimpleNamespace(enabled=False),
+        attention_config=SimpleNamespace(),
+        device_config=SimpleNamespace(device_type="cpu"),
+        speculative_config=None,
+        lora_config=None,
+        kv_transfer_config=None,
+    )
+
+
+def test_the_deployment_itself_is_served(tiny_flash: Path) -> None:
+    assert support.check_deployment(deployment(tiny_flash)).num_hidden_layers > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"use_ubatching": True}, "--enable-dbo"),
+        ({"enable_elastic_ep": True}, "--enable-elastic-ep"),
+        ({"data_parallel_size": 2}, "--data-parallel-size"),
+    ],
+)
+def test_parallelism_that_is_not_tested_is_refused(tiny_flash: Path, change: dict[str, Any], flag: str) -> None:
+    with pytest.raises(DeploymentError, match=rf"^{flag}.*DSV4_MODE=off"):
+        support.check_deployment(deployment(tiny_flash, **change))
+
+
+def test_batch_invariance_is_refused(tiny_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(DeploymentError, match=r"^VLLM_BATCH_INVARIANT: attention is split"):
+        support.check_deployment(deployment(tiny_flash))
+
+
+def test_ranks_that_cut_the_shared_experts_blocks_are_refused() -> None:
+    """Pro's 3072 channels are 24 blocks of 128; its 128 heads and 16 output groups divide by 16."""
+    config = V4Config.from_path(PRO)
+    assert config.why_not_sharded(8) is None
+    found = config.why_not_sharded(16)
+    assert found is not None
+    assert "3072 channels in blocks of 128" in found
+    assert "[1, 2, 4, 8]" in found
