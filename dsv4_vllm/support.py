@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 
 from dsv4.errors import DeploymentError
 from dsv4.loading import LOAD_FORMATS
-from dsv4.model.config import V4Config
+from dsv4.model.config import LayerKind, Routing, V4Config
 from dsv4_vllm.options import cache_formats, state_mapping
 
 
@@ -95,6 +96,32 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
     for refused, flag, advice in refusals:
         if refused:
             raise DeploymentError(f"{flag}: {advice}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4")
+    check_stages(config, parallel.pipeline_parallel_size)
     cache_formats(vllm_config)
     state_mapping(vllm_config)
     return config
+
+
+def check_stages(config: V4Config, size: int) -> None:
+    """Refuse cuts into pipeline stages that vLLM cannot run. Raises DeploymentError.
+
+    Model runner V2 gives token ids to the first stage alone, and vLLM fails to allocate the caches
+    of a stage that has no layer with entries; of those cuts, the ones with CSA everywhere are run.
+    """
+    if size == 1:
+        return
+    stages = [config.layers[slice(*get_pp_indices(config.num_hidden_layers, rank, size))] for rank in range(size)]
+    cut = ",".join(str(len(stage)) for stage in stages)
+    where = f"--pipeline-parallel-size {size}, layers cut {cut}"
+    hashed = [layer.index for stage in stages[1:] for layer in stage if layer.routing is Routing.HASH]
+    if hashed:
+        raise DeploymentError(
+            f"{where}: layer {hashed[0]} chooses experts by token id, which reaches the first stage alone; put"
+            f" layers 0 to {hashed[-1]} there with VLLM_PP_LAYER_PARTITION"
+        )
+    for number, stage in enumerate(stages):
+        if not any(layer.kind is LayerKind.CSA for layer in stage):
+            raise DeploymentError(
+                f"{where}: stage {number} has no CSA layer, and vLLM allocates no caches for such a stage; use fewer"
+                " stages, or another VLLM_PP_LAYER_PARTITION"
+            )

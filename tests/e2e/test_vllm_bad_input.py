@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from served import VLLM
 
 import dsv4_vllm
+from dsv4.model.config import V4Config
 from tests.support import vllm_engine
 from tests.support.refusal_checks import RefusalChecks
 
@@ -39,3 +43,28 @@ def configure(args):
         "import dsv4_vllm; dsv4_vllm.register(); from vllm import ModelRegistry; print(ModelRegistry.models['DeepseekV4ForCausalLM'])",
         "dsv4_vllm.model",
     )
+
+    @pytest.mark.parametrize(
+        ("cut", "words"),
+        [
+            ("3,3", ""),
+            ("4,2", ""),
+            ("1,5", "layer 1 chooses experts by token id"),
+            ("2,4", "put layers 0 to 2 there with VLLM_PP_LAYER_PARTITION"),
+            ("5,1", "stage 1 has no CSA layer"),
+        ],
+    )
+    def test_cuts_into_stages_that_cannot_run_are_refused(
+        self, tiny_flash: Path, monkeypatch: pytest.MonkeyPatch, cut: str, words: str
+    ) -> None:
+        """Layers 0 to 2 of six route by token id; 2 and 4 are CSA, 3 and 5 HCA."""
+        from dsv4.errors import DeploymentError
+        from dsv4_vllm.support import check_stages
+
+        monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", cut)
+        config = V4Config.from_path(tiny_flash)
+        if not words:
+            check_stages(config, 2)
+            return
+        with pytest.raises(DeploymentError, match=words):
+            check_stages(config, 2)
