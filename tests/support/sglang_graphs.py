@@ -38,6 +38,19 @@ class Graphs:
         FullCudaGraphBackend.capture_one = capture_one
         runner.decode_cuda_graph_runner = made = DecodeCudaGraphRunner(runner)
         self._replay, made.backend.replay = made.backend.replay, self.replay
+        self.outside: dict[int, int] = {}
+        plan = runner.attn_backend.init_forward_metadata_out_graph
+
+        def before_replay(view: Any, **kwargs: Any) -> None:
+            counting = tape.Counting()
+            with counting:
+                plan(view, **kwargs)
+            self.outside[view.batch_size] = counting.launches
+
+        runner.attn_backend.init_forward_metadata_out_graph = before_replay
+        smallest = tape.Graph.captured[-1].tape  # SGLang captures the largest first
+        assert smallest is not None
+        self.inside = [launch.name for launch in smallest.launches if launch.works]
 
     def replay(self, key: Any, forward_batch: Any, **kwargs: Any) -> Any:
         """Replay and run eagerly, from the same caches; what the graph computed goes on."""
@@ -72,6 +85,9 @@ class Graphs:
             "replayed": dict(self.replayed),
             "different": self.different[:20],
             "captured": len(tape.Graph.captured),
+            # Of a decode step of one request: in its graph, and before it for attention's metadata.
+            "inside": self.inside,
+            "outside": self.outside.get(1),
             "held": sum(pool.held for pool in pools),
             "peak": sum(pool.peak for pool in pools),
         }
