@@ -43,9 +43,19 @@ def tiny_pro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long too, as `make long` does")
     parser.addoption(
         "--schedules", type=int, default=15, help="random schedules per KV mapping in tests/e2e/test_vllm_schedules.py"
     )
     parser.addoption(
         "--requests", type=int, default=25, help="generated requests per endpoint in tests/e2e/test_requests.py"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    skip = pytest.mark.skip(reason="long: minutes of one more engine, version or setting; `make long` runs it")
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(skip)

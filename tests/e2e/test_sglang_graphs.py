@@ -33,7 +33,7 @@ def assert_replayed(found: dict[str, Any]) -> None:
     assert found["held"] == 0, "captures keep memory alive"
 
 
-@pytest.mark.parametrize("version", ["installed", "0.5.22"])
+@pytest.mark.parametrize("version", ["installed", pytest.param("0.5.22", marks=pytest.mark.long)])
 def test_replayed_steps_equal_eager_ones(
     tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], version: str
 ) -> None:
@@ -46,11 +46,13 @@ def test_replayed_steps_equal_eager_ones(
     assert_equal(result, flash_oracle)
 
 
+@pytest.mark.long
 def test_packed_pages_and_the_layers_of_pro(tiny_pro: Path, pro_text: list[int]) -> None:
     result = graphs(tiny_pro, pro_text, engine={"kv_cache_dtype": "fp8_e4m3"})
     assert_replayed(result["counts"]["graphs"])
 
 
+@pytest.mark.long
 def test_a_plan_of_another_step_is_seen(tiny_flash: Path, flash_text: list[int]) -> None:
     """A plan that is made before the capture stays that of the batch which was captured."""
     made = "self.plan = self._plan(forward_batch, self.context_len)"

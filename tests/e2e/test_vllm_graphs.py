@@ -58,12 +58,15 @@ def assert_replayed(found: dict[str, Any]) -> None:
     assert found["held"] == 0, "captures keep memory alive"
 
 
-@pytest.mark.parametrize(("mapping", "pages"), [("summary", "fp8_ds_mla"), ("paged", "auto")])
+@pytest.mark.parametrize(
+    ("mapping", "pages"), [("summary", "fp8_ds_mla"), pytest.param("paged", "auto", marks=pytest.mark.long)]
+)
 def test_replayed_steps_equal_eager_ones(tiny_flash: Path, mapping: str, pages: str) -> None:
     found = graphs(tiny_flash, env={"DSV4_STATE": mapping}, engine={"kv_cache_dtype": pages})
     assert_replayed(found)
 
 
+@pytest.mark.long
 def test_the_layers_of_pro_in_the_next_vllm(tiny_pro: Path) -> None:
     found = graphs(tiny_pro, env={"PYTHONPATH": str(ENV_DIR / "vllm-0.33.0")}, engine={"kv_cache_dtype": "fp8_ds_mla"})
     assert_replayed(found)
@@ -85,6 +88,7 @@ def test_a_lost_break_is_seen(tiny_flash: Path) -> None:
     assert any(what.startswith("piecewise") for what in found["different"]), found
 
 
+@pytest.mark.long
 def test_memory_that_a_container_keeps_is_seen(tiny_flash: Path) -> None:
     """vLLM lets go of tensors among a break's arguments, and of nothing else."""
     assert graphs(tiny_flash, mutation=["dsv4_vllm.model", WRAPPED, IN_A_CONTAINER])["held"] > 0

@@ -39,7 +39,7 @@ def assert_warm(found: dict[str, Any], pooling: str) -> None:
     assert found["cold"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("state", "pooling"), [("summary", "summary_kernel"), ("paged", "compress_store_kernel")])
 def test_vllm(tiny_flash: Path, state: str, pooling: str) -> None:
     engine = vllm_engine.engine_args(tiny_flash, max_model_len=512, max_num_batched_tokens=24, kv_cache_dtype="fp8")
@@ -47,7 +47,7 @@ def test_vllm(tiny_flash: Path, state: str, pooling: str) -> None:
     assert_warm(vllm_engine.run(engine, prompts(), env=env, variants=True)["variants"], pooling)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sglang(tiny_flash: Path) -> None:
     engine = sglang_engine.engine_args(tiny_flash, context_length=512, max_total_tokens=2048)
     result = sglang_engine.run(engine, prompts(), env=KERNELS, variants=True)

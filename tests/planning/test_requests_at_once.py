@@ -132,14 +132,14 @@ def _off(cases: list[vllm_capacity.Case], answers: list[dict[str, Any]]) -> dict
     return wrong
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vllms_block_manager_holds_as_many_requests_as_computed():
     cases = _by_manager()
     assert len(cases) >= 60
     assert _off(cases, _ask(vllm_capacity, cases)) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vllms_scheduler_runs_as_many_requests_as_computed_without_preemption():
     cases = _by_scheduler()
     assert all(case.output < 0.02 * case.context for case in cases)  # the last one admitted is as long within 2 %
@@ -196,7 +196,7 @@ def _sglang(case: sglang_capacity.Case) -> SglangPool:
 
 @pytest.mark.parametrize(
     "cases",
-    [pytest.param(_by_allocator(), marks=pytest.mark.slow, id="all"), pytest.param(_by_allocator()[3::12], id="some")],
+    [pytest.param(_by_allocator(), marks=pytest.mark.long, id="all"), pytest.param(_by_allocator()[3::12], id="some")],
 )
 def test_sglangs_allocator_holds_as_many_requests_as_computed(cases):
     wrong = {}
