@@ -28,11 +28,15 @@ def deployment(folder: Path, **changes: Any) -> Any:
         "use_ubatching": False,
         "enable_elastic_ep": False,
         "enable_eplb": False,
+        "pipeline_parallel_size": 1,
     }
     raw = json.loads((folder / "config.json").read_text())
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            hf_config=SimpleNamespace(to_dict=lambda: raw), model=str(folder), dtype=torch.bfloat16
+            hf_config=SimpleNamespace(to_dict=lambda: raw),
+            model=str(folder),
+            dtype=torch.bfloat16,
+            enable_prompt_embeds=False,
         ),
         parallel_config=SimpleNamespace(**(parallel | {k: v for k, v in changes.items() if k in parallel})),
         cache_config=SimpleNamespace(kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto"),
@@ -43,6 +47,7 @@ def deployment(folder: Path, **changes: Any) -> Any:
         speculative_config=None,
         lora_config=None,
         kv_transfer_config=None,
+        weight_transfer_config=None,
     )
 
 
