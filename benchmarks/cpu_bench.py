@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 PREFILL, PROMPT, NEW = 4096, 32, 64
 
 # Generates `new` tokens for each row of ids [B, T].
@@ -115,7 +115,8 @@ def measure_speed(ours: Generate, folder: Path, rounds: int, console: Any) -> di
     """Tokens per second of both sides: prefill of 4096 tokens, decode at batch 1 and 8, and their
     ratios."""
     import torch
-    from hf_oracle import load_hf
+
+    from tests.support.hf_oracle import load_hf
 
     hf = load_hf(folder)
     generator = torch.Generator().manual_seed(0)
