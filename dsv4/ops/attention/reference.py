@@ -65,9 +65,8 @@ def sparse_attention(
         keys, valid = (
             gathered[0] if len(gathered) == 1 else (torch.cat(each, 1) for each in zip(*gathered, strict=True))
         )
-        out[part], lse[part] = _attend(q[part], keys, valid, sink)
-    if cos_sin is not None:
-        out.copy_(apply_rope(out, cos_sin, inverse=True))
+        o, lse[part] = _attend(q[part], keys, valid, sink)
+        out[part] = o if cos_sin is None else apply_rope(o, cos_sin[part], inverse=True)
     return out, lse
 
 
