@@ -12,7 +12,6 @@ from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, Phase, with_phase
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from dsv4.machine import env
 from dsv4.model.config import MODEL_TYPE, LayerKind
 from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4_sglang import released_config, reload, requests, status
@@ -91,8 +90,10 @@ def captured_phases(config: CudaGraphConfig) -> CudaGraphConfig:
     read lengths on the host. The flags --disable-*-cuda-graph are no place to say so, since SGLang
     has read them before it asks its providers.
     """
+    from dsv4_sglang.options import has_host_reads
+
     config = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
-    if env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK"):
+    if has_host_reads():
         config = with_phase(config, Phase.DECODE, backend=Backend.DISABLED)
     return config
 

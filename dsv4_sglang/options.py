@@ -9,6 +9,7 @@ import torch
 from sglang.srt.runtime_context import get_exec
 
 from dsv4.errors import Dsv4Error
+from dsv4.machine import env
 from dsv4.model.kv_layout import CacheFormats
 
 _PACKED_CACHE_DTYPES = ("fp8_e4m3",)
@@ -30,6 +31,12 @@ def cache_formats(
         known = ", ".join((*own, *_PACKED_CACHE_DTYPES))
         raise Dsv4Error(f"--kv-cache-dtype {kv_cache_dtype}: dsv4 stores auto or {known} with --dtype {dtype}")
     return CacheFormats.packed(dtype.itemsize, mxfp4_keys=fp4_indexer)
+
+
+def has_host_reads() -> bool:
+    """Whether references or DSV4_CHECK are asked for, which read lengths on the host: no step that
+    they serve can be captured, and no kernel needs to be compiled ahead."""
+    return env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK")
 
 
 def deployed_formats(kvc: Any) -> CacheFormats:

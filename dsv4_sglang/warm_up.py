@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from dsv4.machine import env
 from dsv4.model.config import V4Config
 from dsv4.model.kv_layout import StateMapping
 from dsv4.ops.warm_up import ServedLayer, ServedModel, warm_up
 from dsv4_sglang.caches import V4Pool
+from dsv4_sglang.options import has_host_reads
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def compile_kernels(config: V4Config, runner: ModelRunner) -> None:
     """Launch once what serving can need, on the caches of `runner`."""
-    if env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK"):
+    if has_host_reads():
         logger.info("dsv4: references or DSV4_CHECK are in use, so kernels are not compiled ahead")
         return
     pool = runner.token_to_kv_pool
