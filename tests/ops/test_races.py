@@ -103,11 +103,9 @@ def test_what_takes_two_launches_is_the_same_in_any_order(call: Callable[[], Ten
     assert all(torch.equal(result, found[0]) for result in found)
 
 
-def shared_pages_step() -> tuple[EntryStep, Tensor]:
-    """Request 0 fills pages with positions 0..7; request 1, that hit them in the same step, goes on
-    with 8..11."""
-    positions = torch.cat([torch.arange(8), torch.arange(8, 12)])
-    request = torch.tensor([0] * 8 + [1] * 4, dtype=torch.int32)
+def entry_step(positions: Tensor, request: Tensor) -> tuple[EntryStep, Tensor]:
+    """A step of a CSA layer, and the slot of the entry that each token completes, in one page
+    table for all."""
     step = EntryStep(
         positions=positions,
         request_of_token=request,
@@ -117,6 +115,14 @@ def shared_pages_step() -> tuple[EntryStep, Tensor]:
         entry_cos_sin=cos_sin(positions // 4 * 4, FREQ),
     )
     return step, torch.where((positions + 1) % 4 == 0, positions // 4, -1).int()
+
+
+def shared_pages_step() -> tuple[EntryStep, Tensor]:
+    """Request 0 fills pages with positions 0..7; request 1, that hit them in the same step, goes on
+    with 8..11."""
+    positions = torch.cat([torch.arange(8), torch.arange(8, 12)])
+    request = torch.tensor([0] * 8 + [1] * 4, dtype=torch.int32)
+    return entry_step(positions, request)
 
 
 def shared_pages_state(seed: int, dim: int, row_format: KvFormat | IndexFormat) -> PagedState:
@@ -172,16 +178,8 @@ def test_a_tail_that_another_request_fills_in_the_same_step_is_read_whole() -> N
     """The same with summaries: request 0 fills page 0, request 1 goes on behind it."""
     positions = torch.cat([torch.arange(256), torch.arange(256, 264)])
     request = torch.tensor([0] * 256 + [1] * 8, dtype=torch.int32)
-    entry_slots = torch.where((positions + 1) % 4 == 0, positions // 4, -1).int()
+    step, entry_slots = entry_step(positions, request)
     starts, lens = torch.tensor([0, 256, 264]).int(), torch.tensor([256, 264]).int()
-    step = EntryStep(
-        positions=positions,
-        request_of_token=request,
-        ratio=4,
-        overlap=2,
-        eps=1e-6,
-        entry_cos_sin=cos_sin(positions // 4 * 4, FREQ),
-    )
     found = []
     for order in ORDERS:
         torch.manual_seed(0)

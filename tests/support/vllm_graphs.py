@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's own graph machinery over tapes (`tape`), on a CPU: its manager chooses sizes, pads,
-captures, breaks and replays.
-
-Every replayed step is held against the same padded step run eagerly from the same caches: hidden
-states and every byte of every cache must be the same.
-"""
+captures, breaks and replays. Replayed steps are held against eager ones (`graph_steps`)."""
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +13,7 @@ from torch import Tensor
 
 from dsv4.ops.plan import EntryPlan
 from tests.support import tape
+from tests.support.graph_steps import GraphSteps, counted
 
 
 def install(sizes: list[int], mode: str) -> None:
@@ -71,8 +67,7 @@ class Graphs:
         from vllm.v1.worker import workspace
 
         self.runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        self.replayed: Counter[str] = Counter()
-        self.different: list[str] = []
+        self.steps, self.outside = GraphSteps(self.caches), dict[int, int]()
         workspace.init_workspace_manager(self.runner.device)  # which a CPU worker leaves out
         self.runner.capture_model()
         manager = self.runner.cudagraph_manager
@@ -87,17 +82,8 @@ class Graphs:
             return before(*args, **kwargs)
 
         connector.pre_forward = pre_forward
-        self.outside: dict[int, int] = {}
-        plan = self.runner.model_state.prepare_attn
-
-        def prepare_attn(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            counting = tape.Counting()
-            with counting:
-                made = plan(batch, *args, **kwargs)
-            self.outside[batch.num_tokens] = counting.launches
-            return made
-
-        self.runner.model_state.prepare_attn = prepare_attn
+        state = self.runner.model_state
+        state.prepare_attn = counted(state.prepare_attn, self.outside, lambda batch: batch.num_tokens)
 
     def modules(self) -> list[Any]:
         """Every cache of the model."""
@@ -147,31 +133,10 @@ class Graphs:
         )
 
     def compare(self, what: str, graph: Any, eager: Any) -> Tensor:
-        """Run both from the same caches; what the graph computed goes on."""
-        self.replayed[what] += 1
-        real, buffers = self.real_tokens(), self.runner.input_buffers
-        # Padding may hold anything of earlier steps.
-        n = int(what.split()[1])
-        buffers.input_ids[real:n], buffers.positions[real:n] = 1, 12345
-        caches = self.caches()
-        before = {name: cache.clone() for name, cache in caches.items()}
-        try:
-            got = graph().clone()
-        except (RuntimeError, IndexError) as error:  # a launch that no longer fits its own tensors
-            self.different.append(f"{what}: {error}")
-            got = None
-        after = {name: cache.clone() for name, cache in caches.items()}
-        for name, cache in caches.items():
-            cache.copy_(before[name])
-        want = eager()
-        if got is None:
-            return want
-        if not same(got[:real], want[:real]):
-            self.different.append(f"{what}: hidden states of {real} tokens")
-        self.different += [f"{what}: {name}" for name, cache in caches.items() if not same(after[name], cache)]
-        for name, cache in caches.items():
-            cache.copy_(after[name])
-        return got
+        """See `GraphSteps`. Padding may hold anything of earlier steps."""
+        real, padded, buffers = self.real_tokens(), int(what.split()[1]), self.runner.input_buffers
+        buffers.input_ids[real:padded], buffers.positions[real:padded] = 1, 12345
+        return self.steps.compare(what, real, graph, eager)
 
     def real_tokens(self) -> int:
         """Tokens of the step that are no padding."""
@@ -183,19 +148,4 @@ class Graphs:
         return next(graph.tape for desc, graph in graphs.items() if desc.num_tokens == 1)
 
     def report(self) -> dict[str, Any]:
-        pools = tape.Graph.pools.values()
-        return {
-            "replayed": dict(self.replayed),
-            "different": self.different[:20],
-            "captured": len(tape.Graph.captured),
-            # Of a decode step of one request: in its graph, and before it for attention's metadata.
-            "inside": [launch.name for launch in self.smallest().launches if launch.works],
-            "outside": self.outside.get(1),
-            "held": sum(p.held for p in pools),
-            "peak": sum(p.peak for p in pools),
-        }
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bytes."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        return self.steps.report(self.smallest(), self.outside.get(1))
