@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from dsv4.errors import HardwareError, PlanError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,3 +36,17 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def named(option: str | None = None) -> Iterator[None]:
+    """Put before an error's message the option whose value it refuses: `option`, or that of the
+    error's own field.
+    """
+    try:
+        yield
+    except HardwareError as e:
+        raise HardwareError(f"{option} {e}") from e
+    except PlanError as e:
+        found = f"--{e.field.replace('_', '-')}" if e.field else option
+        raise PlanError(f"{found} {e.reason}" if found else e.reason) from e

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import click
 
-from dsv4.cli.output import json_option, print_json
+from dsv4.cli import speed
+from dsv4.cli.output import json_option, named, print_json
 from dsv4.errors import HardwareError, PlanError, RecipeError
 from dsv4.machine.compat import Engine
 from dsv4.machine.hardware import GIB, Gpu, all_gpus, describe_gpu, detect_machine, find_gpu
@@ -44,6 +44,9 @@ def _override_options(f: Callable[..., None]) -> Callable[..., None]:
     ):
         f = option(f)
     return f
+
+
+OVERRIDES = frozenset({"host", "port", "model_path", "served_name", "image", "wheel"})
 
 
 def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +119,14 @@ def _gpu_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw context against concurrency into an .svg or .png.",
+    help="Draw into an .svg or .png what --curve says.",
+)
+@click.option(
+    "--curve",
+    type=click.Choice(["memory", "speed"]),
+    default="memory",
+    show_default=True,
+    help="Context against requests at once, or tokens/s of a user against tokens/s of a GPU.",
 )
 @click.option(
     "--format",
@@ -126,6 +136,7 @@ def _gpu_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     show_default=True,
     help="The plan in words, or the launch of what ranks first.",
 )
+@speed.speed_options
 @_override_options
 @json_option
 def plan(
@@ -145,22 +156,23 @@ def plan(
     proofs: int,
     verbose: bool,
     plot: Path | None,
+    curve: str,
     output: str,
     as_json: bool,
-    **overrides: Any,
+    **given: Any,
 ) -> None:
     """Rank what serves MODEL on these GPUs, prove it, and say what stops the rest. Exit 1 when
     nothing fits.
     """
-    with _named("--context"):
+    with named("--context"):
         tokens = parse_context(context or DEFAULT_CONTEXT)
-    with _named("--model"):
+    with named("--model"):
         checkpoint = _checkpoint(model)
     if gpu_memory is not None or capability is not None:
         card, count = _described(gpu, gpu_memory, capability, bandwidth), count or nodes or 1
     else:
         card, count = _gpus(gpu, count, nodes)
-    with _named():
+    with named():
         question = Question(
             checkpoint=checkpoint,
             gpu=card,
@@ -176,26 +188,40 @@ def plan(
     if plot is not None:
         from dsv4.planning.plot import refuse
 
-        with _named("--plot"):
+        with named("--plot"):
             refuse(plot)
+    asked = speed.parse(question, given)
     found = make_plan(question)
+    fast = speed.answer(question, found, asked)
     if plot is not None:
-        from dsv4.planning.plot import draw
-
-        with _named("--plot"):
-            draw(question, found, plot)
+        _draw(question, found, fast, curve, plot)
     if output != "text":
-        _print_launch(found, output, overrides)
+        _print_launch(found, output, {k: v for k, v in given.items() if k in OVERRIDES})
     elif as_json:
-        print_json({"question": _question_json(question), "configurations": [_candidate_json(c) for c in found]})
+        configurations = [_candidate_json(c) for c in found]
+        print_json(
+            {"question": _question_json(question), "configurations": configurations, "speed": speed.as_json(fast)}
+        )
     else:
         from dsv4.planning.text import describe
 
-        click.echo(describe(question, found, proofs, verbose))
+        click.echo(describe(question, found, proofs, verbose, speed.lines(fast, verbose) if fast else None))
         if context is None:
             click.echo(f"\nNo --context was given: {DEFAULT_CONTEXT} was planned; DeepSeek-V4 goes to 1m.")
-    if not any(c.works for c in found):
+    if not any(c.works for c in found) or (fast is not None and fast.misses):
         raise SystemExit(1)
+
+
+def _draw(question: Question, found: Sequence[Candidate], fast: speed.Speed | None, curve: str, path: Path) -> None:
+    from dsv4.planning.plot import draw
+
+    with named("--plot"):
+        if curve == "memory":
+            draw(question, found, path)
+        elif fast is None:
+            raise PlanError(f"{path}: nothing fits, or the card's speed is not known, so there is nothing to draw")
+        else:
+            speed.draw(question, fast, path)
 
 
 def _print_launch(found: Sequence[Candidate], output: str, overrides: Mapping[str, Any]) -> None:
@@ -208,14 +234,14 @@ def _print_launch(found: Sequence[Candidate], output: str, overrides: Mapping[st
         raise PlanError("--format: nothing fits, so there is nothing to launch; see the plan without --format")
     settings = dsv4_settings(best)
     plugin = best.gpu.needs_plugin or bool(settings)
-    with _named():
+    with named():
         click.echo(render(of_plan(best, settings, plugin, Overrides(**_given(overrides))), output))
 
 
 def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, int]:
     """The card and how many: as given, else one node's, else what this machine has."""
     if gpu is not None:
-        with _named("--gpu"):
+        with named("--gpu"):
             card = find_gpu(gpu)
         return card, card.gpus_per_node * (nodes or 1) if count is None else count
     try:
@@ -243,22 +269,8 @@ def _described(name: str | None, memory: float | None, capability: str | None, b
     """A card outside the table. --gpu then only names it."""
     if memory is None or capability is None:
         raise PlanError("--gpu-memory and --capability describe a card together; give both, or --gpu alone")
-    with _named("--gpu-memory" if capability else "--capability"):
+    with named("--gpu-memory" if capability else "--capability"):
         return describe_gpu(memory, capability, bandwidth, name or "")
-
-
-@contextmanager
-def _named(option: str | None = None) -> Iterator[None]:
-    """Put before an error's message the option whose value it refuses: `option`, or that of the
-    error's own field.
-    """
-    try:
-        yield
-    except HardwareError as e:
-        raise HardwareError(f"{option} {e}") from e
-    except PlanError as e:
-        found = f"--{e.field.replace('_', '-')}" if e.field else option
-        raise PlanError(f"{found} {e.reason}" if found else e.reason) from e
 
 
 def _question_json(q: Question) -> dict[str, Any]:
@@ -324,7 +336,7 @@ def launch(recipe: str, engine: str | None, output: str, context: str | None, as
     found = _other_engine(found, engine)
     if not found.can_work:
         raise RecipeError(f"{found.id}: cannot work: {found.why_not[0].why}")
-    with _named("--context"):
+    with named("--context"):
         tokens = parse_context(context) if context else 0
     start = of_recipe(found, Overrides(context=tokens, **_given(overrides)))
     if tokens and prove(start.deployment, found.lengths.concurrency).starts is Verdict.NO:
@@ -333,7 +345,7 @@ def launch(recipe: str, engine: str | None, output: str, context: str | None, as
         argv = split_roles(start.commands("127.0.0.1"))
         print_json({"id": found.id, "env": start.environment(), "argv": argv})
         return
-    with _named():
+    with named():
         click.echo(render(start, output))
 
 
@@ -365,9 +377,9 @@ def recipes() -> None:
 @json_option
 def list_recipes(gpu: str | None, model: str | None, engine: str | None, as_json: bool) -> None:
     """One line per recipe."""
-    with _named("--gpu"):
+    with named("--gpu"):
         card = find_gpu(gpu).id if gpu else None
-    with _named("--model"):
+    with named("--model"):
         checkpoint = find_checkpoint(model).id if model else None
     rows = [
         r

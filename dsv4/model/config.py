@@ -124,6 +124,10 @@ class V4Config:
     dspark_markov_rank: int
     dspark_target_layer_ids: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        """Of a few fields: it is a key of the planner's caches many thousand times a plan."""
+        return hash((self.hidden_size, self.n_routed_experts, self.vocab_size, len(self.layers)))
+
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)

@@ -14,6 +14,7 @@ from dsv4.planning.memory.proof import Proof, Verdict
 from dsv4.planning.planner import Candidate, Question
 
 WIDTH = 80
+Speed = tuple[str, Sequence[tuple[str, ...]], Sequence[str]]  # heading, table, notes
 _NOTE = 44  # the column after which notes begin
 _HEADER = ("", "engine", "configuration", "at once", "start", "each", "longest", "step")
 _LEGEND = (
@@ -24,8 +25,12 @@ _LEGEND = (
 )
 
 
-def describe(q: Question, found: Sequence[Candidate], num_proofs: int, verbose: bool = False) -> str:
-    """Plain text of at most WIDTH columns. verbose: with the source of every term."""
+def describe(
+    q: Question, found: Sequence[Candidate], num_proofs: int, verbose: bool = False, speed: Speed | None = None
+) -> str:
+    """Plain text of at most WIDTH columns. verbose: with the source of every term. speed: how fast
+    what works may be.
+    """
     works = [c for c in found if c.works]
     fails = [c for c in found if not c.works]
     nodes = f" in {q.nodes} nodes" if q.nodes > 1 else ""
@@ -37,6 +42,8 @@ def describe(q: Question, found: Sequence[Candidate], num_proofs: int, verbose: 
         parts += [*_wrap(f"Recipes of these shapes: {'; '.join(recipes)}."), ""] if recipes else []
         for c in works[:num_proofs]:
             parts += [*_proof(c, verbose), ""]
+        if speed is not None:
+            parts += [*_speed(*speed), ""]
         parts += [line for c in works if c.proof.verdict is Verdict.TIGHT for line in _wrap(_tight(c))]
     else:
         parts += [*_nothing_fits(fails), ""]
@@ -54,6 +61,10 @@ def describe(q: Question, found: Sequence[Candidate], num_proofs: int, verbose: 
     if q.checkpoint.unserved:
         parts += _wrap(f"Planned for the engines' native V4 only; dsv4 does not serve it: {q.checkpoint.unserved}")
     return "\n".join(parts).rstrip()
+
+
+def _speed(heading: str, rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> list[str]:
+    return [*_wrap(heading), *_table(rows), *(line for note in notes for line in _wrap(note, ""))]
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:

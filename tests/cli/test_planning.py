@@ -295,12 +295,12 @@ def test_a_launch_is_overridden_and_a_plan_is_launched():
 
 
 JSON = [
-    ([*PLAN, "--json"], {"question", "configurations"}),
+    ([*PLAN, "--json"], {"question", "configurations", "speed"}),
     (["launch", "h200-x8-pro-vllm-context-800k", "--json"], {"id", "env", "argv"}),
     (["recipes", "list", "--json"], {"recipes"}),
     (["recipes", "show", "h200-x8-pro-vllm-context-800k", "--json"], {"recipe"}),
     (["recipes", "check", "--no-engines", "h200-x8-pro-vllm-context-800k", "--json"], {"reports"}),
-    (["plan", "--gpu", "h100", "--model", "pro", "--count", "8", "--json"], {"question", "configurations"}),
+    (["plan", "--gpu", "h100", "--model", "pro", "--count", "8", "--json"], {"question", "configurations", "speed"}),
 ]
 
 
@@ -331,3 +331,76 @@ def test_the_built_wheel_carries_the_recipes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["recipes"]) > 80
     assert _run(*PLAN, cwd=tmp_path, path=installed).returncode == 0
+
+
+SPEED = ("plan", "--model", "flash", "--gpu", "h200", "--count", "8", "--proofs", "0")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--slo", "ttft=2s,tpot=30ms", "--price", "h200=2.5,b200=4", "--compare", "8xb200", "--concurrency", "32"),
+        ("--input", "64k", "--cached", "0.9", "--output", "400", "--verbose", "--price", "3"),
+        ("--slo", "tps=50", "--compare", "72xgb300"),
+    ],
+)
+def test_speed_fits_80_columns_and_says_what_it_is(more):
+    done = _run(*SPEED, *more)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = done.stdout[done.stdout.index("How fast, estimated") :]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "Nothing of it is dsv4's own measurement" in " ".join(text.split())
+
+
+def test_speed_as_json():
+    done = _run(*SPEED, "--slo", "tpot=30ms", "--price", "2.5", "--compare", "8xb200", "--json")
+    speed = json.loads(done.stdout)["speed"]
+    assert (speed["input_tokens"], speed["output_tokens"]) == (8192, 1024)
+    first, last = speed["configurations"][0], speed["configurations"][-1]
+    assert (first["gpu"], last["gpu"]) == ("h200", "b200")
+    low, high = first["tpot_ms"]
+    assert first["user_tok_s"] == pytest.approx([1000 / high, 1000 / low], rel=0.01)
+    assert first["objective"]["kept"] == "yes"
+    assert first["objective"]["requests"][0] >= 1
+    assert "dollars_per_million_output_tokens" in first
+    assert "dollars_per_million_output_tokens" not in last  # no price was given for it
+
+
+def test_speed_is_said_of_forks_where_only_forks_have_served():
+    done = _run("plan", "--gpu", "a100", "--count", "8", "--proofs", "0")
+    assert "figures of forks and patches, as dsv4's kernels have not been timed" in " ".join(done.stdout.split())
+
+
+def test_speed_of_an_unknown_card_is_left_out():
+    done = _run("plan", "--gpu-memory", "80", "--capability", "9.0", "--count", "8", "--proofs", "0", "--json")
+    assert (done.returncode, json.loads(done.stdout)["speed"]) == (0, None)
+
+
+def test_an_objective_that_nothing_keeps_is_exit_1():
+    assert _run(*SPEED, "--slo", "tpot=0.01ms").returncode == 1
+
+
+def test_the_frontier_is_drawn(tmp_path):
+    done = _run(*SPEED, "--plot", "speed.svg", "--curve", "speed", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "output tokens/s of one user" in (tmp_path / "speed.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (("--slo", "fast"), "--slo fast: is no objective; write ttft=2s,tpot=30ms"),
+        (("--price", "two"), "--price two: is no price"),
+        (("--compare", "8h200"), "--compare 8h200: is no machine; write the GPUs and the card, as 8xb200"),
+        (("--compare", "0xb200"), "--compare 0xb200: 0: impossible; give 1 to"),
+        (("--compare", "8xb2000"), "--compare b2000: unknown GPU"),
+        (("--input", "200k"), "--input 204,800 and --output 1,024: exceed the context of 131,072"),
+        (("--cached", "1"), "--cached 1: is the part of the input that is cached"),
+    ],
+)
+def test_bad_questions_of_speed_are_one_line(wrong, says):
+    done = _run(*SPEED, *wrong)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"dsv4: {says}")
+    assert done.stderr.count("\n") == 1
