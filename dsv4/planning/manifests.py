@@ -330,7 +330,9 @@ def _pod(launch: Launch, command: Command) -> dict[str, Any]:
     script = _script(launch, command)
     if several:
         # LeaderWorkerSet injects both into every container of the group.
-        script[2] = f'NODE_RANK="$LWS_WORKER_INDEX"; HEAD_ADDR="$LWS_LEADER_ADDRESS"; {script[2]}'
+        given = {"NODE_RANK": "LWS_WORKER_INDEX", "HEAD_ADDR": "LWS_LEADER_ADDRESS"}
+        named = [f'{name}="${source}"; ' for name, source in given.items() if name in script[2]]
+        script[2] = "".join(named) + script[2]
     resource = "amd.com/gpu" if launch.deployment.gpu.platform == "rocm" else "nvidia.com/gpu"
     limits: dict[str, Any] = {resource: launch.per_node, **({"rdma/ib": 1} if several else {})}
     container: dict[str, Any] = {
