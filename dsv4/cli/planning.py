@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import click
 
-from dsv4.cli import speed
+from dsv4.cli import speed, what_if
 from dsv4.cli.output import json_option, named, print_json
 from dsv4.errors import HardwareError, PlanError, RecipeError
 from dsv4.machine.compat import Engine
@@ -137,6 +137,7 @@ def _gpu_ids(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="The plan in words, or the launch of what ranks first.",
 )
 @speed.speed_options
+@what_if.what_if_options
 @_override_options
 @json_option
 def plan(
@@ -193,6 +194,7 @@ def plan(
     asked = speed.parse(question, given)
     found = make_plan(question)
     fast = speed.answer(question, found, asked)
+    other = what_if.answer(question, found, asked.traffic, given["pools"], given["host_memory"])
     if plot is not None:
         _draw(question, found, fast, curve, plot)
     if output != "text":
@@ -200,12 +202,18 @@ def plan(
     elif as_json:
         configurations = [_candidate_json(c) for c in found]
         print_json(
-            {"question": _question_json(question), "configurations": configurations, "speed": speed.as_json(fast)}
+            {
+                "question": _question_json(question),
+                "configurations": configurations,
+                "speed": speed.as_json(fast),
+                **what_if.as_json(other),
+            }
         )
     else:
         from dsv4.planning.text import describe
 
-        click.echo(describe(question, found, proofs, verbose, speed.lines(fast, verbose) if fast else None))
+        told = speed.lines(fast, verbose) if fast else None
+        click.echo(describe(question, found, proofs, verbose, told, what_if.lines(other)))
         if context is None:
             click.echo(f"\nNo --context was given: {DEFAULT_CONTEXT} was planned; DeepSeek-V4 goes to 1m.")
     if not any(c.works for c in found) or (fast is not None and fast.misses):

@@ -26,48 +26,54 @@ _LEGEND = (
 
 
 def describe(
-    q: Question, found: Sequence[Candidate], num_proofs: int, verbose: bool = False, speed: Speed | None = None
+    q: Question,
+    found: Sequence[Candidate],
+    num_proofs: int,
+    verbose: bool = False,
+    speed: Speed | None = None,
+    other: Sequence[str] = (),
 ) -> str:
     """Plain text of at most WIDTH columns. verbose: with the source of every term. speed: how fast
-    what works may be.
+    what works may be; other: lines on layouts that are planned and not launched.
     """
     works = [c for c in found if c.works]
     fails = [c for c in found if not c.works]
     nodes = f" in {q.nodes} nodes" if q.nodes > 1 else ""
-    parts = _wrap(f"{q.checkpoint.id} ({q.checkpoint.repo}) on {q.count} x {q.gpu.id}{nodes}")
+    parts = wrap(f"{q.checkpoint.id} ({q.checkpoint.repo}) on {q.count} x {q.gpu.id}{nodes}")
     parts += [f"{q.context:,} tokens a request, {q.concurrency} at once, steps of {q.max_num_batched_tokens:,}", ""]
     if works:
-        parts += [*_table([_HEADER, *(_row(c) for c in works)]), "", *_wrap(_LEGEND), ""]
-        recipes = dict.fromkeys(f"{_name(c)}: {c.recipe}" for c in works if c.recipe)
-        parts += [*_wrap(f"Recipes of these shapes: {'; '.join(recipes)}."), ""] if recipes else []
+        parts += [*columns([_HEADER, *(_row(c) for c in works)]), "", *wrap(_LEGEND), ""]
+        recipes = dict.fromkeys(f"{name_of(c)}: {c.recipe}" for c in works if c.recipe)
+        parts += [*wrap(f"Recipes of these shapes: {'; '.join(recipes)}."), ""] if recipes else []
         for c in works[:num_proofs]:
             parts += [*_proof(c, verbose), ""]
         if speed is not None:
             parts += [*_speed(*speed), ""]
-        parts += [line for c in works if c.proof.verdict is Verdict.TIGHT for line in _wrap(_tight(c))]
+        parts += other
+        parts += [line for c in works if c.proof.verdict is Verdict.TIGHT for line in wrap(_tight(c))]
     else:
         parts += [*_nothing_fits(fails), ""]
     if fails:
         by_reason: dict[str, list[str]] = {}
         for c in fails:
-            by_reason.setdefault(_why(c), []).append(_name(c))
+            by_reason.setdefault(_why(c), []).append(name_of(c))
         parts += ["What does not work:"]
-        parts += [line for reason, names in by_reason.items() for line in _wrap(f"{', '.join(names)}: {reason}", "  ")]
+        parts += [line for reason, names in by_reason.items() for line in wrap(f"{', '.join(names)}: {reason}", "  ")]
         parts += [""]
     if q.gpu.needs_plugin:
-        parts += _wrap(
+        parts += wrap(
             f"{q.gpu.id} has no native V4 in either engine: dsv4's plugin serves there, beside the engine on every node."
         )
     if q.checkpoint.unserved:
-        parts += _wrap(f"Planned for the engines' native V4 only; dsv4 does not serve it: {q.checkpoint.unserved}")
+        parts += wrap(f"Planned for the engines' native V4 only; dsv4 does not serve it: {q.checkpoint.unserved}")
     return "\n".join(parts).rstrip()
 
 
 def _speed(heading: str, rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> list[str]:
-    return [*_wrap(heading), *_table(rows), *(line for note in notes for line in _wrap(note, ""))]
+    return [*wrap(heading), *columns(rows), *(line for note in notes for line in wrap(note, ""))]
 
 
-def _wrap(text: str, indent: str = "") -> list[str]:
+def wrap(text: str, indent: str = "") -> list[str]:
     """`text` in lines of WIDTH columns; those below the first are two columns right of `indent`."""
     return textwrap.wrap(
         text,
@@ -81,10 +87,10 @@ def _wrap(text: str, indent: str = "") -> list[str]:
 
 def _nothing_fits(fails: Sequence[Candidate]) -> list[str]:
     """Leads with what does fit: the changes that are enough, of the nearest configurations."""
-    ways = dict.fromkeys(f"{_name(c)}: {k.text}" for c in fails for k in c.knobs if k.fits)
+    ways = dict.fromkeys(f"{name_of(c)}: {k.text}" for c in fails for k in c.knobs if k.fits)
     if not ways:
         return ["Nothing fits, and no change that dsv4 knows is enough."]
-    return ["Nothing fits as asked. What does:", *(line for way in list(ways)[:4] for line in _wrap(way, "  "))]
+    return ["Nothing fits as asked. What does:", *(line for way in list(ways)[:4] for line in wrap(way, "  "))]
 
 
 def _row(c: Candidate) -> tuple[str, ...]:
@@ -101,7 +107,8 @@ def _row(c: Candidate) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Cells below each other, one line a row."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
     return [gap.join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -111,7 +118,8 @@ def _shape(d: Deployment) -> str:
     return d.shape if d.speculation.method == "none" else f"{d.shape} {d.speculation.method}"
 
 
-def _name(c: Candidate) -> str:
+def name_of(c: Candidate) -> str:
+    """As the tables name a configuration."""
     return f"{c.deployment.engine} {_shape(c.deployment)}"
 
 
@@ -122,13 +130,13 @@ def _span(low: int, high: int) -> str:
 def _proof(c: Candidate, verbose: bool) -> Iterable[str]:
     p, d = c.proof, c.deployment
     flag = "gpu_memory_utilization" if d.engine == "vllm" else "mem_fraction_static"
-    yield f"Proof of {_name(c)}, in GiB on the fullest rank:"
+    yield f"Proof of {name_of(c)}, in GiB on the fullest rank:"
     card = f"CUDA total of {d.gpu.name} ({d.gpu.confidence}); {flag} {d.memory_fraction}"
     yield from _term("card", f"{d.gpu.total_bytes / GIB:.2f}", card)
     yield from _term("budget", f"{p.budget_bytes / GIB:.2f}", "what the engine may use")
     for t in p.terms:
         yield from _term(t.name, _range(t.low, t.high), "")
-        yield from _wrap(t.source, "    ") if verbose else ()
+        yield from wrap(t.source, "    ") if verbose else ()
     yield from _term("KV pool", _range(p.pool_low, p.pool_high), "what is left")
     yield from _term("to start", f"{p.start_bytes / GIB:.2f}", _start(p))
     yield from _term(
@@ -140,11 +148,11 @@ def _proof(c: Candidate, verbose: bool) -> Iterable[str]:
         log = 'vLLM\'s own "Maximum concurrency" line, which charges the reserve to every request'
         yield from _term("(log)", f"{p.printed_low:.2f}-{p.printed_high:.2f}x", log + _per_replica(d))
     if c.step_limit:
-        yield from _wrap(
+        yield from wrap(
             f"stops fitting above max_num_batched_tokens {c.step_limit:,}; longest context {p.max_context_low:,}", "  "
         )
     if d.replicas > 1:
-        yield from _wrap(
+        yield from wrap(
             f"{d.replicas} engines behind a router, each on {d.count // d.replicas} GPUs of its own"
             " (CUDA_VISIBLE_DEVICES) and at a port of its own:", "  "
         )  # fmt: skip
@@ -163,7 +171,7 @@ def _term(name: str, figures: str, note: str) -> list[str]:
     if name and len(head) > _NOTE:  # a long name stands alone
         return [f"  {name}", *_term("", figures, note)]
     if len(head) > _NOTE:
-        return [head.rstrip(), *_wrap(note, "    ")]
+        return [head.rstrip(), *wrap(note, "    ")]
     lines = textwrap.wrap(note, WIDTH - len(head), break_long_words=False, break_on_hyphens=False) or [""]
     return [f"{head}{lines[0]}".rstrip(), *(" " * len(head) + line for line in lines[1:])]
 
@@ -211,7 +219,7 @@ def _range(low: int, high: int) -> str:
 
 def _tight(c: Candidate) -> str:
     short = c.proof.shortfall_bytes / GIB
-    return f"{_name(c)} fits only if overheads stay low: {short:.2f} GiB short otherwise{_knob(c)}"
+    return f"{name_of(c)} fits only if overheads stay low: {short:.2f} GiB short otherwise{_knob(c)}"
 
 
 def _why(c: Candidate) -> str:

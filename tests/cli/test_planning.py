@@ -404,3 +404,24 @@ def test_bad_questions_of_speed_are_one_line(wrong, says):
     assert done.returncode == 2
     assert done.stderr.startswith(f"dsv4: {says}")
     assert done.stderr.count("\n") == 1
+
+
+def test_two_pools_and_a_host_store_are_planned_and_not_launched():
+    asked = [*SPEED, "--engine", "vllm", "--pools", "1P2D", "--host-memory", "500"]
+    done = _run(*asked)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    assert "Two pools: 1 to prefill and 2 to decode, each engine on 8 x h200" in text
+    assert "Planned, not launched" in text
+    assert "dsv4's plugin refuses KV offload today." in text
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    answer = json.loads(_run(*asked, "--json").stdout)
+    assert answer["pools"][0]["decode_engines"] == 2
+    assert answer["host_stores"][0]["prefixes"] > 0
+    other = _run(*SPEED, "--engine", "sglang", "--host-memory", "500")
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1)
+    wrong = _run(*SPEED, "--pools", "3")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "dsv4: --pools 3: is no pair of pools; write 1P3D for one engine that prefills and three that decode\n",
+    )

@@ -116,6 +116,16 @@ def token_seconds(d: Deployment, traffic: Traffic, batch: float) -> float:
     return _weigh(decode_work(d, traffic, batch), coefficients()["decode"])
 
 
+def prefill_rate(d: Deployment, traffic: Traffic) -> float:
+    """Requests per second that an engine prefills when there are always more: what a prefill takes
+    of a busy engine, where launches are shared by several prompts, and its index scan.
+    """
+    work = decode_work(d, replace(traffic, prefilled_elsewhere=False, accepted=1.0), 2.0)
+    beside = {name: work[name] * traffic.output_tokens for name in ("prefill_compute", "prefill_rank")}
+    scan = prefill_work(d, traffic)["index"] / d.dp * coefficients()["prefill"]["index"]
+    return d.replicas / (_weigh(beside, coefficients()["decode"]) + scan)
+
+
 def _settled(d: Deployment, traffic: Traffic, ttft: float) -> float:
     """TPOT once as many requests decode as its own length lets: the others are being prefilled."""
     flight = max(traffic.concurrency / d.replicas, 1.0)

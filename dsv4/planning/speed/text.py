@@ -46,14 +46,14 @@ def _cells(r: Row, prices: Mapping[str, float], priced: bool) -> tuple[str, ...]
     mark = "*" if e.extrapolated else ""
     cells: tuple[str, ...] = (
         r.name + mark,
-        _time(e.ttft_s),
-        _time(e.tpot_s),
-        _plain(e.user_tok_s),
-        _plain(e.gpu_tok_s),
+        time_span(e.ttft_s),
+        time_span(e.tpot_s),
+        span(e.user_tok_s),
+        span(e.gpu_tok_s),
     )
     if priced:
         price = prices.get(r.deployment.gpu.id)
-        cells += ("-" if price is None else _plain(e.dollars_per_million(r.deployment.count, price)),)
+        cells += ("-" if price is None else span(e.dollars_per_million(r.deployment.count, price)),)
     if r.kept is not None and r.load is not None:
         cells += (r.kept.value, f"{r.load[0]}-{r.load[1]}")
     return cells
@@ -107,12 +107,14 @@ def _basis(gpu: Gpu, concurrency: float) -> str:
     return text if is_native(gpu) else text + "; figures of forks and patches, as dsv4's kernels have not been timed"
 
 
-def _time(r: Range) -> str:
+def time_span(r: Range) -> str:
+    """Seconds as s or ms."""
     unit, scale = ("s", 1.0) if r.high >= 1 else ("ms", 1000.0)
     return f"{_number(r.low * scale)}-{_number(r.high * scale)}{unit}"
 
 
-def _plain(r: Range) -> str:
+def span(r: Range) -> str:
+    """Both ends."""
     return f"{_number(r.low)}-{_number(r.high)}"
 
 

@@ -38,6 +38,7 @@ class Traffic:
     cached: part of the input that the prefix cache holds, 0 to 1.
     concurrency: requests in flight over all replicas.
     accepted: tokens a step yields with a draft, 1 without; random text flatters drafts.
+    prefilled_elsewhere: another engine prefills, so that no prefill runs beside a decode step.
     """
 
     input_tokens: int
@@ -45,6 +46,7 @@ class Traffic:
     concurrency: float = 1
     cached: float = 0.0
     accepted: float = 1.0
+    prefilled_elsewhere: bool = False
 
     def __post_init__(self) -> None:
         if self.input_tokens < 1 or self.output_tokens < 1:
@@ -90,7 +92,8 @@ def decode_work(d: Deployment, traffic: Traffic, batch: float) -> Features:
     read += micro / d.dp * _kv_read_bytes(d, traffic.context)
     native = is_native(gpu)
     prefill = prefill_work(d, traffic)
-    between = max(batch - 1, 0.0) / traffic.output_tokens  # prefills of others while a request makes one token
+    others = 0.0 if traffic.prefilled_elsewhere else max(batch - 1, 0.0)
+    between = others / traffic.output_tokens  # prefills of others while a request makes one token
     a = traffic.accepted
     return {
         "memory": read / memory_peak / a,
