@@ -123,6 +123,8 @@ class V4Config:
     num_draft_layers: int
     dspark_markov_rank: int
     dspark_target_layer_ids: tuple[int, ...]
+    dspark_block_size: int
+    dspark_noise_token_id: int
 
     def __hash__(self) -> int:
         """Of a few fields: it is a key of the planner's caches many thousand times a plan."""
@@ -131,6 +133,14 @@ class V4Config:
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def draft_layers(self) -> tuple[LayerSpec, ...]:
+        """The draft's blocks, numbered on from the backbone: a window, and experts by score.
+        Source: docs/model.md, 3.9 and 3.10.
+        """
+        first = self.num_hidden_layers
+        return tuple(LayerSpec(first + i, LayerKind.SWA, Routing.TOPK) for i in range(self.num_draft_layers))
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -302,6 +312,8 @@ def _read(raw: Mapping[str, Any], where: str) -> V4Config:
         num_draft_layers=num_draft_layers,
         dspark_markov_rank=int(raw.get("dspark_markov_rank") or 0),
         dspark_target_layer_ids=tuple(raw.get("dspark_target_layer_ids") or ()),
+        dspark_block_size=int(raw.get("dspark_block_size") or 0),
+        dspark_noise_token_id=int(raw.get("dspark_noise_token_id") or 0),
     )
     _check(raw, config, where)
     return config

@@ -8,8 +8,10 @@ references. Source: docs/model.md, 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -51,6 +53,9 @@ class Quantisation:
     linear_inputs: bool = False
 
 
+M = TypeVar("M", bound="ReferenceModel")
+
+
 class ReferenceModel:
     """DeepSeek-V4 in fp32 on a CPU, one sequence at a time."""
 
@@ -61,11 +66,10 @@ class ReferenceModel:
         self.weights = weights
         self.quantisation = quantisation or Quantisation()
 
-    @staticmethod
-    def from_folder(folder: str | Path, quantisation: Quantisation | None = None) -> ReferenceModel:
+    @classmethod
+    def from_folder(cls: type[M], folder: str | Path, quantisation: Quantisation | None = None) -> M:
         """Read a checkpoint folder in the released format."""
-        config = V4Config.from_path(folder)
-        return ReferenceModel(config, load_weights(folder), quantisation)
+        return cls(V4Config.from_path(folder), load_weights(folder), quantisation)
 
     def logprobs(self, ids: list[int]) -> Tensor:
         """Log-probabilities of the next token after each position: fp32 [T, V]."""
@@ -74,19 +78,38 @@ class ReferenceModel:
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
         """Logits after each position: fp32 [T, V]."""
-        c, w = self.config, self.weights
+        streams = self.streams(ids)[-1]
+        return self._head(mhc.head(streams, self._site("hc_head", "norm")))
+
+    @torch.inference_mode()
+    def streams(self, ids: list[int]) -> list[Tensor]:
+        """Residual streams after each layer, before the head collapses them: fp32 [T, n, D]."""
         tokens = torch.tensor(ids)
-        streams = w["embed.weight"][tokens][:, None].repeat(1, c.hc_mult, 1)  # [T, n, D]
-        for layer in c.layers:
+        streams, found = self._embed(tokens), []
+        for layer in self.config.layers:
             streams = self._layer(layer, streams, tokens)
-        hidden = mhc.head(streams, self._site("hc_head", "norm"))
-        return hidden.float() @ w["head.weight"].T
+            found.append(streams)
+        return found
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Equal streams of the tokens' embeddings: [T, n, D]."""
+        return self.weights["embed.weight"][tokens][:, None].repeat(1, self.config.hc_mult, 1)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return hidden.float() @ self.weights["head.weight"].T
 
     def _layer(self, layer: LayerSpec, streams: Tensor, tokens: Tensor) -> Tensor:
-        for site, norm, sublayer in (("attn", "attn_norm", self._attention), ("ffn", "ffn_norm", self._ffn)):
-            prefix = f"layers.{layer.index}"
-            at = mhc.pre(streams, self._site(f"{prefix}.hc_{site}", f"{prefix}.{norm}"))
-            streams = mhc.post(at.pending(sublayer(layer, at.x, tokens)))
+        return self._block(layer, streams, lambda x: self._attention(layer, x), tokens)
+
+    def _block(
+        self, layer: LayerSpec, streams: Tensor, attention: Callable[[Tensor], Tensor], tokens: Tensor
+    ) -> Tensor:
+        """Both sites of a block. tokens: [T], which hash routing reads."""
+        sites = (("attn", attention), ("ffn", lambda x: self._ffn(layer, x, tokens)))
+        for site, sublayer in sites:
+            prefix = self._prefix(layer)
+            at = mhc.pre(streams, self._site(f"{prefix}.hc_{site}", f"{prefix}.{site}_norm"))
+            streams = mhc.post(at.pending(sublayer(at.x)))
         return streams
 
     def _site(self, name: str, norm: str) -> Site:
@@ -94,8 +117,13 @@ class ReferenceModel:
         weight = self.weights[f"{norm}.weight"]
         return Site(fn, base, scale, weight, rms_eps=c.rms_norm_eps, hc_eps=c.hc_eps, iters=c.hc_sinkhorn_iters)
 
+    def _prefix(self, layer: LayerSpec) -> str:
+        """Where a block's weights are: the draft's are numbered on from the backbone's."""
+        first = self.config.num_hidden_layers
+        return f"layers.{layer.index}" if layer.index < first else f"mtp.{layer.index - first}"
+
     def _weight(self, layer: LayerSpec, name: str) -> Tensor:
-        return self.weights[f"layers.{layer.index}.{name}"]
+        return self.weights[f"{self._prefix(layer)}.{name}"]
 
     def _linear(self, layer: LayerSpec, name: str, x: Tensor) -> Tensor:
         """A linear whose released weight is FP8 or FP4; its input is quantised when that is
@@ -106,19 +134,12 @@ class ReferenceModel:
 
     # ---- attention --------------------------------------------------------------------------
 
-    def _attention(self, layer: LayerSpec, x: Tensor, tokens: Tensor) -> Tensor:
+    def _attention(self, layer: LayerSpec, x: Tensor) -> Tensor:
         c = self.config
-        eps, num_tokens = c.rms_norm_eps, x.shape[0]
-        freq = inv_freq(c, compressed=layer.kind is not LayerKind.SWA)
-        table = cos_sin(torch.arange(num_tokens), freq)
-        qr = rms_norm(self._linear(layer, "attn.wq_a", x), self._weight(layer, "attn.q_norm.weight"), eps)
-        q = self._linear(layer, "attn.wq_b", qr).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        q = apply_rope(head_rms_norm(q, eps), table)
-        kv = apply_rope(
-            rms_norm(self._linear(layer, "attn.wkv", x), self._weight(layer, "attn.kv_norm.weight"), eps), table
-        )
-        keys = self._stored(kv, self.quantisation.kv)
-        t = torch.arange(num_tokens)
+        t = torch.arange(x.shape[0])
+        table = cos_sin(t, inv_freq(c, compressed=layer.kind is not LayerKind.SWA))
+        q, qr = self._queries(layer, x, table)
+        keys = self._window_rows(layer, x, table)
         visible = (t <= t[:, None]) & (t > t[:, None] - c.sliding_window)
         if layer.kind is not LayerKind.SWA:
             entries = self._compress(layer, x, "attn.compressor", c.head_dim, self.quantisation.kv)
@@ -126,7 +147,25 @@ class ReferenceModel:
             if layer.kind is LayerKind.CSA:
                 seen = self._visible_topk(layer, x, qr, table, seen)
             keys, visible = torch.cat([keys, entries]), torch.cat([visible, seen], 1)
-        o = _attend(q, keys, visible, self._weight(layer, "attn.attn_sink"))
+        return self._attend(layer, q, keys, visible, table)
+
+    def _queries(self, layer: LayerSpec, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries [T, H, 512], and what they and the indexer's are projected from."""
+        c = self.config
+        qr = rms_norm(self._linear(layer, "attn.wq_a", x), self._weight(layer, "attn.q_norm.weight"), c.rms_norm_eps)
+        q = self._linear(layer, "attn.wq_b", qr).unflatten(-1, (c.num_attention_heads, c.head_dim))
+        return apply_rope(head_rms_norm(q, c.rms_norm_eps), table), qr
+
+    def _window_rows(self, layer: LayerSpec, x: Tensor, table: Tensor) -> Tensor:
+        """What the window's cache gives back of x: [T, 512]."""
+        kv = self._linear(layer, "attn.wkv", x)
+        kv = rms_norm(kv, self._weight(layer, "attn.kv_norm.weight"), self.config.rms_norm_eps)
+        return self._stored(apply_rope(kv, table), self.quantisation.kv)
+
+    def _attend(self, layer: LayerSpec, q: Tensor, keys: Tensor, visible: Tensor, table: Tensor) -> Tensor:
+        """q over the visible keys, projected back: [T, D]."""
+        c = self.config
+        o = _softmax_over(q, keys, visible, self._weight(layer, "attn.attn_sink"))
         wo_a = self._weight(layer, "attn.wo_a.weight").unflatten(0, (c.o_groups, c.o_lora_rank))
         return self._linear(layer, "attn.wo_b", output_a(o, table, wo_a))
 
@@ -209,7 +248,7 @@ def _shift(windows: Tensor, fill: float) -> Tensor:
     return torch.cat([torch.full_like(windows[:1], fill), windows[:-1]])
 
 
-def _attend(q: Tensor, keys: Tensor, visible: Tensor, sink: Tensor) -> Tensor:
+def _softmax_over(q: Tensor, keys: Tensor, visible: Tensor, sink: Tensor) -> Tensor:
     """softmax over the visible keys and the sink: q [T, H, D], keys [K, D] (also the values),
     visible [T, K] bool."""
     scores = torch.einsum("thd,kd->htk", q.float(), keys.float()) * q.shape[-1] ** -0.5

@@ -83,14 +83,21 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def hf_state_dict(folder: Path) -> dict[str, Tensor]:
     """Backbone weights in fp32 under HF's names; `mtp.*` left out, as HF has no draft."""
-    raw = _read(folder)
+    raw = read_tensors(folder)
+    return rename_experts(
+        {
+            name: dequantise(tensor, raw.get(name.removesuffix(".weight") + ".scale"))
+            for name, tensor in raw.items()
+            if not name.startswith("mtp.") and not name.endswith(".scale")
+        }
+    )
+
+
+def rename_experts(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Dequantised tensors by released names, under HF's: experts of a layer stacked."""
     state: dict[str, Tensor] = {}
     experts: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
-    for name, tensor in raw.items():
-        if name.startswith("mtp.") or name.endswith(".scale"):
-            continue
-        scale = raw.get(name.removesuffix(".weight") + ".scale")
-        value = dequantise(tensor, scale)
+    for name, value in values.items():
         new = _rename(name)
         if match := _EXPERT.match(new):
             experts[match["layer"]][match["linear"]][int(match["expert"])] = value
@@ -123,7 +130,8 @@ def _rename(name: str) -> str:
     return name
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor as stored, by released name."""
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as shard:

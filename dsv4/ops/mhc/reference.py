@@ -75,7 +75,11 @@ def post_pre(pending: PendingPost, site: Site) -> SublayerInput:
 def head(streams: Tensor, site: Site, compute_dtype: torch.dtype = torch.float32) -> Tensor:
     """Collapse the streams [T, n, D] after the last layer, then RMSNorm: [T, D] in the streams'
     dtype."""
+    return rms_norm(collapse(streams, site, compute_dtype), site.norm_weight, site.rms_eps, compute_dtype)
+
+
+def collapse(streams: Tensor, site: Site, compute_dtype: torch.dtype = torch.float32) -> Tensor:
+    """What `head` norms: [T, D] in the streams' dtype."""
     mix = mixing_logits(streams, site.fn, site.rms_eps, compute_dtype)
     weight = torch.sigmoid(mix * site.scale.to(compute_dtype) + site.base.to(compute_dtype)) + site.hc_eps
-    collapsed = (weight[:, None] @ streams.to(compute_dtype)).squeeze(1).to(streams.dtype)
-    return rms_norm(collapsed, site.norm_weight, site.rms_eps, compute_dtype)
+    return (weight[:, None] @ streams.to(compute_dtype)).squeeze(1).to(streams.dtype)
