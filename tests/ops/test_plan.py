@@ -35,31 +35,31 @@ def batch_of(steps: list[tuple[int, int]], padding: int = 0, padded_requests: in
     )
 
 
-def tables(requests: int, page_tokens: int, generator: torch.Generator) -> Tensor:
+def tables(requests: int, page_tokens: int, context: int, generator: torch.Generator) -> Tensor:
     """Every page of every request is its own; columns behind the last one too."""
-    columns = -(-CONTEXT // page_tokens)
+    columns = -(-context // page_tokens)
     return torch.randperm(requests * columns, generator=generator).int().view(requests, columns) + 1
 
 
-def caches_of(batch: BatchView, seed: int = 0) -> list[plan.Cache]:
+def caches_of(batch: BatchView, seed: int = 0, context: int = CONTEXT) -> list[plan.Cache]:
     """Two groups of windows, the entries and keys of CSA, those of HCA, rows of both states, and,
     for one token per request, rings of both kinds."""
     generator, r = torch.Generator().manual_seed(seed), batch.num_reqs
 
     def table(page_tokens: int) -> Tensor:
-        return tables(r, page_tokens, generator)
+        return tables(r, page_tokens, context, generator)
 
     found: list[plan.Cache] = [
         plan.WindowCache(table(64), 64, WINDOW),
-        plan.EntryCache(table(PAGE), PAGE, 4, CONTEXT, TOPK),
+        plan.EntryCache(table(PAGE), PAGE, 4, context, TOPK),
         plan.WindowCache(table(64), 64, WINDOW),
-        plan.EntryCache(table(PAGE), PAGE, 128, CONTEXT, None),
+        plan.EntryCache(table(PAGE), PAGE, 128, context, None),
         plan.RowCache(table(8), 8),
         plan.RowCache(table(4), 4),
     ]
     if batch.max_query_len == 1:
         found.append(plan.Rings(table(PAGE), PAGE, 4, 2))
-        found.append(plan.Rings(torch.randperm(r, generator=generator).int()[:, None], CONTEXT + 1, 128, 1))
+        found.append(plan.Rings(torch.randperm(r, generator=generator).int()[:, None], context + 1, 128, 1))
     return found
 
 
@@ -107,6 +107,14 @@ def test_the_kernel_plans_as_its_reference_does(name: str) -> None:
     caches = caches_of(batch)
     made = plan.planned(batch, caches)
     expected = plan.planned(batch, caches)
+    reference.step(batch, caches, expected)
+    assert_same(meant(made, batch, caches), meant(expected, batch, caches))
+
+
+def test_the_last_tokens_of_a_million() -> None:
+    batch = batch_of([(1_048_573, 2), (1_048_575, 1)])
+    caches = caches_of(batch, context=1 << 20)
+    made, expected = plan.planned(batch, caches), plan.planned(batch, caches)
     reference.step(batch, caches, expected)
     assert_same(meant(made, batch, caches), meant(expected, batch, caches))
 
