@@ -223,7 +223,7 @@ WORDS = {
     ("second.entries.FORMAT", 3): "mxfp4-keys", ("RATIO", 4): "csa", ("RATIO", 128): "hca",
     ("SAVE", True): "saving", ("SAVE", False): "saved", ("FINAL", True): "last", ("FINAL", False): "first",
 }  # fmt: skip
-SHOWN = {"H": "H", "BD": "D", "N": "N", "CHUNK": "", "WIDTH": "W", "BM": "M", "LEVEL": "level"}
+SHOWN = {"H": "H", "BD": "D", "N": "N", "CHUNK": "", "WIDTH": "W", "BM": "M", "LEVEL": "level", "GROUPS": "caches"}
 PARTS = {(True, False): "tails", (False, True): "entries", (True, True): "decode"}  # TAILS, POOL of `summary`
 
 
@@ -244,12 +244,12 @@ def names(variants: list[Variant]) -> list[str]:
 
 
 def _constants(variant: Variant) -> dict[str, Any]:
-    """By name, those of groups as group.element."""
+    """By name, those of groups as group.element, of several groups as groups.1.element."""
     found = {}
     for path, value in variant.constants.items():
         name, signature = variant.kernel.arg_names[path[0]], list(variant.signature.values())[path[0]]
         for at in path[1:]:
-            name, signature = f"{name}.{type(signature)._fields[at]}", signature[at]
+            name, signature = f"{name}.{getattr(type(signature), '_fields', range(at + 1))[at]}", signature[at]
         found[name] = getattr(value, "value", value)
     return found
 

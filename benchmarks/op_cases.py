@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv4.model.kv_layout import IndexFormat, KvFormat, round_up
+from dsv4.ops import plan
 from dsv4.ops.attention import reference as attention_reference
 from dsv4.ops.attention import triton as attention
 from dsv4.ops.compressor.paged import PagedState
@@ -31,7 +32,10 @@ from dsv4.ops.moe import mxfp4
 from dsv4.ops.moe import reference as moe_reference
 from dsv4.ops.moe import triton as moe
 from dsv4.ops.pages import BatchView, Pages, PageTable, RowsFormat, Selection, SlotMapping
-from dsv4.ops.plan import entry_slot_mapping, plan_tokens
+from dsv4.ops.plan import reference as plan_twin
+from dsv4.ops.plan import triton as plan_kernels
+from dsv4.ops.plan.caches import entry_slot_mapping
+from dsv4.ops.plan.tokens import plan_tokens
 from dsv4.ops.rope import cos_sin
 
 Call = Callable[[], Any]
@@ -94,49 +98,54 @@ def plans(device: str, small: bool) -> list[Plan]:
 
 
 def _plans(m: Model, device: torch.device, small: bool) -> Iterator[Plan]:
-    def plan(build: Callable[..., Case], name: str, *args: Any, **sizes: int) -> Plan:
+    def case(build: Callable[..., Case], name: str, *args: Any, **sizes: int) -> Plan:
         return Plan(name, m.name, sizes, lambda: build(m, *sizes.values(), *args, device))
 
     fp8, mxfp4_keys, plain_keys = IndexFormat.FP8, IndexFormat.MXFP4, IndexFormat.PLAIN
     for t in (2,) if small else (1, 64, 257, 8192):
-        yield plan(_norm_rope_store, "norm_rope_store", KvFormat.FP8_DS_MLA, T=t)
-        yield plan(_prepare_query, "prepare_query", fp8, T=t)
-        yield plan(_mhc_pre, "mhc.pre", T=t)
-        yield plan(_mhc_post, "mhc.post", T=t)
-        yield plan(_mhc_post_pre, "mhc.post_pre", T=t)
-        yield plan(_mhc_head, "mhc.head", T=t)
-        yield plan(_route_topk, "route_topk", T=t)
-        yield plan(_route_hash, "route_hash", T=t)
-        yield plan(_swiglu, "swiglu", T=t)
-        yield plan(_output_a, "output_a", T=t)
-    yield plan(_norm_rope_store, "norm_rope_store plain", KvFormat.PLAIN, T=2 if small else 257)
+        yield case(_norm_rope_store, "norm_rope_store", KvFormat.FP8_DS_MLA, T=t)
+        yield case(_prepare_query, "prepare_query", fp8, T=t)
+        yield case(_mhc_pre, "mhc.pre", T=t)
+        yield case(_mhc_post, "mhc.post", T=t)
+        yield case(_mhc_post_pre, "mhc.post_pre", T=t)
+        yield case(_mhc_head, "mhc.head", T=t)
+        yield case(_route_topk, "route_topk", T=t)
+        yield case(_route_hash, "route_hash", T=t)
+        yield case(_swiglu, "swiglu", T=t)
+        yield case(_output_a, "output_a", T=t)
+    yield case(_norm_rope_store, "norm_rope_store plain", KvFormat.PLAIN, T=2 if small else 257)
     for index_format in (mxfp4_keys, plain_keys):
-        yield plan(_prepare_query, f"prepare_query {index_format.value}", index_format, T=2 if small else 257)
+        yield case(_prepare_query, f"prepare_query {index_format.value}", index_format, T=2 if small else 257)
     for kind, ratio in (("csa", 4), ("hca", 128)):
-        yield plan(_compressor, f"compressor.update {kind}", ratio, T=2 * ratio if small else 8192)
-        yield plan(_summary, f"summary.compress {kind}", ratio, T=2 * ratio if small else 8192)
+        yield case(_compressor, f"compressor.update {kind}", ratio, T=2 * ratio if small else 8192)
+        yield case(_summary, f"summary.compress {kind}", ratio, T=2 * ratio if small else 8192)
         for t in (2,) if small else (1, 64, 257):
-            yield plan(_summary_decode, f"summary.compress decode {kind}", ratio, T=t)
+            yield case(_summary_decode, f"summary.compress decode {kind}", ratio, T=t)
     decode = ((2, 70),) if small else ((1, 262_144), (8, 262_144), (8, 32_768), (64, 8192))
     for t, n in decode:
-        yield plan(_logits, "index.logits decode", fp8, T=t, N=n)
-        yield plan(_topk, "topk", T=t, N=n)
+        yield case(_logits, "index.logits decode", fp8, T=t, N=n)
+        yield case(_topk, "topk", T=t, N=n)
     for index_format in (mxfp4_keys, plain_keys):
         t, n = decode[-1]
-        yield plan(_logits, f"index.logits decode {index_format.value}", index_format, T=t, N=n)
+        yield case(_logits, f"index.logits decode {index_format.value}", index_format, T=t, N=n)
     t, n = (16, 70) if small else (1024, 32_768)
-    yield plan(_prefill_logits, "index.logits prefill", fp8, T=t, N=n)
-    yield plan(_prefill_logits, f"index.logits prefill {mxfp4_keys.value}", mxfp4_keys, T=t, N=n)
+    yield case(_prefill_logits, "index.logits prefill", fp8, T=t, N=n)
+    yield case(_prefill_logits, f"index.logits prefill {mxfp4_keys.value}", mxfp4_keys, T=t, N=n)
     for t in (2,) if small else (1, 8, 64, 256, 4096):
-        yield plan(_sparse, "sparse csa", KvFormat.FP8_DS_MLA, T=t, K=m.topk)
+        yield case(_sparse, "sparse csa", KvFormat.FP8_DS_MLA, T=t, K=m.topk)
     for t in (2,) if small else (1, 8, 64):
-        yield plan(_sparse, "sparse hca", KvFormat.FP8_DS_MLA, T=t, K=40 if small else 8192)
-    yield plan(_sparse, "sparse csa plain", KvFormat.PLAIN, T=2 if small else 64, K=m.topk)
+        yield case(_sparse, "sparse hca", KvFormat.FP8_DS_MLA, T=t, K=40 if small else 8192)
+    yield case(_sparse, "sparse csa plain", KvFormat.PLAIN, T=2 if small else 64, K=m.topk)
     for t in (2,) if small else (1, 64, 257):
-        yield plan(_ragged_sparse, "sparse ragged", T=t, K=m.topk)
-        yield plan(_ragged_logits, "index.logits ragged", T=t, N=200 if small else 8192)
+        yield case(_ragged_sparse, "sparse ragged", T=t, K=m.topk)
+        yield case(_ragged_logits, "index.logits ragged", T=t, N=200 if small else 8192)
+    for t, n in ((2, 260),) if small else ((1, 1 << 20), (64, 1 << 17), (256, 8192)):
+        yield case(_plan_step, "plan.step", T=t, N=n)
+        yield case(_page_tables, "plan.page_tables", T=t, N=n)
+    for t in (2,) if small else (1, 64, 8192):
+        yield case(_rope_tables, "plan.rope_tables", T=t)
     for t in (2,) if small else (1, 64, 1024):
-        yield plan(_experts, "experts_mxfp4", T=t)
+        yield case(_experts, "experts_mxfp4", T=t)
 
 
 # ---- memory --------------------------------------------------------------------------------
@@ -427,6 +436,79 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
 
     moved = _pooled_bytes(t, ratio, 2) + sum(num_reqs * overlap * dim * 12 for dim, *_ in _POOLED[ratio])
     return Case(lambda: run(summary.compress, ours), lambda: run(summary_twin.compress, twins), moved, compare="bytes")
+
+
+def _plan_step(m: Model, t: int, context: int, device: torch.device) -> Case:
+    """One token of each of t requests, which are all as long: the groups of caches that vLLM makes
+    of a model, and SGLang's rings."""
+    ends, lens = torch.arange(t + 1, device=device).int(), torch.full((t,), context, dtype=torch.int32, device=device)
+    batch = BatchView(ends, lens, t, t, context, 1)
+
+    def table(page_tokens: int) -> Tensor:
+        columns = -(-context // page_tokens)
+        return torch.randperm(t * columns, device=device).int().view(t, columns)
+
+    pages = table(256)
+    caches: list[plan.Cache] = [
+        *(plan.WindowCache(table(64), 64, 128) for _ in range(2)),
+        *(plan.EntryCache(table(256), 256, 4, context, m.topk) for _ in range(2)),
+        plan.EntryCache(pages, 256, 128, context, None),
+        plan.RowCache(table(8), 8),
+        plan.Rings(pages, 256, 4, 2),
+    ]
+    rooms = [plan.Room(batch) for _ in range(2)]
+    made = [
+        plan.StepPlan(plan.TokenPlan.empty(room), tuple(cache.empty(batch, room) for cache in caches)) for room in rooms
+    ]
+    written = [x for x in _tensors(made[0]) if x is not pages]
+
+    def run(op: Callable[..., None], to: plan.StepPlan) -> list[Tensor]:
+        op(batch, caches, to)
+        return _tensors(to)
+
+    return Case(
+        lambda: run(plan_kernels.step, made[0]),
+        lambda: run(plan_twin.step, made[1]),
+        2 * sum(x.numel() * x.element_size() for x in written),
+        compare="bytes",
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All of a plan's, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value if isinstance(value, tuple) else vars(value).values() if hasattr(value, "__dict__") else ()
+    return [tensor for each in inside for tensor in _tensors(each)]
+
+
+def _page_tables(m: Model, t: int, context: int, device: torch.device) -> Case:
+    places = torch.randint(0, 1 << 20, (t, context), dtype=torch.int32, device=device)
+    requests, to_window = torch.randperm(t, device=device), torch.randint(0, 1 << 17, (1 << 20,), device=device)
+    columns = -(-context // 256)
+    made = [[torch.zeros(t, columns, dtype=torch.int32, device=device) for _ in range(2)] for _ in range(2)]
+
+    def run(op: Callable[..., None], to: list[Tensor]) -> list[Tensor]:
+        op(places, requests, to_window, *to, page_tokens=256, columns=columns)
+        return to
+
+    return Case(
+        lambda: run(plan_kernels.page_tables, made[0]),
+        lambda: run(plan_twin.page_tables, made[1]),
+        t * columns * 20,
+        compare="bytes",
+    )
+
+
+def _rope_tables(m: Model, t: int, device: torch.device) -> Case:
+    positions = torch.randint(0, 1 << 20, (t,), device=device)
+    freq, other = (theta ** (-torch.arange(0, 64, 2, device=device) / 64) for theta in (1e4, 1.6e5))
+
+    def run(op: Callable[..., plan.RopeTables]) -> list[Tensor]:
+        made = op(positions, freq, other)
+        return [made.window, made.compressed, *made.entry.values()]
+
+    return Case(lambda: run(plan_kernels.rope_tables), lambda: run(plan_twin.rope_tables), t * (8 + 4 * 256))
 
 
 def _index_query(t: int, index_format: IndexFormat, device: torch.device) -> Any:

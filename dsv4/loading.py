@@ -51,8 +51,11 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 _FUSED: tuple[tuple[str, str, int], ...] = (
     (r"\.shared_experts\.w1\.", ".shared_experts.gate_up_proj.", 0),
     (r"\.shared_experts\.w3\.", ".shared_experts.gate_up_proj.", 1),
-    (r"\.compressor\.wkv\.", ".compressor.fused_wkv_wgate.", 0),
-    (r"\.compressor\.wgate\.", ".compressor.fused_wkv_wgate.", 1),
+    (r"\.attn\.compressor\.wkv\.", ".attn.entry_proj.", 0),
+    (r"\.attn\.compressor\.wgate\.", ".attn.entry_proj.", 1),
+    (r"\.attn\.indexer\.compressor\.wkv\.", ".attn.entry_proj.", 2),
+    (r"\.attn\.indexer\.compressor\.wgate\.", ".attn.entry_proj.", 3),
+    (r"\.attn\.indexer\.weights_proj\.", ".attn.entry_proj.", 4),
     (r"\.attn\.wq_a\.", ".attn.fused_wqa_wkv.", 0),
     (r"\.attn\.wkv\.", ".attn.fused_wqa_wkv.", 1),
 )

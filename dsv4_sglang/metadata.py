@@ -16,8 +16,8 @@ from dsv4.errors import CompatError
 from dsv4.model.config import CSA_RATIO, HCA_RATIO
 from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4.ops import plan
-from dsv4.ops.compressor.ring import Rings, plan_many, plan_single
 from dsv4.ops.pages import BatchView
+from dsv4.ops.plan import Rings
 from dsv4_sglang.caches import V4Pool
 from dsv4_sglang.names import ATTENTION_BACKEND
 from dsv4_sglang.step import StepPlan
@@ -44,6 +44,9 @@ class V4AttentionBackend(AttentionBackend):
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.window = pool.config.sliding_window
         self.context_len = runner.model_config.context_len
+        self.index_topk = pool.config.index_topk
+        # Where each request's tokens end in a step of one token per request.
+        self.ends = torch.arange(self.req_to_token.shape[0] + 1, dtype=torch.int32, device=self.req_to_token.device)
         self.ratios = sorted({layer.compress_ratio for layer in pool.config.layers} - {0})
         self.plan: StepPlan | None = None
 
@@ -78,47 +81,66 @@ class V4AttentionBackend(AttentionBackend):
     # ---- the plan ---------------------------------------------------------------------------
 
     def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepPlan:
-        batch, is_decode = _batch_view(fb, max_seq_len), fb.forward_mode.is_decode()
-        block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len)
-        tokens = plan.plan_tokens(batch)
-        # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the
-        # request it borrows.
-        real = fb.out_cache_loc[: batch.num_tokens] >= PAGE_TOKENS
-        tokens = plan.TokenPlan(tokens.request_of_token, tokens.positions, tokens.valid & real)
+        batch, context = self._batch_view(fb, max_seq_len), max(self.context_len, max_seq_len)
+        block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len, context)
         rings = {
             CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2),
-            HCA_RATIO: Rings(
-                fb.req_pool_indices[:, None].int(), max(self.context_len, max_seq_len) + 1, HCA_RATIO, windows=1
-            ),
+            HCA_RATIO: Rings(fb.req_pool_indices[:, None], context + 1, HCA_RATIO, windows=1),
         }
+        chosen = {CSA_RATIO: self.index_topk, HCA_RATIO: None}
+        single = [rings[m] for m in self.ratios] if fb.forward_mode.is_decode() else []
+        made = plan.planned(
+            batch,
+            [
+                plan.WindowCache(window_table, PAGE_TOKENS, self.window),
+                *(plan.EntryCache(block_table, PAGE_TOKENS, m, context, chosen[m]) for m in self.ratios),
+                *single,
+            ],
+            # Page 0 is nobody's: what a padded batch writes there must not reach the caches of the
+            # request it borrows.
+            plan.Homes(fb.out_cache_loc, PAGE_TOKENS),
+        )
+        planned = (
+            made.of(plan.RingPlan) if single else [plan.plan_many(rings[m], made.tokens, batch) for m in self.ratios]
+        )
         return StepPlan(
-            plan.plan_window(window_table, tokens, PAGE_TOKENS, self.window),
-            {m: plan.plan_entries(block_table, tokens, PAGE_TOKENS, m, max_seq_len) for m in self.ratios},
-            {
-                m: plan_single(rings[m], tokens) if is_decode else plan_many(rings[m], tokens, batch)
-                for m in self.ratios
-            },
+            made.tokens,
+            made.of(plan.WindowPlan)[0],
+            dict(zip(self.ratios, made.of(plan.EntryPlan), strict=True)),
+            dict(zip(self.ratios, planned, strict=True)),
         )
 
-    def _tables(self, req_pool_indices: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, req_pool_indices: Tensor, max_seq_len: int, context: int) -> tuple[Tensor, Tensor]:
         """Full and window pages of every request: [R, n] int32 each; places beyond a request's
-        length mean nothing."""
-        starts = self.req_to_token[req_pool_indices, :max_seq_len:PAGE_TOKENS].long()
-        window = self.pool.translate_loc_from_full_to_swa(starts).clamp(min=0)
-        return (starts // PAGE_TOKENS).int(), (window // PAGE_TOKENS).int()
+        length mean nothing. Their rows lie equally far apart in every step."""
+        shape = req_pool_indices.shape[0], pages_of(context)
+        to_window = self.pool.full_to_swa_index_mapping
+        assert to_window is not None, "SGLang has not registered its window pool's mapping"
+        full, window = (torch.empty(shape, dtype=torch.int32, device=req_pool_indices.device) for _ in range(2))
+        plan.page_tables(
+            self.req_to_token,
+            req_pool_indices,
+            to_window,
+            full,
+            window,
+            page_tokens=PAGE_TOKENS,
+            columns=pages_of(max_seq_len),
+        )
+        return full, window
+
+    def _batch_view(self, fb: ForwardBatch, max_seq_len: int) -> BatchView:
+        """The step for the core."""
+        num_reqs, device = fb.batch_size, fb.seq_lens.device
+        if fb.forward_mode.is_decode():
+            return BatchView(self.ends[: num_reqs + 1], fb.seq_lens, num_reqs, num_reqs, max_seq_len, 1)
+        starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
+        starts[1:] = fb.extend_seq_lens.cumsum(0)
+        return BatchView(starts, fb.seq_lens, fb.input_ids.shape[0], num_reqs, max_seq_len, max(fb.extend_seq_lens_cpu))
 
 
-def _batch_view(fb: ForwardBatch, max_seq_len: int) -> BatchView:
-    """The step for the core."""
-    num_reqs, device = fb.batch_size, fb.seq_lens.device
-    if fb.forward_mode.is_decode():
-        starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=device)
-        return BatchView(starts, fb.seq_lens.int(), num_reqs, num_reqs, max_seq_len, 1)
-    starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
-    starts[1:] = fb.extend_seq_lens.cumsum(0)
-    return BatchView(
-        starts, fb.seq_lens.int(), fb.input_ids.shape[0], num_reqs, max_seq_len, max(fb.extend_seq_lens_cpu)
-    )
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens of a request take."""
+    return -(-tokens // PAGE_TOKENS)
 
 
 def register_backend() -> None:

@@ -31,7 +31,7 @@ from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.compressor.projected import EntryStep, Projected
+from dsv4.ops.compressor.projected import EntryInputs, EntryStep, Projected, entry_widths
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import Selection
@@ -120,25 +120,17 @@ class V4Moe(nn.Module):
 
 
 class V4Compressor(nn.Module):
-    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index
-    keys."""
+    """Pools the entries of one cache: attention's own, or the index keys."""
 
-    def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
+    def __init__(self, config: V4Config, layer: LayerSpec, dim: int) -> None:
         super().__init__()
         width = layer.overlap * dim
-        self.fused_wkv_wgate = MergedColumnParallelLinear(
-            config.hidden_size,
-            [width, width],
-            bias=False,
-            prefix=add_prefix("fused_wkv_wgate", prefix),
-            parallel_group="replicated",
-        )
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def project(self, x: Tensor) -> Projected:
-        """x: [T, hidden]."""
-        kv, gate = linear_fp32(x, self.fused_wkv_wgate.weight).chunk(2, -1)
+    def projected(self, kv_gate: Tensor) -> Projected:
+        """kv_gate: [T, 2 * overlap * dim] fp32, from `V4Attention.project`."""
+        kv, gate = kv_gate.chunk(2, -1)
         return Projected(kv, gate, self.ape, self.norm.weight)
 
 
@@ -156,22 +148,26 @@ class V4Indexer(nn.Module):
             quant_config=quant,
             prefix=add_prefix("wq_b", prefix),
         )
-        self.weights_proj = ReplicatedLinear(
-            config.hidden_size, self.num_heads, bias=False, prefix=add_prefix("weights_proj", prefix)
-        )
-        self.compressor = V4Compressor(config, layer, self.dim, add_prefix("compressor", prefix))
+        self.compressor = V4Compressor(config, layer, self.dim)
 
     def forward(
-        self, x: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor
+        self, weights: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor
     ) -> Selection:
-        """The entries that each token attends. plan: of the entries, whose keys lie on the same
-        pages."""
+        """The entries that each token attends. weights: [T, Hi] fp32; plan: of the entries, whose
+        keys lie on the same pages."""
         caches = pool.layers[self.layer]
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, self.dim))
-        query = indexer.prepare_query(q, self.weights_proj(x)[0], cos_sin, pool.formats.index)
+        query = indexer.prepare_query(q, weights, cos_sin, pool.formats.index)
         keys, entries = plan.table(caches[CacheRole.INDEX_KEY]), plan.table(caches[CacheRole.COMPRESSED])
         return indexer.select(
-            query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk
+            query,
+            keys,
+            entries,
+            tokens.request_of_token,
+            plan.lens,
+            max_entries=plan.max_entries,
+            k=self.topk,
+            chosen_lens=plan.chosen_lens,
         )
 
 
@@ -217,10 +213,17 @@ class V4Attention(nn.Module):
             quant_config=quant,
             prefix=add_prefix("wo_b", prefix),
         )
-        self.compressor = self.indexer = self.state = None
+        self.compressor = self.indexer = self.state = self.entry_proj = None
         if layer.kind is not LayerKind.SWA:
             self.state = LayerState(layer)
-            self.compressor = V4Compressor(config, layer, config.head_dim, add_prefix("compressor", prefix))
+            self.entry_proj = MergedColumnParallelLinear(
+                config.hidden_size,
+                entry_widths(config, layer),
+                bias=False,
+                prefix=add_prefix("entry_proj", prefix),
+                parallel_group="replicated",
+            )
+            self.compressor = V4Compressor(config, layer, config.head_dim)
         if layer.kind is LayerKind.CSA:
             self.indexer = V4Indexer(config, layer, quant, add_prefix("indexer", prefix))
 
@@ -248,16 +251,18 @@ class V4Attention(nn.Module):
 
     def _entries(self, x: Tensor, qr: Tensor, step: StepPlan, pool: V4Pool, rope: RopeTables) -> Selection | None:
         """Store the entries that the step completes, and select those that each token attends."""
-        if self.compressor is None or self.state is None:
+        if self.compressor is None or self.state is None or self.entry_proj is None:
             return None
         plan = step.entries[self.layer.compress_ratio]
-        projected = [self.compressor.project(x)]
-        if self.indexer is not None:
-            projected.append(self.indexer.compressor.project(x))
+        inputs = EntryInputs.split(linear_fp32(x, self.entry_proj.weight), self.entry_proj.output_sizes)
+        assert inputs.kv_gate is not None
+        projected = [self.compressor.projected(inputs.kv_gate)]
+        if self.indexer is not None and inputs.index_kv_gate is not None:
+            projected.append(self.indexer.compressor.projected(inputs.index_kv_gate))
         self.state.pool(projected, self._entry_step(step.tokens, rope), pool, step)
-        if self.indexer is None:
+        if self.indexer is None or inputs.index_weights is None:
             return plan.everything(pool.layers[self.layer.index][CacheRole.COMPRESSED], step.tokens)
-        return self.indexer(x, qr, step.tokens, plan, pool, rope.compressed)
+        return self.indexer(inputs.index_weights, qr, step.tokens, plan, pool, rope.compressed)
 
     def _entry_step(self, tokens: TokenPlan, rope: RopeTables) -> EntryStep:
         return EntryStep(

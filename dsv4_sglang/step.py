@@ -6,17 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4.ops import plan
-from dsv4.ops.compressor.ring import RingPlan
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One step. entries, rings: by compress ratio, compressed entries and their open windows."""
 
+    tokens: plan.TokenPlan
     window: plan.WindowPlan
     entries: dict[int, plan.EntryPlan]
-    rings: dict[int, RingPlan]
-
-    @property
-    def tokens(self) -> plan.TokenPlan:
-        return self.window.tokens
+    rings: dict[int, plan.RingPlan]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What V4's operators need of a step, built once per group of caches.
+"""What V4's operators need of a step, for each group of caches.
 
 Layouts that keep a block's layers together are required: without them vLLM equalises page sizes by
 inflating block sizes, and prefix caching dies.
@@ -7,7 +7,9 @@ inflating block sizes, and prefix caching dies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +25,19 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
+from dsv4.model.config import HCA_RATIO
 from dsv4.model.kv_layout import PAGE_TOKENS, StateMapping
 from dsv4.ops import plan, registry
 from dsv4.ops.pages import BatchView
 from dsv4_vllm.options import state_mapping
+
+
+@dataclass
+class WindowMetadata(AttentionMetadata):
+    """A step's tokens and windows."""
+
+    tokens: plan.TokenPlan
+    window: plan.WindowPlan
 
 
 @dataclass
@@ -50,20 +61,69 @@ class SummaryMetadata(AttentionMetadata):
     pages: Tensor
 
 
-class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
-    """Turns vLLM's per-group batch description into the plan of one cache role, without a host
-    synchronisation."""
+class PlannedStep:
+    """A step's metadata for all groups of caches, made in one launch when the first is asked for.
+
+    It lives as long as vLLM prepares that step, and knows no other.
+    """
+
+    def __init__(self, tables: Sequence[tuple[V4MetadataBuilder, Tensor]]) -> None:
+        """tables: each group's builder, and the group's block table."""
+        self.tables = tables
+        self._made: dict[int, Any] | None = None
+
+    def metadata(self, builder: V4MetadataBuilder, common: CommonAttentionMetadata) -> Any:
+        """Of one group. common: any group's description of the step."""
+        if self._made is None:
+            self._made = self.make(_batch_view(common))
+        return self._made[id(builder)]
+
+    def make(self, batch: BatchView) -> dict[int, Any]:
+        """Launch; the metadata of each builder, by its id."""
+        first = self.tables[0][0]
+        tokens = plan.TokenPlan.empty(first.token_buffers.room(batch))
+        caches = [builder.cache(table) for builder, table in self.tables]
+        rooms = [builder.buffers.room(batch) for builder, _ in self.tables]
+        made = [None if c is None else c.empty(batch, room) for c, room in zip(caches, rooms, strict=True)]
+        kept = [(c, m) for c, m in zip(caches, made, strict=True) if c is not None and m is not None]
+        if kept:
+            plan.step(batch, [c for c, _ in kept], plan.StepPlan(tokens, tuple(m for _, m in kept)))
+        return {
+            id(builder): builder.described(batch, table, tokens, each)
+            for (builder, table), each in zip(self.tables, made, strict=True)
+        }
+
+
+def _batch_view(common: CommonAttentionMetadata) -> BatchView:
+    return BatchView(
+        common.query_start_loc,
+        common.seq_lens,
+        common.num_actual_tokens,
+        common.num_reqs,
+        common.max_seq_len,
+        common.max_query_len,
+    )
+
+
+class V4MetadataBuilder(AttentionMetadataBuilder[Any], ABC):
+    """Turns vLLM's description of a step into the plan of one group of caches, without a host
+    synchronisation.
+
+    planned_step: the step that is being prepared, where it is planned for all groups at once
+    """
+
+    planned_step: PlannedStep | None = None
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.buffers = plan.GraphBuffers()
-        self.max_tokens = max(
+        max_tokens = max(
             vllm_config.scheduler_config.max_num_batched_tokens,
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
-        self.max_reqs = vllm_config.scheduler_config.max_num_seqs
+        max_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.buffers, self.token_buffers = (plan.GraphBuffers(max_tokens, max_reqs) for _ in range(2))
         self.max_model_len = vllm_config.model_config.max_model_len
 
     @classmethod
@@ -72,68 +132,66 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any]):
         captured."""
         return AttentionCGSupport.UNIFORM_BATCH if _captures(vllm_config) else AttentionCGSupport.NEVER
 
-    def batch_view(self, common: CommonAttentionMetadata) -> BatchView:
-        return BatchView(
-            common.query_start_loc,
-            common.seq_lens,
-            common.num_actual_tokens,
-            common.num_reqs,
-            common.max_seq_len,
-            common.max_query_len,
-        )
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        step = self.planned_step
+        if step is None:
+            # Model runner V1 may leave -1 behind a request's blocks; clamping keeps address
+            # arithmetic inside the pool.
+            step = PlannedStep([(self, common_attn_metadata.block_table_tensor.clamp_(min=0))])
+        return step.metadata(self, common_attn_metadata)
 
-    def copy_tokens(self, name: str, value: Tensor) -> Tensor:
-        """value: [T, ...], in a buffer with room for the longest step."""
-        return self.buffers.copy_in(name, value, (self.max_tokens, *value.shape[1:]))
+    @abstractmethod
+    def cache(self, block_table: Tensor) -> plan.Cache | None:
+        """What is to be planned; None for nothing."""
 
-    def block_table(self, common: CommonAttentionMetadata) -> Tensor:
-        # Places beyond a request's blocks may hold -1; clamping keeps address arithmetic inside the
-        # pool.
-        return common.block_table_tensor.clamp_(min=0)
+    @abstractmethod
+    def described(self, batch: BatchView, block_table: Tensor, tokens: plan.TokenPlan, made: Any) -> Any:
+        """The metadata that layers read. made: the plan of `cache`."""
 
 
 class WindowBuilder(V4MetadataBuilder):
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> plan.WindowPlan:
-        tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
-        window = plan.plan_window(table, tokens, self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window)
-        return window.copied(self.copy_tokens)
+    def cache(self, block_table: Tensor) -> plan.WindowCache:
+        return plan.WindowCache(block_table, self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window)
+
+    def described(self, batch: BatchView, block_table: Tensor, tokens: plan.TokenPlan, made: Any) -> WindowMetadata:
+        return WindowMetadata(tokens, made)
 
 
 class EntryBuilder(V4MetadataBuilder):
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> plan.EntryPlan:
-        batch, table = self.batch_view(common_attn_metadata), self.block_table(common_attn_metadata)
-        ratio, max_tokens = int(self.kv_cache_spec.tokens_per_state), min(batch.max_seq_len, self.max_model_len)
-        entries = plan.plan_entries(table, plan.plan_tokens(batch), self.kv_cache_spec.block_size, ratio, max_tokens)
-        slots = entries.request_slots
-        if slots is not None and entries.max_entries:
-            slots = self.buffers.copy_in("request_slots", slots, (self.max_reqs, self.max_model_len // ratio))
-        slot_mapping, lens = (
-            self.copy_tokens("slot_mapping", entries.slot_mapping),
-            self.copy_tokens("lens", entries.lens),
-        )
-        return replace(entries, slot_mapping=slot_mapping, lens=lens, request_slots=slots)
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.index_topk = int(vllm_config.model_config.hf_config.index_topk)
+
+    def cache(self, block_table: Tensor) -> plan.EntryCache:
+        ratio = int(self.kv_cache_spec.tokens_per_state)
+        topk = None if ratio == HCA_RATIO else self.index_topk
+        return plan.EntryCache(block_table, self.kv_cache_spec.block_size, ratio, self.max_model_len, topk)
+
+    def described(self, batch: BatchView, block_table: Tensor, tokens: plan.TokenPlan, made: Any) -> plan.EntryPlan:
+        entries: plan.EntryPlan = made
+        return entries
 
 
 class StateBuilder(V4MetadataBuilder):
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> StateMetadata:
-        tokens, table = plan.plan_tokens(self.batch_view(common_attn_metadata)), self.block_table(common_attn_metadata)
-        slot_mapping = self.copy_tokens("slot_mapping", plan.token_slots(table, tokens, self.kv_cache_spec.block_size))
+    def cache(self, block_table: Tensor) -> plan.RowCache:
+        return plan.RowCache(block_table, self.kv_cache_spec.block_size)
+
+    def described(self, batch: BatchView, block_table: Tensor, tokens: plan.TokenPlan, made: Any) -> StateMetadata:
         # vLLM caches a block when it schedules it, so another request of this step may hit it. One
         # new token completes no entry that reaches back to before a hit, which ends a page.
-        return StateMetadata(table, slot_mapping, shared=common_attn_metadata.max_query_len > 1)
+        return StateMetadata(block_table, made, shared=batch.max_query_len > 1)
 
 
 class SummaryBuilder(V4MetadataBuilder):
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> SummaryMetadata:
-        return SummaryMetadata(self.batch_view(common_attn_metadata), self.block_table(common_attn_metadata)[:, 0])
+    def cache(self, block_table: Tensor) -> None:
+        return None
+
+    def described(self, batch: BatchView, block_table: Tensor, tokens: plan.TokenPlan, made: Any) -> SummaryMetadata:
+        return SummaryMetadata(batch, block_table[:, 0])
 
 
 class V4Backend(AttentionBackend):
@@ -196,9 +254,11 @@ class SummaryBackend(V4Backend):
         return "DSV4_SUMMARY"
 
 
-# Operators that the model does not call on a GPU: experts run in the engine, and the two halves of
-# compressor.update.
-NEVER_CALLED_OPS = frozenset({"moe.experts", "moe.experts_mxfp4", "compressor.save_state", "compressor.compress_store"})
+# Operators that the model does not call on a GPU: experts run in the engine, page tables are its
+# own, and the two halves of compressor.update.
+NEVER_CALLED_OPS = frozenset(
+    {"moe.experts", "moe.experts_mxfp4", "plan.page_tables", "compressor.save_state", "compressor.compress_store"}
+)
 
 
 def unused_ops(vllm_config: VllmConfig) -> frozenset[str]:

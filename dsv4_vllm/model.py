@@ -37,14 +37,15 @@ from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.compressor.projected import EntryStep, Projected
+from dsv4.ops.compressor.projected import EntryInputs, EntryStep, Projected, entry_widths
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import PageTable, Selection
-from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, WindowPlan, rope_tables
+from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_vllm.caches import V4Cache, layer_state
 from dsv4_vllm.loading import load_weights, loader_of
+from dsv4_vllm.metadata import WindowMetadata
 from dsv4_vllm.options import cache_formats, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.rehearsal import stage
@@ -126,29 +127,16 @@ class V4Moe(nn.Module):
 
 
 class V4Compressor(nn.Module):
-    """Projects tokens to what entries of one cache are pooled from: attention's own, or the index
-    keys."""
+    """Pools the entries of one cache: attention's own, or the index keys."""
 
-    def __init__(self, config: V4Config, layer: LayerSpec, dim: int, prefix: str) -> None:
+    def __init__(self, config: V4Config, layer: LayerSpec, dim: int) -> None:
         super().__init__()
         width = layer.overlap * dim
-        self.fused_wkv_wgate = MergedColumnParallelLinear(
-            config.hidden_size,
-            [width, width],
-            bias=False,
-            quant_config=None,
-            disable_tp=True,
-            prefix=f"{prefix}.fused_wkv_wgate",
-        )
         self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def project(self, x: Tensor) -> Tensor:
-        """kv and gate side by side: [T, 2 * overlap * dim] fp32."""
-        return linear_fp32(x, self.fused_wkv_wgate.weight)
-
     def projected(self, kv_gate: Tensor) -> Projected:
-        """kv_gate: [T, 2 * overlap * dim] fp32, from `project`."""
+        """kv_gate: [T, 2 * overlap * dim] fp32, from `V4Attention.project`."""
         kv, gate = kv_gate.chunk(2, -1)
         return Projected(kv, gate, self.ape, self.norm.weight)
 
@@ -166,10 +154,7 @@ class V4Indexer(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.wq_b",
         )
-        self.weights_proj = ReplicatedLinear(
-            config.hidden_size, self.num_heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj"
-        )
-        self.compressor = V4Compressor(config, layer, self.dim, f"{prefix}.compressor")
+        self.compressor = V4Compressor(config, layer, self.dim)
         self.keys = keys
 
     def forward(
@@ -179,14 +164,21 @@ class V4Indexer(nn.Module):
         query = indexer.prepare_query(inputs.q, inputs.weights, cos_sin, self.keys.formats.index)
         keys = plan.table(self.keys.pages)
         return indexer.select(
-            query, keys, entries, tokens.request_of_token, plan.lens, max_entries=plan.max_entries, k=self.topk
+            query,
+            keys,
+            entries,
+            tokens.request_of_token,
+            plan.lens,
+            max_entries=plan.max_entries,
+            k=self.topk,
+            chosen_lens=plan.chosen_lens,
         )
 
 
 @dataclass(frozen=True)
 class IndexInputs:
-    """q: [T, Hi, 128]; weights: [T, Hi]; kv_gate: [T, 2 * overlap * 128] fp32, what the index keys
-    are pooled from."""
+    """q: [T, Hi, 128]; weights: [T, Hi] fp32; kv_gate: [T, 2 * overlap * 128] fp32, what the index
+    keys are pooled from."""
 
     q: Tensor
     weights: Tensor
@@ -269,10 +261,18 @@ class V4Attention(nn.Module):
         self.caches = caches = self._caches(vllm_config, prefix)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.window = caches[CacheRole.WINDOW]
-        self.compressor = self.indexer = self.entries = self.state = None
+        self.compressor = self.indexer = self.entries = self.state = self.entry_proj = None
         if layer.kind is not LayerKind.SWA:
             self.entries = caches[CacheRole.COMPRESSED]
-            self.compressor = V4Compressor(config, layer, config.head_dim, f"{prefix}.compressor")
+            self.entry_proj = MergedColumnParallelLinear(
+                config.hidden_size,
+                entry_widths(config, layer),
+                bias=False,
+                quant_config=None,
+                disable_tp=True,
+                prefix=f"{prefix}.entry_proj",
+            )
+            self.compressor = V4Compressor(config, layer, config.head_dim)
             self.state = layer_state(caches)
         if layer.kind is LayerKind.CSA:
             self.indexer = V4Indexer(config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY])
@@ -295,11 +295,10 @@ class V4Attention(nn.Module):
         qr, kv = self.fused_wqa_wkv(x)[0].split([c.q_lora_rank, c.head_dim], -1)
         qr = self.q_norm(qr)
         q = self.wq_b(qr)[0].unflatten(-1, (self.num_heads, c.head_dim))
-        kv_gate = self.compressor.project(x) if self.compressor else None
-        index_q = index_weights = index_kv_gate = None
+        kv_gate, index_kv_gate, index_weights = self.project(x)
+        index_q = None
         if self.indexer is not None:
             index_q = self.indexer.wq_b(qr)[0].unflatten(-1, (c.index_n_heads, c.index_head_dim))
-            index_weights, index_kv_gate = self.indexer.weights_proj(x)[0], self.indexer.compressor.project(x)
         o = torch.empty_like(q)
         self.attend(
             q=q,
@@ -314,6 +313,12 @@ class V4Attention(nn.Module):
         )
         wo_a = self.wo_a.weight.unflatten(0, (self.num_groups, c.o_lora_rank))
         return self.wo_b(attention.output_a(o, None, wo_a))[0]  # `attend` has rotated back already
+
+    def project(self, x: Tensor) -> EntryInputs:
+        """Of a layer's input, in one product."""
+        if self.entry_proj is None:
+            return EntryInputs()
+        return EntryInputs.split(linear_fp32(x, self.entry_proj.weight), self.entry_proj.output_sizes)
 
     def _attend_in_step(
         self,
@@ -343,8 +348,8 @@ class V4Attention(nn.Module):
             self._rehearse(inputs, out)
             out.zero_()
             return
-        step: WindowPlan = metadata[self.window.prefix]
-        n = step.slot_mapping.shape[0]
+        step: WindowMetadata = metadata[self.window.prefix]
+        n = step.window.slot_mapping.shape[0]
         self._attend(inputs.first(n), step, metadata, out[:n])
         out[n:].zero_()
 
@@ -359,16 +364,16 @@ class V4Attention(nn.Module):
         with stage(self.caches, inputs.q.shape[0], self.max_model_len, inputs.q.device) as metadata:
             self._attend(inputs, metadata[self.window.prefix], metadata, out)
 
-    def _attend(self, inputs: LayerInputs, step: WindowPlan, metadata: dict[str, Any], out: Tensor) -> None:
+    def _attend(self, inputs: LayerInputs, step: WindowMetadata, metadata: dict[str, Any], out: Tensor) -> None:
         """Write the caches, select entries, attend and rotate back, into `out` [T, H, 512]."""
         if check.enabled():
             check.enter_layer(self.prefix, step.tokens.request_of_token)
         norm, window, table = self.kv_norm, self.window.pages, inputs.table
         q = attention.norm_rope_store(
-            inputs.q, inputs.kv, norm.weight, norm.variance_epsilon, table, step.written(window)
+            inputs.q, inputs.kv, norm.weight, norm.variance_epsilon, table, step.window.written(window)
         )
         entries = self._entries(inputs, step.tokens, metadata)
-        attention.sparse_attention(q, step.read(window), entries, self.attn_sink, table, out=out)
+        attention.sparse_attention(q, step.window.read(window), entries, self.attn_sink, table, out=out)
 
     def _entries(self, inputs: LayerInputs, tokens: TokenPlan, metadata: dict[str, Any]) -> Selection | None:
         """Store the entries that the step completes, and select those that each token attends."""
@@ -485,7 +490,7 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
     packed_modules_mapping: ClassVar = {
         "gate_up_proj": ["w1", "w3"],
         "fused_wqa_wkv": ["wq_a", "wkv"],
-        "fused_wkv_wgate": ["wkv", "wgate"],
+        "entry_proj": ["wkv", "wgate", "weights_proj"],
     }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -509,6 +514,13 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
             else PPMissingLayer()
         )
         self.logits_processor = LogitsProcessor(self.v4_config.vocab_size)
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """vLLM asks its model runner V2's models; V1 has nothing of the kind, nor its modules."""
+        from dsv4_vllm.model_state import V4ModelState
+
+        return V4ModelState
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device

@@ -17,7 +17,7 @@ from dsv4.model.kv_layout import CacheRole
 from dsv4.ops.pages import BatchView
 from dsv4.ops.plan import EntryPlan, TokenPlan, WindowPlan
 from dsv4_vllm.caches import V4Cache
-from dsv4_vllm.metadata import StateMetadata, SummaryMetadata
+from dsv4_vllm.metadata import StateMetadata, SummaryMetadata, WindowMetadata
 
 
 @contextmanager
@@ -48,11 +48,12 @@ def padding_only(
         if spec.role is CacheRole.WINDOW:
             assert spec.sliding_window is not None
             slots = torch.full((num_tokens, spec.sliding_window), -1, dtype=torch.int32, device=device)
-            return WindowPlan(tokens, nowhere, slots, nothing)
+            return WindowMetadata(tokens, WindowPlan(nowhere, slots, nothing))
         if spec.role in (CacheRole.COMPRESSED, CacheRole.INDEX_KEY):
             entries = max_model_len // spec.tokens_per_row
-            everything = None if CacheRole.INDEX_KEY in caches else page.new_zeros(1, entries)
-            return EntryPlan(page, nowhere, nothing, entries, everything)
+            if CacheRole.INDEX_KEY in caches:
+                return EntryPlan(page, nowhere, nothing, entries, None, nothing)
+            return EntryPlan(page, nowhere, nothing, entries, page.new_zeros(1, entries), None)
         if spec.per_request:
             ends = torch.zeros(2, dtype=torch.int32, device=device)
             return SummaryMetadata(BatchView(ends, ends[:1], num_tokens, 1, max_model_len, num_tokens), page[:, 0])

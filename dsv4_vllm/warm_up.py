@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from dsv4.model.config import V4Config
+from dsv4.ops.pages import BatchView
 from dsv4.ops.registry import all_kernels
 from dsv4.ops.warm_up import ServedLayer, ServedModel, warm_up
 from dsv4_vllm.caches import V4Cache
-from dsv4_vllm.metadata import unused_ops
+from dsv4_vllm.metadata import PlannedStep, V4MetadataBuilder, unused_ops
 from dsv4_vllm.options import cache_formats, state_mapping
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class KernelWarmUp:
         """attentions: of the layers of this rank, by their index."""
         self.config, self.vllm_config, self.attentions = config, vllm_config, dict(attentions)
         self.tp = get_tensor_model_parallel_world_size()
+        self.plan: Sequence[tuple[V4MetadataBuilder, Tensor]] = ()  # of the step that was prepared last
 
     def get_warmup_keys(self) -> list[str]:
         """One for all kernels: which variants there are is what their launches say."""
@@ -51,7 +53,15 @@ class KernelWarmUp:
             routed_ids=torch.int32 if device.type == "cpu" else None,  # vLLM has a router of its own on a GPU
         )
         layers = [self._layer(index, attention) for index, attention in self.attentions.items()]
+        self._plan_nothing(device)
         logger.info("dsv4: kernels of %d layers compiled in %.1f s", len(layers), warm_up(model, layers))
+
+    def _plan_nothing(self, device: torch.device) -> None:
+        """The plan's one launch, for a request without tokens. Before vLLM's first step nobody
+        knows the groups: then a step of its own warm-up compiles it."""
+        if self.plan:
+            nothing = torch.zeros(2, dtype=torch.int32, device=device)
+            PlannedStep(self.plan).make(BatchView(nothing, nothing[:1], 1, 1, 0, 1))
 
     def _layer(self, index: int, attention: nn.Module) -> ServedLayer:
         caches: dict[Any, V4Cache] = {m.spec.role: m for m in attention.modules() if isinstance(m, V4Cache)}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dsv4.errors import CheckpointError, CompatError
 from dsv4.loading import DTYPES, ExpertTensor, ReleasedLoader, expert_tensor, hand_over, parameter_name
-from dsv4.model.config import V4Config
+from dsv4.model.config import LayerSpec, V4Config
 from dsv4.model.tensors import Component, TensorSpec, tensor_specs
+from dsv4.ops.compressor.projected import EntryInputs, entry_widths
 from dsv4.ops.quant.reference import dequantize_expert
 from dsv4.reference.tiny import tiny_config
 
@@ -76,6 +77,24 @@ def test_every_tensor_that_is_missing_is_named() -> None:
     for name in SPECS:
         with pytest.raises(CheckpointError, match=rf"^here: 1 missing.*\n  {re.escape(name)} is missing$"):
             loaded_without(name).finish("here")
+
+
+@pytest.mark.parametrize(
+    "layer", [layer for layer in CONFIG.layers if layer.compress_ratio], ids=lambda x: x.kind.value
+)
+def test_a_layers_input_goes_through_one_product(layer: LayerSpec) -> None:
+    """The parts of it are as wide as tensors of the checkpoint, in the order in which they are
+    split again."""
+    parts: dict[int | None, int] = {}
+    for name, spec in SPECS.items():
+        parameter, shard = parameter_name(name) if expert_tensor(name) is None else ("", None)
+        if parameter == f"model.layers.{layer.index}.attn.entry_proj.weight":
+            parts[shard] = spec.shape[0]
+    widths = entry_widths(CONFIG, layer)
+    assert parts == dict(enumerate(widths))
+    split = EntryInputs.split(torch.arange(float(sum(widths)))[None], widths)
+    assert torch.cat([part for part in split if part is not None], 1).shape[1] == sum(widths)
+    assert [part is None for part in split] == [False, layer.overlap == 1, layer.overlap == 1]
 
 
 def test_what_belongs_to_another_stage_or_rank_is_left_to_it() -> None:

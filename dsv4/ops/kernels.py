@@ -19,7 +19,7 @@ from dsv4.machine.decide import OLDEST_CAPABILITY
 
 KERNEL_MODULES = tuple(
     f"dsv4.ops.{family}.triton"
-    for family in ("attention", "compressor.paged", "compressor.summary", "indexer", "mhc", "moe", "quant")
+    for family in ("attention", "compressor.paged", "compressor.summary", "indexer", "mhc", "moe", "plan", "quant")
 )
 
 AMD_ARCHS = ("gfx942", "gfx950")  # the ones the kernels are compiled for in CI

@@ -121,6 +121,10 @@ class BatchView:
     max_seq_len: int
     max_query_len: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.seq_lens.device
+
 
 # --------------------------------------------------------------------------------------------
 # Rows, in plain PyTorch

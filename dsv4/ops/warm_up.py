@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dsv4.model.config import HCA_RATIO, LayerKind, LayerSpec, Routing, V4Config
-from dsv4.model.kv_layout import PAGE_TOKENS, CacheFormats, CacheRole, IndexFormat, StateMapping, layer_caches
-from dsv4.ops import attention, indexer, mhc, moe
+from dsv4.model.kv_layout import (
+    PAGE_TOKENS,
+    WINDOW_PAGE_TOKENS,
+    CacheFormats,
+    CacheRole,
+    IndexFormat,
+    StateMapping,
+    layer_caches,
+)
+from dsv4.ops import attention, indexer, mhc, moe, plan
 from dsv4.ops.compressor import paged, summary
-from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.compressor.ring import Rings, RingState, compress_step, plan_many, plan_single
+from dsv4.ops.compressor.projected import EntryInputs, EntryStep, Projected, entry_widths
+from dsv4.ops.compressor.ring import RingState, compress_step
 from dsv4.ops.kernels import processors
 from dsv4.ops.pages import BatchView, Pages, PageTable, Selection, SlotMapping, row_storage, view_pages
-from dsv4.ops.plan import plan_tokens
 
 _PAIRS = ((CacheRole.STATE, CacheRole.COMPRESSED), (CacheRole.INDEX_STATE, CacheRole.INDEX_KEY))
 
@@ -84,6 +91,7 @@ def warm_up(model: ServedModel, layers: Sequence[ServedLayer]) -> float:
         mix_streams(model, tokens)
         feed_forward(model, tokens)
     for step in steps:
+        plan_step(model, layers, step)
         for layer in layers:
             attend(model, layer, step)
     if model.device.type == "cuda":
@@ -106,6 +114,42 @@ def null_steps(model: ServedModel) -> list[NullStep]:
         NullStep(many, many, short, 1),
         *(NullStep(tokens, 1, short, tokens) for tokens in (2, 16, many)),
     ]
+
+
+# ---- what a step launches once ----------------------------------------------------------------
+
+
+def plan_step(model: ServedModel, served: Sequence[ServedLayer], step: NullStep) -> None:
+    """A step's plan. Where pages are vLLM's, how many groups of caches there are is for vLLM to
+    say: here each kind of cache is one."""
+    c, device = model.config, model.device
+    frequencies = torch.zeros(c.qk_rope_head_dim // 2, device=device)
+    plan.rope_tables(torch.zeros(step.tokens, dtype=torch.int64, device=device), frequencies, frequencies.clone())
+    table, is_ring = (
+        _int32(step.requests, _columns(model.max_context), device=device),
+        model.mapping is StateMapping.RING,
+    )
+    layers = {layer.compress_ratio: layer for layer in c.layers if layer.kind is not LayerKind.SWA}
+    caches: list[plan.Cache] = [
+        plan.WindowCache(table, PAGE_TOKENS if is_ring else WINDOW_PAGE_TOKENS, c.sliding_window)
+    ]
+    for ratio in sorted(layers):
+        topk = None if ratio == HCA_RATIO else c.index_topk
+        caches.append(plan.EntryCache(table, PAGE_TOKENS, ratio, model.max_context, topk))
+    homes, batch = None, _batch(model, step)
+    if is_ring:
+        # SGLang's own dtypes.
+        requests, places = (torch.zeros(n, dtype=torch.int64, device=device) for n in (step.requests, step.tokens))
+        batch, homes = replace(batch, seq_lens=batch.seq_lens.long()), plan.Homes(places, PAGE_TOKENS)
+        kept, columns = _int32(2, model.max_context, device=device), _columns(step.context)
+        plan.page_tables(kept, requests, places, table, table.clone(), page_tokens=PAGE_TOKENS, columns=columns)
+        for ratio in sorted(layers) if step.query_len == 1 else ():
+            owners, of = (requests[:, None], model.max_context + 1) if ratio == HCA_RATIO else (table, PAGE_TOKENS)
+            caches.append(plan.Rings(owners, of, ratio, layers[ratio].overlap))
+    elif model.mapping is StateMapping.PAGED:
+        rows = {of.pages[role].rows for of in served for role, _ in _PAIRS if role in of.pages}
+        caches += [plan.RowCache(table, n) for n in sorted(rows)]
+    plan.planned(batch, caches, homes)
 
 
 # ---- what one layer launches ---------------------------------------------------------------
@@ -131,15 +175,8 @@ def attend(model: ServedModel, served: ServedLayer, step: NullStep) -> None:
 def _pool(model: ServedModel, served: ServedLayer, step: NullStep, nowhere: Tensor) -> None:
     """Pooling into all caches of a compressed layer."""
     c, layer, device = model.config, served.layer, model.device
-    batch = BatchView(
-        _int32(step.requests + 1, device=device),
-        _int32(step.requests, device=device),
-        step.tokens,
-        step.requests,
-        step.context,
-        step.query_len,
-    )
-    tokens = plan_tokens(batch)
+    batch = _batch(model, step)
+    tokens = plan.plan_tokens(batch)
     entry_step = EntryStep(
         positions=tokens.positions,
         request_of_token=tokens.request_of_token,
@@ -148,10 +185,12 @@ def _pool(model: ServedModel, served: ServedLayer, step: NullStep, nowhere: Tens
         eps=c.rms_norm_eps,
         entry_cos_sin=torch.zeros(step.tokens, c.qk_rope_head_dim, device=device),
     )
+    inputs = _entry_inputs(model, layer, step.tokens)
+    given = zip(_PAIRS, ((inputs.kv_gate, c.head_dim), (inputs.index_kv_gate, c.index_head_dim)), strict=True)
     caches = [
-        (_projected(model, layer, c.index_head_dim if at else c.head_dim, step.tokens), windows, entries)
-        for at, (windows, entries) in enumerate(_PAIRS)
-        if windows in served.pages
+        (_projected(model, layer, dim, kv_gate), windows, entries)
+        for (windows, entries), (kv_gate, dim) in given
+        if kv_gate is not None
     ]
     pages, table = served.pages, _int32(step.requests, _columns(model.max_context), device=device)
     if model.mapping is StateMapping.SUMMARY:
@@ -179,19 +218,19 @@ def _pool(model: ServedModel, served: ServedLayer, step: NullStep, nowhere: Tens
         ]
         paged.update(rows, entry_step, shared=step.query_len > 1)
     else:
-        rings = Rings(table, PAGE_TOKENS, layer.compress_ratio, windows=layer.overlap)
-        plan = plan_single(rings, tokens) if step.query_len == 1 else plan_many(rings, tokens, batch)
+        rings = plan.Rings(table, PAGE_TOKENS, layer.compress_ratio, windows=layer.overlap)
+        ring_plan = plan.plan_many(rings, tokens, batch) if step.query_len > 1 else rings.empty(batch, plan.Room(batch))
         compress_step(
             [
                 RingState(
                     projected,
                     pages[windows],
-                    _scratch(pages[windows], plan.num_pages) if plan.num_pages else None,
+                    _scratch(pages[windows], ring_plan.num_pages) if ring_plan.num_pages else None,
                     SlotMapping(pages[entries], nowhere),
                 )
                 for projected, windows, entries in caches
             ],
-            plan,
+            ring_plan,
             entry_step,
         )
 
@@ -203,9 +242,11 @@ def _entries(model: ServedModel, served: ServedLayer, step: NullStep) -> Selecti
     max_entries = step.context // layer.compress_ratio
     if layer.kind is LayerKind.HCA:
         return Selection(pages, _int32(step.requests, max_entries, device=device), lens, owner)
+    weights = _entry_inputs(model, layer, n).index_weights
+    assert weights is not None
     query = indexer.prepare_query(
         _zeros(model, n, c.index_n_heads, c.index_head_dim),
-        _zeros(model, n, c.index_n_heads),
+        weights,
         torch.zeros(n, c.qk_rope_head_dim, device=device),
         model.index_format,
     )
@@ -248,14 +289,29 @@ def _int32(*shape: int, device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
 
+def _batch(model: ServedModel, step: NullStep) -> BatchView:
+    return BatchView(
+        _int32(step.requests + 1, device=model.device),
+        _int32(step.requests, device=model.device),
+        step.tokens,
+        step.requests,
+        step.context,
+        step.query_len,
+    )
+
+
 def _columns(context: int) -> int:
     return -(-context // PAGE_TOKENS)
 
 
-def _projected(model: ServedModel, layer: LayerSpec, dim: int, tokens: int) -> Projected:
-    width = layer.overlap * dim
-    kv, gate = torch.zeros(tokens, 2 * width, device=model.device).chunk(2, -1)
-    ape = torch.zeros(layer.compress_ratio, width, device=model.device)
+def _entry_inputs(model: ServedModel, layer: LayerSpec, tokens: int) -> EntryInputs:
+    widths = entry_widths(model.config, layer)
+    return EntryInputs.split(torch.zeros(tokens, sum(widths), device=model.device), widths)
+
+
+def _projected(model: ServedModel, layer: LayerSpec, dim: int, kv_gate: Tensor) -> Projected:
+    kv, gate = kv_gate.chunk(2, -1)
+    ape = torch.zeros(layer.compress_ratio, layer.overlap * dim, device=model.device)
     return Projected(kv, gate, ape, _zeros(model, dim))
 
 

@@ -174,7 +174,7 @@ def check_topk(scores: Tensor, lens: Tensor, k: int) -> None:
         (300, 16, [0, 1, 16, 17, 299, 300]),
         (2048, 512, [513, 2048, 512]),
         (2049, 512, [2049, 2048, 3]),
-        (8193, 512, [8193, 8192, 512, 511, 1, 0]),
+        (8193, 512, [8193, 8192, 8191, 513, 512, 511, 1, 0]),
         (40_000, 1024, [40_000, 1025, 16_384, 1024]),
     ],
 )
@@ -198,6 +198,7 @@ def test_long_rows_up_to_a_million_tokens_and_beyond(n: int, k: int) -> None:
     scores[2] = 0.0
     scores[3, 100:] = float("-inf")
     check_topk(scores, torch.tensor([n, n - 1, n - 8191, n], dtype=torch.int32), k)
+    check_topk(scores, torch.tensor([8192, 8191, k + 1, 8193], dtype=torch.int32), k)
 
 
 def test_ranks_that_chose_nothing_merge_to_nothing() -> None:

@@ -103,6 +103,35 @@ def test_what_takes_two_launches_is_the_same_in_any_order(call: Callable[[], Ten
     assert all(torch.equal(result, found[0]) for result in found)
 
 
+def test_a_short_row_is_copied_by_the_last_launch_of_a_graph_that_was_captured_for_a_million_tokens() -> None:
+    """Up to 8192 entries, a chunk, the first launch has found them: 32,768 tokens of context."""
+    k, read = 512, []
+    for n in (600, 8192, 8193):
+        with watched() as watch:
+            topk(torch.randn(1, 262_144), torch.tensor([n], dtype=torch.int32), k)
+        assert watch.launches == ["topk", "topk"]
+        read.append(watch.bytes_read[1])
+    lens = indices = 4
+    assert read[:2] == [lens + k * indices] * 2
+    assert read[2] > (k + 1) * (indices + 4)
+
+
+def test_parts_that_a_short_context_leaves_empty_are_not_walked() -> None:
+    """150 keys are 5 tiles of 32, however many parts a graph was captured with."""
+    pages = make_pages(KvFormat.PLAIN, 3, 64, 512)
+    pages.data.copy_(torch.randn(pages.data.shape))
+    slots = torch.randint(0, 192, (1, 150), dtype=torch.int32)
+    window = Selection(pages, slots, torch.tensor([150], dtype=torch.int32))
+    q, sink, found, loads = torch.randn(1, 4, 512).bfloat16(), torch.randn(4), [], []
+    for num_splits in (5, 64):
+        with watched() as watch:
+            found.append(sparse_attention(q, window, None, sink, torch.randn(1, 64) * 0, num_splits=num_splits)[0])
+        assert watch.launches == ["attend", "combine"]
+        loads.append(watch.loads[1])
+    assert torch.equal(found[0], found[1])
+    assert loads[0] == loads[1]
+
+
 def entry_step(positions: Tensor, request: Tensor) -> tuple[EntryStep, Tensor]:
     """A step of a CSA layer, and the slot of the entry that each token completes, in one page
     table for all."""

@@ -12,8 +12,10 @@ from dsv4.ops import plan
 from dsv4.ops.compressor.paged import PagedState
 from dsv4.ops.compressor.paged.reference import compress_store, save_state
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.compressor.ring import Rings, RingState, compress_step, plan_many, plan_single
+from dsv4.ops.compressor.ring import RingState, compress_step
 from dsv4.ops.pages import BatchView, Pages, SlotMapping
+from dsv4.ops.plan import RingPlan, Rings
+from dsv4.ops.plan.caches import entry_slot_mapping
 
 PAGE, DIM, ROPE = 256, 8, 4
 
@@ -79,8 +81,12 @@ def test_any_split_into_steps_gives_the_entries_of_the_whole(ratio: int, seed: i
         # CSA rings hang on pages, HCA rings on requests; the places of the two do not meet here.
         owners = table[chosen] if ratio == 4 else torch.tensor(chosen, dtype=torch.int32)[:, None]
         where = Rings(owners, PAGE if ratio == 4 else 10_000, ratio, windows)
-        ring_plan = plan_single(where, tokens) if single else plan_many(where, tokens, batch)
-        slots = plan.entry_slot_mapping(table[chosen], tokens, PAGE // ratio, ratio)
+        ring_plan = plan.plan_many(where, tokens, batch)
+        if single:
+            made = plan.planned(batch, [where]).caches[0]
+            assert isinstance(made, RingPlan)
+            ring_plan = made
+        slots = entry_slot_mapping(table[chosen], tokens, PAGE // ratio, ratio)
         rows = torch.cat([torch.arange(done[r], done[r] + n) for r, n in zip(chosen, sizes, strict=True)])
         owner = torch.tensor(chosen)[tokens.request_of_token.long()]
         scratch = plain(ring_plan.num_pages, ratio, 2 * width) if ring_plan.num_pages else None

@@ -22,7 +22,8 @@ from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.summary import SummaryState, reference
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.pages import BatchView, Pages, RowsFormat, SlotMapping, load_rows, row_widths
-from dsv4.ops.plan import TokenPlan, entry_slot_mapping, plan_tokens
+from dsv4.ops.plan.caches import entry_slot_mapping
+from dsv4.ops.plan.tokens import TokenPlan, plan_tokens
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import clone_pages, fill_pages, make_pages, memory

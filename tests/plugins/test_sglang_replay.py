@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from torch import Tensor
 
 from dsv4_sglang.metadata import V4AttentionBackend
 
@@ -25,10 +24,8 @@ class Pool:
     """Window pages are the full ones in reverse order; page 0 stays nobody's."""
 
     def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-
-    def translate_loc_from_full_to_swa(self, loc: Tensor) -> Tensor:
-        return torch.where(loc < PAGE, loc, (self.num_pages - loc // PAGE) * PAGE + loc % PAGE)
+        loc = torch.arange(num_pages * PAGE)
+        self.full_to_swa_index_mapping = torch.where(loc < PAGE, loc, (num_pages - loc // PAGE) * PAGE + loc % PAGE)
 
 
 def backend(num_slots: int) -> V4AttentionBackend:
@@ -40,7 +37,7 @@ def backend(num_slots: int) -> V4AttentionBackend:
     made.req_to_token[0] = 0
     made.pool = Pool(num_slots * pages + 1)
     made.window, made.context_len, made.ratios = 128, CONTEXT, [4, 128]
-    made.plan = None
+    made.index_topk, made.ends, made.plan = 16, torch.arange(num_slots + 1, dtype=torch.int32), None
     return made
 
 

@@ -43,11 +43,14 @@ class Shadow:
 
 @dataclass
 class Watch:
-    """Findings and launches, as they come. findings: "kernel: what", each once."""
+    """Findings and launches, as they come. findings: "kernel: what", each once; loads, bytes_read:
+    of each launch."""
 
     order: str
     findings: list[str] = field(default_factory=list)
     launches: list[str] = field(default_factory=list)
+    loads: list[int] = field(default_factory=list)
+    bytes_read: list[int] = field(default_factory=list)
     _shadows: list[Shadow] = field(default_factory=list)
     _programs: list[tuple[int, int, int]] = field(default_factory=list)
     _next: int = 0
@@ -55,6 +58,8 @@ class Watch:
 
     def begin(self, kernel: str, storages: dict[int, int]) -> None:
         self.launches.append(kernel)
+        self.loads.append(0)
+        self.bytes_read.append(0)
         self._shadows = [Shadow.of(start, size) for start, size in sorted(storages.items())]
 
     def end(self) -> None:
@@ -82,9 +87,12 @@ class Watch:
             return
         at, inside = np.broadcast_arrays(pointers.data, np.asarray(mask.data).astype(bool))
         at = np.sort(at[inside].astype(np.int64).ravel())
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        if not is_store:
+            self.loads[-1] += 1
+            self.bytes_read[-1] += size * np.unique(at).size
         if not at.size:
             return
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         if is_store and (np.diff(at) < size).any():
             self._find("one store writes a byte twice")
         starts = np.array([s.start for s in self._shadows])

@@ -199,11 +199,33 @@ def _by_mask(indices: Any) -> bool:
 
 
 class Counting(TorchDispatchMode):
-    """Counts the launches of PyTorch's operators: those that make or write something."""
+    """Counts launches: PyTorch's operators that make or write something, and, where the tape is
+    installed, Triton kernels and dsv4's operators whose references stand for them."""
+
+    now: Counting | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.launches = 0
+
+    def __enter__(self) -> Counting:
+        Counting.now = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        Counting.now = None
+
+    def once(self, launch: Callable[[], Any]) -> Any:
+        """One launch, whatever it is made of here."""
+        self.launches += 1
+        Counting.now = None
+        try:
+            with _disable_current_modes():
+                return launch()
+        finally:
+            Counting.now = self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -296,6 +318,8 @@ def install() -> None:
 
     def operator(self: Operator[..., Any], *args: Any, **kwargs: Any) -> Any:
         device = next(t.device for t in tensors_of((args, kwargs)))
+        if Counting.now is not None and self.choice(device).impl == "reference":
+            return Counting.now.once(lambda: self.choice(device).function(*args, **kwargs))
         if Graph.recording is None or self.choice(device).impl != "reference":
             return call(self, *args, **kwargs)
         tape, Graph.recording = Graph.recording, None  # inside it is one launch
@@ -312,6 +336,8 @@ def install() -> None:
     launch = GridExecutor.__call__
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        if Counting.now is not None:
+            return Counting.now.once(lambda: launch(self, *args, **kwargs))
         if Graph.recording is None:
             return launch(self, *args, **kwargs)
         tape, Graph.recording = Graph.recording, None

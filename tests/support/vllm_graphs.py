@@ -120,7 +120,10 @@ class Graphs:
             if not isinstance(plan, EntryPlan):
                 return plan
             ratio = specs[name].page_tokens // specs[name].rows_per_page
-            return replace(plan, max_entries=self.runner.max_model_len // ratio)
+            slots, entries = plan.request_slots, self.runner.max_model_len // ratio
+            if slots is not None:  # lists lie as far apart as the longest may be long
+                slots = slots.as_strided((slots.shape[0], entries), slots.stride())
+            return replace(plan, max_entries=entries, request_slots=slots)
 
         return {name: bound(name, plan) for name, plan in self._attention.items()}
 

@@ -272,7 +272,9 @@ def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, num_splits, H: t
     total = tl.sum(tl.exp2(logs - m), 0)
     with_sink = total + tl.exp2(tl.load(sink + h) * LOG2_E - m)
     o = tl.zeros([512], tl.float32)
-    for i in range(num_splits):
+    # Keys are shared out from the first part on; a graph captured for long contexts has 64 parts.
+    used = tl.max(tl.where(logs > float("-inf"), split + 1, 0), 0)
+    for i in range(used):
         at = (t * num_splits + i) * H + h
         log = tl.load(part_lse + at)
         # An empty part wrote no output.

@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dsv4.model.config import LayerKind, LayerSpec, V4Config
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,26 @@ class EntryStep:
     @property
     def device(self) -> torch.device:
         return self.positions.device
+
+
+def entry_widths(config: V4Config, layer: LayerSpec) -> list[int]:
+    """Columns of the one product that a compressed layer's input goes through: values and gates of
+    attention's entries; in CSA layers those of index keys, and the indexer's weights."""
+    width, index_width = (layer.overlap * dim for dim in (config.head_dim, config.index_head_dim))
+    if layer.kind is LayerKind.HCA:
+        return [width, width]
+    return [width, width, index_width, index_width, config.index_n_heads]
+
+
+class EntryInputs(NamedTuple):
+    """What entries and index keys are pooled from, values beside gates, and the weights of the
+    indexer's heads: [T, n] fp32 each; None where a layer has no use for it."""
+
+    kv_gate: Tensor | None = None
+    index_kv_gate: Tensor | None = None
+    index_weights: Tensor | None = None
+
+    @classmethod
+    def split(cls, product: Tensor, widths: Sequence[int]) -> EntryInputs:
+        """product: [T, sum(widths)] fp32; widths: `entry_widths`."""
+        return cls(*product.split([2 * width for width in widths[:-1:2]] + list(widths[4:]), -1))

@@ -32,6 +32,7 @@ def select(
     *,
     max_entries: int,
     k: int,
+    chosen_lens: Tensor | None = None,
 ) -> Selection:
     """The `k` visible entries of largest score per token.
 
@@ -39,6 +40,7 @@ def select(
     request_of_token: [T] int32
     entry_lens: [T] int32, visible entries; entry j of a request pools its tokens from 4j on
     max_entries: host bound on entry_lens
+    chosen_lens: [T] int32, entry_lens or k where that is less; None: computed here
     """
     num_tokens = entry_lens.shape[0]
     step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
@@ -56,7 +58,7 @@ def select(
         for start in range(0, num_tokens, step):
             part = slice(start, start + step)
             slots[part] = chosen(part)
-    return Selection(entries.pages, slots, entry_lens.clamp(max=k))
+    return Selection(entries.pages, slots, entry_lens.clamp(max=k) if chosen_lens is None else chosen_lens)
 
 
 __all__ = ["IndexQuery", "logits", "prepare_query", "select", "topk"]

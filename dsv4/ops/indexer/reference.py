@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv4.model.kv_layout import IndexFormat
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.pages import PageTable, load_rows
-from dsv4.ops.plan import topk_slots
+from dsv4.ops.plan.caches import topk_slots
 from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, quantize_e2m1, quantize_e4m3, ue8m0_value
 from dsv4.ops.rope import apply_rope
 

@@ -94,12 +94,18 @@ def topk_kernel(
     table = block_table
     if FINAL and ROWS > 0:
         table += tl.load(request_of_token + t).to(tl.int64) * block_table_stride
-    if (not MERGE) & (entries <= K):
+    # No more than are wanted are all taken: a row's entries, or what the level before left of a row
+    # that fitted one of its chunks.
+    left = length if FINAL else entries
+    if (not MERGE) & (left <= K):
         if FINAL:
-            index = tl.where(j < entries, j, -1)
+            index = j
+            if LEVEL > 0:
+                index = tl.load(indices + t * scores_stride + j, mask=(entries > K) & (j < length), other=0)
+                index = tl.where(entries > K, index, j)
             if ROWS > 0:
-                index = tl.where(j < entries, _slot(j, j < entries, table, block_table_width, ROWS), -1)
-            tl.store(out_indices + t * out_stride + j, index, mask=j < K)
+                index = _slot(index, j < length, table, block_table_width, ROWS)
+            tl.store(out_indices + t * out_stride + j, tl.where(j < length, index, -1), mask=j < K)
     elif (c * CHUNK < length) | FINAL:
         row = t * scores_stride
         key = _keys(scores + row, indices + row, c * CHUNK + tl.arange(0, CHUNK), length, MERGE)
