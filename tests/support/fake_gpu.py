@@ -5,7 +5,9 @@ JSON report on stdout.
 vLLM's CUDA platform runs with an invented card under it, and everything up to the first kernel is
 vLLM's own decision: its config, the methods that serve linears and experts, the loading of weights,
 the KV layout, CUDA graph support. The compiled extensions are absent, so nothing can be computed.
-plan: capability, name, folder, tensors ("meta" or "loaded").
+plan: capability, name, folder, tensors ("meta" or "loaded"); or launches, command lines of
+`vllm serve` whose configs are reported, each with its id, argv, folder and card (capability, name,
+memory_bytes).
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from typing import Any
 
 import torch
 
-MEMORY_BYTES = 80 << 30
+# The card, as torch describes it; a program that resolves for several changes it.
+CARD = SimpleNamespace(
+    major=8, minor=0, name="", total_memory=80 << 30, multi_processor_count=108, gcnArchName=""
+)  # fmt: skip
 # The least compute capability for which vLLM's compiled extension answers yes.
 ANSWERS = {
     "cutlass_scaled_mm_supports_fp8": 89,
@@ -36,20 +41,13 @@ EXTENSIONS = (
 
 def install(capability: tuple[int, int], name: str) -> None:
     """Put a card under torch and vLLM."""
-    card = SimpleNamespace(
-        major=capability[0],
-        minor=capability[1],
-        name=name,
-        total_memory=MEMORY_BYTES,
-        multi_processor_count=108,
-        gcnArchName="",
-    )
+    insert(capability, name)
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 8
     torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_name = lambda device=None: name
-    torch.cuda.get_device_capability = lambda device=None: capability
-    torch.cuda.get_device_properties = lambda device=None: card
+    torch.cuda.get_device_name = lambda device=None: CARD.name
+    torch.cuda.get_device_capability = lambda device=None: (CARD.major, CARD.minor)
+    torch.cuda.get_device_properties = lambda device=None: CARD
     for extension in EXTENSIONS:
         sys.modules[f"vllm.{extension}"] = ModuleType(extension)
     library = torch.library.Library("_C", "FRAGMENT")
@@ -66,10 +64,65 @@ def install(capability: tuple[int, int], name: str) -> None:
         def import_kernels(cls) -> None:
             pass
 
+        @classmethod
+        def device_count(cls) -> int:
+            return 8
+
     vllm.platforms._current_platform = Platform()
     from vllm.model_executor.layers.fused_moe.runner import shared_experts
 
     shared_experts.aux_stream = lambda: None
+
+
+def insert(capability: tuple[int, int], name: str, memory_bytes: int = 80 << 30) -> None:
+    """Change the card."""
+    (CARD.major, CARD.minor), CARD.name, CARD.total_memory = capability, name, memory_bytes
+
+
+def resolve(launch: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM makes of one command line in the first process, where a device would be touched
+    next."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.model_loader import get_model_cls
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    from dsv4.probe.vllm import VllmProbe
+    from dsv4_vllm.options import cache_formats, state_mapping
+
+    card = launch["card"]
+    insert(card["capability"], card["name"], card["memory_bytes"])
+    type(current_platform).get_device_capability.__func__.cache_clear()
+    argv = launch["argv"][2:]  # behind `vllm serve`
+    args = VllmProbe().parser.parse_args(argv)
+    # `vllm serve` takes the model from its first argument; there are no weights here.
+    args.model, args.load_format = launch["folder"], "dummy"
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    formats, compilation, parallel = cache_formats(config), config.compilation_config, config.parallel_config
+    return {
+        "id": launch["id"],
+        "architecture": config.model_config.architecture,
+        "class": get_model_cls(config.model_config).__module__,
+        "runner_v2": config.use_v2_model_runner,
+        "kv": [config.cache_config.cache_dtype, formats.kv.value, formats.index.value],
+        "block_size": config.cache_config.block_size,
+        "mapping": state_mapping(config).value,
+        "graphs": str(compilation.cudagraph_mode).rpartition(".")[2],
+        "graph_sizes": list(compilation.cudagraph_capture_sizes or ()),
+        "largest_graph": compilation.max_cudagraph_capture_size,
+        "breakable": os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1",
+        "tp": parallel.tensor_parallel_size,
+        "pp": parallel.pipeline_parallel_size,
+        "ep": parallel.enable_expert_parallel,
+        "executor": str(parallel.distributed_executor_backend),
+        "max_model_len": config.model_config.max_model_len,
+        "step_tokens": config.scheduler_config.max_num_batched_tokens,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "moe_backend": str(config.kernel_config.moe_backend),
+        "quantisation": config.model_config.quantization,
+        "memory": config.cache_config.gpu_memory_utilization,
+    }
 
 
 def build(plan: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +260,10 @@ def main() -> None:
     plan = json.loads(sys.stdin.read())
     answer, sys.stdout = sys.stdout, sys.stderr
     os.environ |= {"VLLM_PLUGINS": "dsv4", "DSV4_CPU_PLATFORM": "off", "CUDA_VISIBLE_DEVICES": ""}
+    if "launches" in plan:
+        install((8, 0), "")
+        json.dump([resolve(launch) for launch in plan["launches"]], answer)
+        return
     install(tuple(plan["capability"]), plan["name"])
     json.dump(build(plan), answer)
 
