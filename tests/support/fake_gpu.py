@@ -16,6 +16,8 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -126,32 +128,10 @@ def resolve(launch: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(plan: dict[str, Any]) -> dict[str, Any]:
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
     loaded = plan["tensors"] == "loaded"
-    config = EngineArgs(
-        model=plan["folder"],
-        load_format="auto" if loaded else "dummy",
-        tokenizer_mode="deepseek_v4",
-        **plan.get("args", {}),
-    ).create_engine_config()
-    device = torch.device("cpu" if loaded else "meta")
-    config.device_config.device = device
-    with socket.socket() as free, set_current_vllm_config(config):
-        free.bind(("127.0.0.1", 0))
-        where = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        free.close()
-        init_distributed_environment(world_size=1, rank=0, local_rank=0, distributed_init_method=where, backend="gloo")
-        initialize_model_parallel(1, 1)
-        registry = JitWarmupRegistry(config)
-        with set_default_torch_dtype(config.model_config.dtype), device, registry.activate():
-            model = initialize_model(vllm_config=config)
-        report = {
+
+    def report(model: Any, config: Any, registry: Any) -> dict[str, Any]:
+        return {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "runner_v2": config.use_v2_model_runner,
             "graphs": str(config.compilation_config.cudagraph_mode),
@@ -159,8 +139,38 @@ def build(plan: dict[str, Any]) -> dict[str, Any]:
             "methods": methods(model),
             "warm_up": warm_up(registry),
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        }
-        return report | (unloaded(model, config) if loaded else caches(config))
+        } | (unloaded(model, config) if loaded else caches(config))
+
+    return on_model(Path(plan["folder"]), plan.get("args", {}), "cpu" if loaded else "meta", report)
+
+
+def on_model(
+    folder: Path, args: dict[str, Any], device: str, use: Callable[[Any, Any, Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `use` makes of the model that vLLM builds on `device`, of its config and of its registry
+    of warm-ups. On meta no weights are read."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    load_format = "dummy" if device == "meta" else "auto"
+    config = EngineArgs(
+        model=str(folder), load_format=load_format, tokenizer_mode="deepseek_v4", **args
+    ).create_engine_config()  # fmt: skip
+    config.device_config.device = torch.device(device)
+    with socket.socket() as free, set_current_vllm_config(config):
+        free.bind(("127.0.0.1", 0))
+        where = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        init_distributed_environment(world_size=1, rank=0, local_rank=0, distributed_init_method=where, backend="gloo")
+        initialize_model_parallel(1, 1)
+        registry = JitWarmupRegistry(config)
+        with set_default_torch_dtype(config.model_config.dtype), torch.device(device), registry.activate():
+            model = initialize_model(vllm_config=config)
+        return use(model, config, registry)
 
 
 def breaks(model: torch.nn.Module) -> dict[str, Any]:
