@@ -7,9 +7,9 @@ capture sizes, without a GPU.
 Graphs share one pool of memory. Nothing of it is alive between replays (the tape's tests: 0 bytes
 are held), so what it takes is the most that one capture holds at once: that of the largest size.
 vLLM builds the real model for an invented A100 on PyTorch's meta device, and a pool counts every
-allocation while the model runs the largest step of each kind of graph; kernels are not launched. One
-rank holds all heads, which is the most. Linears, norms and experts stand for the engine's kernels
-by their results; the workspace of Marlin's experts is vLLM's own, outside of graphs.
+allocation while the model runs the largest step of each kind of graph; kernels are not launched.
+One rank holds all heads, which is the most. Linears, norms and experts stand for the engine's
+kernels by their results; the workspace of Marlin's experts is vLLM's own, outside of graphs.
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def test_every_recipes_command_becomes_what_the_recipe_says(resolved: tuple[str,
 
 def vllm_reads(recipe: Recipe) -> dict[str, Any]:
     d = recipe.deployment()
-    sizes = [n for n in (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)) if n <= 2 * d.max_num_seqs]
+    assert d.max_capture_size is not None
+    assert d.max_capture_size >= max(128, d.max_num_seqs)
+    sizes = [n for n in (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)) if n <= d.max_capture_size]
     return {
         "class": "dsv4_vllm.model",
         "architecture": "DeepseekV4ForCausalLM",
@@ -104,7 +106,7 @@ def vllm_reads(recipe: Recipe) -> dict[str, Any]:
         "kv": [d.kv.value, KvFormat.FP8_DS_MLA.value, d.index.value],
         "block_size": 256,
         "mapping": "summary",
-        "graphs": "FULL_DECODE_ONLY",
+        "graphs": "FULL_AND_PIECEWISE",
         "graph_sizes": sizes,
         "largest_graph": sizes[-1],
         "breakable": True,

@@ -31,7 +31,7 @@ from dsv4.errors import HardwareError, PlanError, RecipeError, nearest
 from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, Engine
 from dsv4.machine.hardware import GIB, find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
-from dsv4.planning.deployment import MAX_CONTEXT, Deployment, Speculation, find_checkpoint, usual_state
+from dsv4.planning.deployment import MAX_CONTEXT, MOST_CAPTURED, Deployment, Speculation, find_checkpoint, usual_state
 from dsv4.planning.memory.proof import Proof
 
 # Flags that the typed fields render. A recipe that repeats one in extra_args would contradict
@@ -173,6 +173,9 @@ class KernelsSection(_Section):
     attention: StrictStr = "auto"
     all_to_all: StrictStr = "none"
     graphs: Literal["default", "decode_only"] = "default"
+    max_capture_size: Annotated[StrictInt, Field(ge=1, le=MOST_CAPTURED)] | None = Field(
+        default=None, description="vLLM only: tokens of the largest step, mixed ones too, that is captured"
+    )
 
 
 class ProofSection(_Section):
@@ -313,6 +316,7 @@ class Recipe(_Section):
             a2a_backend=self.kernels.all_to_all,
             attention_backend=self.kernels.attention,
             decode_graphs_only=self.kernels.graphs == "decode_only",
+            max_capture_size=self.kernels.max_capture_size,
             state=usual_state(self.engine.name, self.engine.serves_with == "plugin"),
         )
 
