@@ -164,8 +164,8 @@ def capture_size(max_num_seqs: int) -> int:
 
 
 def usual_state(engine: Engine, plugin: bool) -> StateMapping:
-    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM
-    plugin summaries, native vLLM pages.
+    """How compressor state is kept: SGLang keeps rings, native vLLM pages, dsv4's vLLM plugin
+    summaries, unless `roomier_state` says pages.
     """
     if engine == "sglang":
         return StateMapping.RING

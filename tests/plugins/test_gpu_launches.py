@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ VERSIONS = [("vllm", ""), ("vllm", "vllm-0.33.0"), ("sglang", ""), ("sglang", "s
 SGLANG_SIZES = [1, 2, 4, 8, 12, 16, 24, 32]
 # A default launch, no recipe's, on each capability that the plugin can serve.
 CARDS = {"sm80": (8, 0), "sm89": (8, 9), "sm90": (9, 0)}
+# Launches with KV pools of a given size: of the order of a request.s reserve, and many times that.
+POOLS = {"small pool": 12 << 30, "large pool": 100 << 30}
 
 
 @cache
@@ -56,7 +59,7 @@ def launches(engine: str, folders: dict[str, Path]) -> list[dict[str, Any]]:
         # Equal to the recipe's own command but for the revision, which a folder has not.
         argv = [a for a in commands(recipe)[0].argv() if a != "--revision" and a != recipe.checkpoint.revision]
         assert argv == [a for a in deployment_commands(d)[0].argv() if a not in ("--revision", "main")]
-        card = {"capability": d.gpu.capability, "name": d.gpu.name, "memory_bytes": d.gpu.total_bytes}
+        card = {"capability": d.gpu.capability, "name": d.gpu.name, "memory_bytes": d.gpu.visible_mib << 20}
         found.append({"id": recipe.id, "argv": argv, "folder": str(folders[d.checkpoint.repo]), "card": card})
     start = ["vllm", "serve", "FOLDER"] if engine == "vllm" else ["sglang", "serve", "--model-path", "FOLDER"]
     for name, capability in CARDS.items():
@@ -64,6 +67,11 @@ def launches(engine: str, folders: dict[str, Path]) -> list[dict[str, Any]]:
         tp = "--tensor-parallel-size" if engine == "vllm" else "--tp-size"
         card = {"capability": capability, "name": f"A card of {name}", "memory_bytes": 80 << 30}
         found.append({"id": name, "argv": [*start, tp, "8"], "folder": folder, "card": card})
+    if engine == "vllm":
+        step = ["--max-num-batched-tokens", "8192", "--max-model-len", "1048576"]
+        for name, pool in POOLS.items():
+            argv = [*start, "--tensor-parallel-size", "8", *step, "--kv-cache-memory-bytes", str(pool)]
+            found.append({"id": name, "argv": argv, "folder": folder, "card": card})
     return found
 
 
@@ -105,7 +113,8 @@ def vllm_reads(recipe: Recipe) -> dict[str, Any]:
         "runner_v2": True,
         "kv": [d.kv.value, KvFormat.FP8_DS_MLA.value, d.index.value],
         "block_size": 256,
-        "mapping": "summary",
+        "mapping": d.state.value,
+        "in_workers": d.state.value,
         "graphs": "FULL_AND_PIECEWISE",
         "graph_sizes": sizes,
         "largest_graph": sizes[-1],
@@ -144,6 +153,28 @@ def sglang_reads(recipe: Recipe) -> dict[str, Any]:
         "quantisation": "fp8",
         "architectures": ["DeepseekV4PluginForCausalLM"],
     }
+
+
+@pytest.mark.parametrize(("name", "state"), [("small pool", "summary"), ("large pool", "paged")])
+def test_vllm_keeps_state_as_the_pool_holds_more_requests(
+    resolved: tuple[str, dict[str, dict[str, Any]]], name: str, state: str
+) -> None:
+    """DSV4_STATE=auto, decided in the first process by the planner, and told with its figures."""
+    engine, found = resolved
+    if engine != "vllm":
+        assert name not in found  # SGLang has rings alone
+        return
+    got = found[name]
+    assert (got["mapping"], got["in_workers"]) == (state, state)
+    (line,) = [line for line in got["said"] if "DSV4_STATE" in line]
+    told = re.fullmatch(
+        rf"dsv4: DSV4_STATE=auto is {state}: requests of 1048576 tokens at once in the KV pool"
+        r" \(--kv-cache-memory-bytes\): (\d+) with summary, (\d+) with paged",
+        line,
+    )
+    assert told, line
+    summary, paged = map(int, told.groups())
+    assert (paged > summary) == (state == "paged")
 
 
 @pytest.mark.parametrize("name", CARDS)

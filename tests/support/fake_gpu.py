@@ -13,7 +13,9 @@ memory_bytes).
 from __future__ import annotations
 
 import json
+import logging
 import os
+import pickle
 import socket
 import sys
 from collections.abc import Callable
@@ -99,7 +101,12 @@ def resolve(launch: dict[str, Any]) -> dict[str, Any]:
     args = VllmProbe().parser.parse_args(argv)
     # `vllm serve` takes the model from its first argument; there are no weights here.
     args.model, args.load_format = launch["folder"], "dummy"
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dsv4_vllm").addHandler(handler)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    logging.getLogger("dsv4_vllm").removeHandler(handler)
     formats, compilation, parallel = cache_formats(config), config.compilation_config, config.parallel_config
     return {
         "id": launch["id"],
@@ -109,6 +116,8 @@ def resolve(launch: dict[str, Any]) -> dict[str, Any]:
         "kv": [config.cache_config.cache_dtype, formats.kv.value, formats.index.value],
         "block_size": config.cache_config.block_size,
         "mapping": state_mapping(config).value,
+        "in_workers": state_mapping(pickle.loads(pickle.dumps(config))).value,
+        "said": said,
         "graphs": str(compilation.cudagraph_mode).rpartition(".")[2],
         "graph_sizes": list(compilation.cudagraph_capture_sizes or ()),
         "largest_graph": compilation.max_cudagraph_capture_size,

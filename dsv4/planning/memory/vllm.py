@@ -269,6 +269,13 @@ def stage_pool(d: Deployment, stage: int) -> VllmPool:
     return vllm_pool(d.config, d.formats, d.num_draft_layers, layers, mapping=d.state)
 
 
+def requests_in(d: Deployment, pool_bytes: int) -> int:
+    """Requests of max_model_len that a pool of so many bytes on every rank holds at once."""
+    flight = in_flight(d)
+    stages = (stage_pool(d, stage) for stage in range(d.pp))
+    return d.num_pools * min(pool.requests_at_once(pool_bytes, d.max_model_len, flight) for pool in stages)
+
+
 def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
     """Memory of one rank of pipeline stage `stage`, for `per_replica` requests at once."""
     terms = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, Engine
 from dsv4.machine.hardware import GIB, find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
 from dsv4.planning.deployment import MAX_CONTEXT, MOST_CAPTURED, Deployment, Speculation, find_checkpoint, usual_state
-from dsv4.planning.memory.proof import Proof
+from dsv4.planning.memory.proof import Proof, roomier_state
 
 # Flags that the typed fields render. A recipe that repeats one in extra_args would contradict
 # itself one day.
@@ -293,7 +294,8 @@ class Recipe(_Section):
             raise PlanError(
                 f"parallel.pp is {self.parallel.pp}, {checkpoint.id} has {checkpoint.config.num_hidden_layers} layers"
             )
-        return Deployment(
+        plugin = self.engine.serves_with == "plugin"
+        deployment = Deployment(
             checkpoint=checkpoint,
             engine=self.engine.name,
             gpu=find_gpu(self.hardware.gpu),
@@ -317,8 +319,10 @@ class Recipe(_Section):
             attention_backend=self.kernels.attention,
             decode_graphs_only=self.kernels.graphs == "decode_only",
             max_capture_size=self.kernels.max_capture_size,
-            state=usual_state(self.engine.name, self.engine.serves_with == "plugin"),
+            state=usual_state(self.engine.name, plugin),
         )
+        chosen = plugin and deployment.engine == "vllm"  # as DSV4_STATE=auto does
+        return replace(deployment, state=roomier_state(deployment)) if chosen else deployment
 
 
 def read_recipe(path: Path) -> Recipe:
