@@ -104,9 +104,11 @@ def resolve(launch: dict[str, Any]) -> dict[str, Any]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dsv4_vllm").addHandler(handler)
+    logger = logging.getLogger("dsv4_vllm.options")
+    logger.setLevel(logging.INFO)  # whatever vLLM's own logger has here
+    logger.addHandler(handler)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    logging.getLogger("dsv4_vllm").removeHandler(handler)
+    logger.removeHandler(handler)
     formats, compilation, parallel = cache_formats(config), config.compilation_config, config.parallel_config
     return {
         "id": launch["id"],
