@@ -89,5 +89,11 @@ demo-sglang: $(VENV)/.installed ## The same through the real `sglang serve`
 .PHONY: kernels
 kernels: $(VENV)/.installed ## Compile every kernel for every GPU, bound registers and memory
 	$(PYTHON) benchmarks/compile_kernels.py --jobs 2
+# Neither the environment nor a network: the Python that has the machine's CUDA build of torch.
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+.PHONY: gpu
+gpu: ## On a GPU: check every kernel, its graphs, its speed and the engines, under 10 minutes (GPU_PYTHON=, GPU_ARGS=)
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 clean: ## Remove the environment and every cache
 	rm -rf $(ENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -6,11 +6,11 @@ that are timed.
         [--peers FOLDER] [--only TEXT] [--compare]
     TRITON_INTERPRET=1 python benchmarks/bench_ops.py --interpret  # tiny, without a GPU
 
-Results are compared as called and out of a captured CUDA graph. Times are medians of triton's
-do_bench, which clears the L2 cache before every run: of a replayed CUDA graph, as engines decode,
-or of the call itself where it cannot be captured, and a ratio compares like with like. Ceilings
-(copy bandwidth, bf16 matrix product) and peers are measured in the same run; a peer that is not
-there is recorded with the reason.
+Results are compared as called, and out of a captured CUDA graph that is replayed with other values
+than it was captured with. Times are medians of triton's do_bench, which clears the L2 cache before
+every run: of a replayed CUDA graph, as engines decode, or of the call itself where it cannot be
+captured, and a ratio compares like with like. Ceilings (copy bandwidth, bf16 matrix product) and
+peers are measured in the same run; a peer that is not there is recorded with the reason.
 
 Cases run in a process beside this one. One that raises, hangs, kills its process or leaves the GPU
 in an error is recorded as failed, and the others go on. The record is written after every case.
@@ -21,6 +21,7 @@ not change it: they are in the record and in the last lines.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import importlib
 import json
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -52,6 +53,7 @@ SAME_BYTES = 0.995  # fp32 sums in another order flip roundings of single elemen
 SLOW_MS = (
     200.0  # a call this long is timed three times, without clearing the cache: it reads far more than the cache holds
 )
+TIME_IS_OVER = "the time given was over"
 START_LIMIT_S = 180.0  # a process may take this long to import torch and measure the ceilings
 
 
@@ -97,6 +99,53 @@ def stays_on_device(call: Callable[[], Any]) -> bool:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return True
+
+
+def inputs_of(*calls: Callable[..., Any]) -> list[Tensor]:
+    """The tensors that functions without arguments compute with: those in their closures, each
+    once, in a fixed order."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), value)
+            return
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, (tuple, list)):
+            parts: Iterable[Any] = value
+        elif isinstance(value, dict):
+            parts = value.values()
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        else:
+            parts = (cell.cell_contents for cell in getattr(value, "__closure__", None) or ())
+        for part in parts:
+            walk(part)
+
+    for call in calls:
+        walk(call)
+    return list(found.values())
+
+
+def overwrite(case: Any, other: Any) -> None:
+    """Give `case`, built by the same plan, the values of `other` at its own addresses."""
+    ours, theirs = (inputs_of(c.kernel, c.reference, c.read) for c in (case, other))
+    assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in theirs]
+    for to, value in zip(ours, theirs, strict=True):
+        to.copy_(value)
+
+
+def not_the_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """How results are not those of the same kernel on the same values, bit for bit; or None."""
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        x, y = (t.contiguous().view(torch.uint8) for t in (a, b))
+        if x.shape != y.shape or not torch.equal(x, y):
+            share = f"{(x != y).float().mean().item():.2e} of the bytes differ" if x.shape == y.shape else "other shape"
+            return f"output {i}: {share}"
+    return None
 
 
 def capture(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
@@ -162,6 +211,7 @@ def measure(case: Any, expected: list[Tensor], ceilings: dict[str, float]) -> di
     row: dict[str, Any] = {
         "us": kernel.us,
         "eager_us": kernel.eager_us,
+        "graph_us": kernel.graph_us,
         "reference_us": reference.us,
         "reference_eager_us": reference.eager_us,
         "over_reference": kernel.over(reference),
@@ -210,27 +260,40 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def build(plan: Any) -> Any:
-    torch.manual_seed(0)
+def build(plan: Any, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     return plan.build()
 
 
 def run_case(plan: Any, device: str, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Compare one case, or, given ceilings, time it."""
+    """Compare one case, or, given ceilings, time it. replayed: whether a graph of it was compared
+    too."""
     case = build(plan)
     expected = [x.clone() for x in flat(case.read(case.reference()))]
     problem = disagreement(case.compare, flat(case.read(case.kernel())), expected)
     if problem is None and ceilings:
         return measure(case, expected, ceilings)
+    row = {"wrong": problem, "served": case.served, "replayed": False}
     if problem is None and device == "cuda":
-        del case
-        case = build(plan)  # anew, so that nothing is right already because the call above wrote it
-        replay, result = capture(case.kernel)
-        replay()
-        torch.cuda.synchronize()
-        problem = disagreement(case.compare, flat(case.read(result)), expected)
-        problem = f"from a graph: {problem}" if problem else None
-    return {"wrong": problem, "served": case.served}
+        del case, expected
+        problem = compare_replayed(plan)
+        row |= {"wrong": f"from a graph: {problem}" if problem else None, "replayed": True}
+    return row
+
+
+def compare_replayed(plan: Any) -> str | None:
+    """How a graph that was captured with one set of values and is replayed with another differs
+    from the kernel called with the latter."""
+    fresh = build(plan, seed=1)
+    expected = [x.clone() for x in flat(fresh.read(fresh.kernel()))]
+    del fresh  # a card holds few of the largest
+    case = build(plan)
+    case.kernel()  # what it compiles, it compiles outside the capture
+    replay, result = capture(case.kernel)
+    overwrite(case, build(plan, seed=1))
+    replay()
+    torch.cuda.synchronize()
+    return not_the_same(flat(case.read(result)), expected)
 
 
 @dataclass(frozen=True)
@@ -280,7 +343,8 @@ def run_all(
     done, failed = 0, ""
     while done < len(todo.names):
         if failed or time.monotonic() > until:
-            yield todo.names[done], {"failed": failed or "not run: the time given by --minutes was over"}
+            over = {"not_timed": TIME_IS_OVER} if todo.timed else {"failed": f"not run: {TIME_IS_OVER}"}
+            yield todo.names[done], {"failed": failed} if failed else over
             done += 1
             continue
         mine, theirs = get_context("spawn").Pipe(duplex=False)
@@ -334,6 +398,40 @@ def receive(connection: Connection, process: Any, limit_s: float) -> dict[str, A
 
 
 # ---- the run -------------------------------------------------------------------------------
+
+
+def rows_of(plans: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """A row for each case, by its name, as long as it has not run."""
+    rows: dict[str, dict[str, Any]] = {
+        str(p): {"kernel": p.name, "model": p.model, "sizes": dict(p.sizes), "failed": "not run", "wrong": None}
+        for p in plans
+    }
+    assert len(rows) == len(plans), "two cases of one name"
+    return rows
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Every case of a module compared, or every right one timed, until `until`."""
+
+    source: str
+    device: str
+    timed: bool
+    until: float
+    case_s: float
+    jobs: int = 1
+
+    def run(self, rows: dict[str, dict[str, Any]], ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
+        """Each row once it is filled in, in the order of `rows`. Timed cases run one at a time."""
+        names = [name for name, row in rows.items() if not self.timed or not (row["failed"] or row["wrong"])]
+        jobs = 1 if self.timed else self.jobs
+        parts = [Work(self.source, self.device, names[i::jobs], self.timed) for i in range(min(jobs, len(names)))]
+        for name, found in run_beside(parts, self.case_s, self.until, ceilings):
+            row = rows[name]
+            row |= found if self.timed else {"failed": None, "wrong": None} | found
+            if "us" in found:
+                row["targets"] = [t.record() for t in op_targets.targets(row)]
+            yield row
 
 
 def said_by(*command: str) -> str:
@@ -422,23 +520,13 @@ def main() -> int:
     if not plans:
         parser.error(f"no case contains {args.only!r}")
     record: dict[str, Any] = {"what": "dsv4 kernels against their references, ceilings and peers", "ceilings": {}}
-    rows = {
-        str(p): {"kernel": p.name, "model": p.model, "sizes": dict(p.sizes), "failed": "not run", "wrong": None}
-        for p in plans
-    }
-    assert len(rows) == len(plans), "two cases of one name"
+    rows = rows_of(plans)
     if not args.interpret:
         record = machine(args.commit) | record
     until = time.monotonic() + 60 * args.minutes
     for timed in (False,) if args.interpret or args.compare else (False, True):
-        names = [name for name, row in rows.items() if not timed or not (row["failed"] or row["wrong"])]
-        jobs = 1 if timed else args.jobs
-        parts = [Work(args.source, device, names[i::jobs], timed) for i in range(min(jobs, len(names)))]
-        for name, found in run_beside(parts, args.case_s, until, record["ceilings"]):
-            row = rows[name]
-            row |= found if timed else {"failed": None, "wrong": None} | found
-            if "us" in found:
-                row["targets"] = [t.record() for t in op_targets.targets(row)]
+        phase = Phase(args.source, device, timed, until, args.case_s, args.jobs)
+        for row in phase.run(rows, record["ceilings"]):
             print(describe(row), flush=True)
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)

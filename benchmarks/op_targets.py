@@ -33,6 +33,12 @@ class Target:
         return {"what": self.what, "value": self.value, "limit": self.limit, "at_least": self.at_least, "met": self.met}
 
 
+def asked(row: dict[str, Any]) -> int:
+    """How many targets a case has, before it is measured."""
+    unmeasured = {"over_reference": None, "of_copy_bandwidth": None, "us": None, "peers": {}}
+    return sum(1 for _ in targets(row | unmeasured))
+
+
 def targets(row: dict[str, Any]) -> Iterator[Target]:
     """The targets of one measured case."""
     if not row["served"]:

@@ -25,7 +25,8 @@ from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig, Memory
 from sglang.srt.runtime_context import get_exec, get_schedule
 from torch import Tensor
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import DeploymentError, Dsv4Error
+from dsv4.machine.hardware import GIB
 from dsv4.model.config import CSA_RATIO, LayerKind, LayerSpec, V4Config
 from dsv4.model.kv_layout import (
     PAGE_TOKENS,
@@ -186,7 +187,8 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
         config = released_config.read(kvc.model_config.hf_config)
         formats = deployed_formats(kvc)
         schedule = get_schedule()
-        slots = (schedule.max_running_requests or 0) + 1
+        self.max_requests = schedule.max_running_requests or 0
+        slots = self.max_requests + 1
         full, window, self.fixed_bytes = 0.0, 0.0, 0
         for layer in config.layers:
             for spec in layer_caches(config, layer, formats, StateMapping.RING):
@@ -203,7 +205,14 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
         self.bytes_per_token = full + self.window_ratio * window
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
-        return self._sizes(int((available_bytes - self.fixed_bytes) / self.bytes_per_token), page_size)
+        tokens = int((available_bytes - self.fixed_bytes) / self.bytes_per_token)
+        if tokens < page_size:
+            raise DeploymentError(
+                f"--max-running-requests {self.max_requests}: the HCA layers' state of so many requests takes"
+                f" {self.fixed_bytes / GIB:.2f} GiB, and weights leave {max(available_bytes, 0) / GIB:.2f} GiB to caches;"
+                " lower it, or raise --mem-fraction-static"
+            )
+        return self._sizes(tokens, page_size)
 
     def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> MemoryPoolConfig:
         return self._sizes(max_total_num_tokens, page_size)

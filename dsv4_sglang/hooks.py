@@ -4,6 +4,7 @@ two for the status, five on updates of weights, one on requests."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4_sglang import released_config, reload, requests, status
 from dsv4_sglang.names import ARCHITECTURE, ATTENTION_BACKEND
 from dsv4_sglang.refusal import PARSE
+
+logger = logging.getLogger(__name__)
 
 POOL_SIZES = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
@@ -93,6 +96,7 @@ def captured_phases(config: CudaGraphConfig) -> CudaGraphConfig:
     from dsv4_sglang.options import has_host_reads
 
     config = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
+    logger.info("dsv4: prefill steps are not captured: a graph would keep the metadata of the step it was made from")
     if has_host_reads():
         config = with_phase(config, Phase.DECODE, backend=Backend.DISABLED)
     return config

@@ -21,6 +21,7 @@ from sglang.srt.layers.quantization.marlin_utils import check_moe_marlin_support
 from sglang.srt.layers.quantization.marlin_utils_fp4 import prepare_moe_mxfp4_layer_for_marlin
 from sglang.srt.layers.quantization.mxfp4_marlin_moe import Mxfp4MarlinMoEMethod
 from sglang.srt.platforms import current_platform
+from sglang.srt.runtime_context import get_platform
 from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
@@ -122,6 +123,29 @@ class DequantizedExpertsMethod(FusedMoEMethodBase):
         return StandardCombineInput(hidden_states=out)
 
 
+def fuse_activation() -> None:
+    """Marlin's experts activate with our kernel where SGLang has none, which is everywhere but on
+    sm90: there it takes five kernels, and rounds to bf16 between them.
+
+    Until `swiglu_limit_func` is one kernel on every GPU; then delete.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe  # on a CPU nobody needs it
+
+    original = fused_marlin_moe.swiglu_limit_func
+    if hasattr(original, "own") or get_platform().is_sm90:
+        return
+
+    def activate(output: Tensor, input: Tensor, swiglu_limit: float = 0.0) -> None:  # noqa: A002  SGLang's name
+        if swiglu_limit > 0:
+            gate, up = input.chunk(2, -1)
+            output.copy_(moe.swiglu(gate, up, swiglu_limit))
+        else:
+            original(output, input, swiglu_limit)
+
+    activate.own = original  # type: ignore[attr-defined]
+    fused_marlin_moe.swiglu_limit_func = activate
+
+
 class UngatedMarlinExpertsMethod(Mxfp4MarlinMoEMethod, FusedMoEMethodBase):
     """SGLang's MXFP4 Marlin experts from sm80 on.
 
@@ -129,6 +153,10 @@ class UngatedMarlinExpertsMethod(Mxfp4MarlinMoEMethod, FusedMoEMethodBase):
     would be handed. Until SGLang's `process_weights_after_loading` lets Ampere and Ada through
     (sglang#33589); then delete.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fuse_activation()
 
     def process_weights_after_loading(self, layer: FusedMoE) -> None:
         self._fp8.process_weights_after_loading(layer)

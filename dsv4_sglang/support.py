@@ -4,8 +4,6 @@ is read."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from dsv4.errors import DeploymentError
 from dsv4.loading import LOAD_FORMATS
+from dsv4.machine.compilers import missing_compilers
 from dsv4.machine.decide import Device, detect_devices, weakest
 from dsv4.model.checkpoint import validate
 from dsv4.model.config import V4Config
@@ -63,6 +62,11 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             args.enable_deterministic_inference or args.rl_on_policy_target is not None,
             "--enable-deterministic-inference (--rl-on-policy-target)",
             "attention is split by the size of the batch, so a request's last bits depend on its neighbours",
+        ),
+        (
+            args.cpu_offload_gb > 0 or args.offload_group_size > 0,
+            "--cpu-offload-gb (--offload-group-size)",
+            "dsv4's kernels read weights where they were loaded, and offloaded ones are not tested",
         ),
         (args.enable_memory_saver, "--enable-memory-saver", "releasing and restoring dsv4's caches is not tested"),
         (
@@ -142,22 +146,9 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
 
 def check_compilers() -> None:
     """Refuse a machine on which SGLang cannot compile Marlin, which it does behind the download of
-    the weights. Raises DeploymentError naming what is missing.
-
-    Where SGLang looks is sglang/kernels/jit/utils/compile/toolchain.py.
-    """
-    found = shutil.which("nvcc")
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    home = home or (str(Path(found).parents[1]) if found else "/usr/local/cuda")
-    nvcc = Path(home, "bin", "nvcc")
-    missing = [
-        what for what, there in ((f"nvcc ({nvcc})", nvcc.exists()), ("ninja", shutil.which("ninja"))) if not there
-    ]
-    if missing:
-        raise DeploymentError(
-            f"{' and '.join(missing)} not found: SGLang compiles Marlin's kernels for FP4 experts on this machine."
-            " Install the CUDA toolkit, set CUDA_HOME where it is elsewhere, and `pip install ninja`"
-        )
+    the weights. Raises DeploymentError naming what is missing."""
+    if missing := missing_compilers():
+        raise DeploymentError(missing)
 
 
 def check_gpu(config: V4Config, dtype: torch.dtype, gpu: Device) -> None:

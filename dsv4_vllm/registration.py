@@ -50,9 +50,11 @@ def _checked(base: Any) -> Any:
         def verify_and_update_config(vllm_config: Any) -> None:
             base.verify_and_update_config(vllm_config)
             from dsv4.model.checkpoint import validate
+            from dsv4_vllm.options import choose_state
             from dsv4_vllm.support import check_deployment
 
             config = check_deployment(vllm_config)
+            choose_state(vllm_config, config)
             folder = Path(vllm_config.model_config.model)
             if folder.is_dir() and vllm_config.load_config.load_format != "dummy":
                 validate(folder, config)

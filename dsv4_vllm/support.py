@@ -56,6 +56,12 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
             "KV offloading has not been tested with dsv4's caches; leave it out",
         ),
         (
+            vllm_config.offload_config.uva.cpu_offload_gb > 0
+            or vllm_config.offload_config.prefetch.offload_group_size > 0,
+            "--cpu-offload-gb (--offload-group-size)",
+            "dsv4's kernels read weights where they were loaded, and offloaded ones have not been tested; leave it out",
+        ),
+        (
             bool(vllm_config.cache_config.kv_cache_dtype_skip_layers),
             "--kv-cache-dtype-skip-layers",
             "all layers store one format; leave it out",

@@ -63,6 +63,10 @@ SGLANG_CPU_ARGS = (
 SGLANG_CHAT_ARGS = ("--tool-call-parser", "deepseekv4", "--reasoning-parser", "deepseek-v4")
 
 
+# A request's new tokens and their log-probabilities.
+Generated = tuple[list[int], list[float]]
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind((HOST, 0))
@@ -206,18 +210,32 @@ def _sglang_logprobs(server: Server, ids: list[int]) -> list[float]:
     return [logprob for logprob, _, _ in server.post("/generate", body)["meta_info"]["input_token_logprobs"][1:]]
 
 
+def _vllm_generate(server: Server, prompts: list[list[int]], new: int) -> list[Generated]:
+    body = {"model": "tiny", "prompt": prompts, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    choices = server.post("/v1/completions", body | {"logprobs": 0, "return_token_ids": True})["choices"]
+    return [(c["token_ids"], c["logprobs"]["token_logprobs"]) for c in sorted(choices, key=lambda c: c["index"])]
+
+
+def _sglang_generate(server: Server, prompts: list[list[int]], new: int) -> list[Generated]:
+    sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+    answers = [a["meta_info"]["output_token_logprobs"] for a in server.post("/generate", body)]
+    return [([token for _, token, _ in answer], [logprob for logprob, _, _ in answer]) for answer in answers]
+
+
 @dataclass(frozen=True)
 class Engine:
     """How an engine is started, with a checkpoint's folder and further arguments, and asked for a
-    prompt's log-probabilities."""
+    prompt's log-probabilities, or to continue several prompts at once."""
 
     name: str
     serve: Callable[..., list[str]]
     prompt_logprobs: Callable[[Server, list[int]], list[float]]
+    generate: Callable[[Server, list[list[int]], int], list[Generated]]
 
     def command(self, folder: str | Path, *args: str) -> list[str]:
         return self.serve(folder, "--served-model-name", "tiny", *args)
 
 
-VLLM = Engine("vllm", vllm_serve, _vllm_logprobs)
-SGLANG = Engine("sglang", sglang_serve, _sglang_logprobs)
+VLLM = Engine("vllm", vllm_serve, _vllm_logprobs, _vllm_generate)
+SGLANG = Engine("sglang", sglang_serve, _sglang_logprobs, _sglang_generate)

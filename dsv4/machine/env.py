@@ -59,7 +59,7 @@ VARIABLES = {
             "auto",
             ("auto", "summary", "paged"),
             "compressor state in vLLM: summary = one small block per request, paged = native vLLM's mapping,"
-            " auto = paged on GPUs with model runner V1, summary everywhere else",
+            " auto = on a GPU what holds more requests of max_model_len (paged with model runner V1), summary on a CPU",
         ),
         Variable(
             "DSV4_CPU_PLATFORM",

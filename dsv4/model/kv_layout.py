@@ -16,6 +16,10 @@ from dsv4.model.config import LayerKind, LayerSpec, V4Config
 
 KV_QUANT_GROUP = 64  # e4m3 values that share one ue8m0 scale
 INDEX_MXFP4_GROUP = 32  # e2m1 values that share one ue8m0 scale
+# The indexer scores a step in slices whose logits fit in this many bytes: its workspace does
+# not grow with the context. Captured decode graphs hold it too (docs/kernels.md).
+INDEX_SCORES_BYTES = 64 << 20
+
 PAGE_TOKENS = (
     256  # tokens of a compressed or index page, of a window page beside rings, and the step of prefix-cache hits
 )

@@ -75,6 +75,8 @@ class Deployment:
     memory_fraction: gpu_memory_utilization or mem_fraction_static.
     state: how compressor state is kept; see `usual_state`. Raises PlanError for RING in vLLM or
     anything else in SGLang.
+    max_capture_size: vLLM only; tokens of the largest step, mixed ones too, that is captured; None
+    where the engine's own choice stands.
     swa_full_tokens_ratio: SGLang only; None lets it size windows from max_num_seqs.
     """
 
@@ -101,6 +103,7 @@ class Deployment:
     a2a_backend: str = "none"
     attention_backend: str = "auto"
     decode_graphs_only: bool = False
+    max_capture_size: int | None = None
     replicas: int = 1
 
     def __post_init__(self) -> None:
@@ -149,9 +152,20 @@ class Deployment:
         return engines + (" x ".join(parts) or "TP1") + (" + EP" if self.ep else "")
 
 
+# Steps of so many tokens or fewer are captured where dsv4's plugin serves in vLLM, mixed ones too:
+# what launches cost shows in those, decodes with the tail of a prompt among them.
+MIXED_CAPTURE_TOKENS = 128
+MOST_CAPTURED = 512  # vLLM's own limit
+
+
+def capture_size(max_num_seqs: int) -> int:
+    """The largest step that vLLM captures for dsv4's plugin: every decode step is one of them."""
+    return min(max(MIXED_CAPTURE_TOKENS, max_num_seqs), MOST_CAPTURED)
+
+
 def usual_state(engine: Engine, plugin: bool) -> StateMapping:
-    """How compressor state is kept when DSV4_STATE does not say: SGLang keeps rings, dsv4's vLLM
-    plugin summaries, native vLLM pages.
+    """How compressor state is kept: SGLang keeps rings, native vLLM pages, dsv4's vLLM plugin
+    summaries, unless `roomier_state` says pages.
     """
     if engine == "sglang":
         return StateMapping.RING

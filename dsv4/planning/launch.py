@@ -129,6 +129,9 @@ def _vllm(d: Deployment, revision: str, role: str, endpoint: Endpoint) -> list[A
         ]
     if d.decode_graphs_only:
         args += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
+    elif d.max_capture_size is not None:
+        args += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE"})]
+        args += ["--max-cudagraph-capture-size", str(d.max_capture_size)]
     args += ["--tokenizer-mode", "deepseek_v4", "--reasoning-parser", "deepseek_v4"]
     args += ["--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4"]
     return [*args, *_vllm_nodes(d, role), *(_listen(endpoint) if role == "head" else [])]

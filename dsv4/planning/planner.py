@@ -14,7 +14,15 @@ from dsv4.machine.compat import ENGINES, Engine
 from dsv4.machine.hardware import Gpu
 from dsv4.model.config import FP8_BLOCK
 from dsv4.model.kv_layout import IndexFormat, StateMapping
-from dsv4.planning.deployment import MAX_CONTEXT, Checkpoint, Deployment, Parallelism, Speculation, usual_state
+from dsv4.planning.deployment import (
+    MAX_CONTEXT,
+    Checkpoint,
+    Deployment,
+    Parallelism,
+    Speculation,
+    capture_size,
+    usual_state,
+)
 from dsv4.planning.memory.proof import Proof, Verdict, prove, roomier_state
 from dsv4.planning.memory.weights import stage_weights
 from dsv4.planning.recipe.schema import MAX_GPUS, Recipe, shipped_recipes
@@ -277,12 +285,22 @@ def deployment(q: Question, engine: Engine, parallel: Parallelism, speculation: 
         index=IndexFormat.MXFP4 if gpu.capability[0] == 10 else IndexFormat.FP8,
         swa_full_tokens_ratio=0.1 if engine == "sglang" else None,
         speculation=speculation,
-        decode_graphs_only=engine == "vllm" and gpu.platform == "cuda" and gpu.capability[0] <= 9,
+        decode_graphs_only=engine == "vllm"
+        and gpu.platform == "cuda"
+        and gpu.capability[0] <= 9
+        and not gpu.needs_plugin,
         state=q.state if q.state and engine == "vllm" else usual_state(engine, gpu.needs_plugin),
     )
     if q.state is None and engine == "vllm" and gpu.needs_plugin:
         base = replace(base, state=roomier_state(base))
-    return _with_seqs(base, q.concurrency, most)
+    return _captured(_with_seqs(_captured(base), q.concurrency, most))
+
+
+def _captured(d: Deployment) -> Deployment:
+    """`d` with the graphs that its requests ask for, where dsv4's plugin serves in vLLM."""
+    if d.engine != "vllm" or not d.gpu.needs_plugin:
+        return d
+    return replace(d, max_capture_size=capture_size(d.max_num_seqs))
 
 
 def _with_seqs(d: Deployment, concurrency: int, most: int) -> Deployment:
@@ -291,7 +309,7 @@ def _with_seqs(d: Deployment, concurrency: int, most: int) -> Deployment:
     """
     best, best_proof = d, prove(d, concurrency)
     for level in SEQS_LEVELS[1:]:
-        wider = replace(d, max_num_seqs=min(max(level, d.max_num_seqs), most))
+        wider = _captured(replace(d, max_num_seqs=min(max(level, d.max_num_seqs), most)))
         proof = prove(wider, concurrency)
         if proof.verdict is best_proof.verdict and proof.at_once_low > best_proof.at_once_low:
             best, best_proof = wider, proof

@@ -65,6 +65,10 @@ def _batching(d: Deployment) -> Iterator[str]:
             f"max_num_seqs {d.max_num_seqs} x {per_request} tokens exceeds max_num_batched_tokens {d.max_num_batched_tokens}:"
             " a full decode step would not fit one batch"
         )
+    if d.max_capture_size is not None and d.decode_graphs_only:
+        yield "max_capture_size captures mixed steps too, graphs: decode_only forbids it; leave one out"
+    if d.max_capture_size is not None and d.engine == "sglang":
+        yield "max_capture_size is vLLM's; SGLang captures decode steps of up to max_num_seqs requests"
     if d.swa_full_tokens_ratio is not None and d.engine == "vllm":
         yield "swa_full_tokens_ratio is SGLang's; vLLM sizes windows itself"
 

@@ -24,6 +24,7 @@ from typing import Any
 from dsv4.errors import Dsv4Error, EnvError, StatusError, UnsupportedDeviceError
 from dsv4.machine import compat, decide, env
 from dsv4.machine.compat import Engine
+from dsv4.machine.compilers import missing_compilers
 from dsv4.machine.decide import Device
 from dsv4.proof.status import STATUS_ROUTE, ServerStatus
 
@@ -143,6 +144,9 @@ def _check_engine(
         _check_vllm_environment(result, report, environ)
     else:
         _check_sglang_environment(result, report, environ)
+        if report.serves and result.devices[0].kind == "cuda" and (missing := missing_compilers(environ)):
+            report.serves, report.reason = False, "SGLang cannot compile Marlin's kernels"
+            result.problems.append(missing)
     if result.devices[0].kind == "cpu" and result.environment.get("DSV4_CPU_PLATFORM") == "off":
         report.serves, report.reason = False, "DSV4_CPU_PLATFORM=off leaves the engine without a device"
 

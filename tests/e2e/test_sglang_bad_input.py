@@ -55,6 +55,8 @@ def configure(args):
         ({"expert_distribution_recorder_mode": "stat"}, ["--expert-distribution-recorder-mode"]),
         ({"enable_deterministic_inference": True}, ["--enable-deterministic-inference"]),
         ({"enable_memory_saver": True}, ["--enable-memory-saver"]),
+        ({"cpu_offload_gb": 4}, ["--cpu-offload-gb"]),
+        ({"offload_group_size": 2}, ["--offload-group-size"]),
         ({"disable_hybrid_swa_memory": True}, ["--disable-hybrid-swa-memory"]),
         ({"load_format": "sharded_state"}, ["--load-format sharded_state", "safetensors"]),
         ({"moe_a2a_backend": "deepep", "tp_size": 2}, ["--moe-a2a-backend deepep"]),

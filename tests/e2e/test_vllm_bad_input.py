@@ -31,6 +31,7 @@ def configure(args):
         ({"enable_lora": True}, ["--enable-lora"]),
         ({"data_parallel_size": 2}, ["--data-parallel-size", "one server per replica"]),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),
+        ({"cpu_offload_gb": 4}, ["--cpu-offload-gb"]),
         ({"enable_return_routed_experts": True}, ["routed"]),
         ({"kv_cache_dtype_skip_layers": ["0"], "kv_cache_dtype": "fp8"}, ["--kv-cache-dtype-skip-layers"]),
         ({"load_format": "sharded_state"}, ["--load-format sharded_state", "safetensors"]),

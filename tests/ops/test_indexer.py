@@ -298,7 +298,7 @@ def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.Monk
     query = reference.prepare_query(*queries(5, 16), IndexFormat.FP8)
     entries = entries_of(2, 304)
     whole = indexer.select(query, keys, entries, request, lens, max_entries=304, k=32)
-    monkeypatch.setattr(indexer, "LOGITS_WORKSPACE_BYTES", 2 * 304 * 4 + 1)
+    monkeypatch.setattr(indexer, "INDEX_SCORES_BYTES", 2 * 304 * 4 + 1)
     taken: list[int] = []
 
     def watched(*args: object) -> Tensor:
@@ -311,7 +311,7 @@ def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.Monk
     assert torch.equal(again.slots, whole.slots)
     assert torch.equal(again.lens, whole.lens)
     assert len(taken) == 3
-    assert max(taken) <= indexer.LOGITS_WORKSPACE_BYTES
+    assert max(taken) <= indexer.INDEX_SCORES_BYTES
 
 
 @pytest.mark.parametrize("n", [40, 9000])

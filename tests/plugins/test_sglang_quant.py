@@ -8,9 +8,11 @@ tensors it was handed.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +222,36 @@ def test_marlin_experts_compute_what_was_released(gpu: tuple[int, int], intermed
 
 
 @pytest.mark.parametrize("gpu", SM8X, indirect=True, ids=str)
+@pytest.mark.parametrize("sm90", [False, True], ids=["sm8x", "sm90"])
+def test_marlins_activation_is_our_kernel_where_sglang_has_none(
+    gpu: tuple[int, int], sm90: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine calls between its two products: rounded once, where its own rounds twice."""
+    from sglang.srt.layers.moe.fused_moe_triton import fused_marlin_moe
+
+    from dsv4_sglang import quant
+
+    own = getattr(fused_marlin_moe.swiglu_limit_func, "own", fused_marlin_moe.swiglu_limit_func)
+    monkeypatch.setattr(fused_marlin_moe, "swiglu_limit_func", own)
+    monkeypatch.setattr(quant, "get_platform", lambda: SimpleNamespace(is_sm90=sm90))
+    make_experts(256)
+    if sm90:
+        assert fused_marlin_moe.swiglu_limit_func is own
+        return
+    x = torch.randn(9, 512, dtype=torch.float32).bfloat16()
+    got, rounded_twice = torch.empty(2, 9, 256, dtype=torch.bfloat16)
+    fused_marlin_moe.swiglu_limit_func(got, x, LIMIT)
+    own(rounded_twice, x, LIMIT)
+    gate, up = x.chunk(2, -1)
+    assert torch.equal(got, moe.swiglu(gate, up, LIMIT))
+    assert not torch.equal(got, rounded_twice)
+    assert (got.float() - rounded_twice.float()).abs().max() <= 2**-7 * got.float().abs().max()
+    make_experts(256)  # a second layer does not wrap it again
+    assert fused_marlin_moe.swiglu_limit_func.own is own
+    assert inspect.getsource(fused_marlin_moe).count("        swiglu_limit_func(\n") == 1  # the engine still calls it
+
+
+@pytest.mark.parametrize("gpu", SM8X, indirect=True, ids=str)
 def test_sglangs_own_method_still_has_the_gate_that_ours_leaves_out(gpu: tuple[int, int]) -> None:
     """When this fails, SGLang lets these GPUs through, and ours can go."""
     from sglang.srt.layers.quantization.mxfp4_marlin_moe import Mxfp4MarlinMoEMethod
@@ -345,3 +377,12 @@ def test_fp4_experts_are_refused_on_rocm(tiny_flash: Path) -> None:
 
     with pytest.raises(DeploymentError, match="expert_dtype fp4 on ROCm"):
         check_gpu(V4Config.from_path(tiny_flash / "config.json"), torch.bfloat16, Device("rocm", "MI300X"))
+
+
+def test_too_little_memory_names_what_takes_it() -> None:
+    from dsv4_sglang.caches import V4PoolConfigurator
+
+    sizes = object.__new__(V4PoolConfigurator)
+    sizes.max_requests, sizes.fixed_bytes, sizes.bytes_per_token = 256, 5 << 29, 7000.0
+    with pytest.raises(DeploymentError, match=r"^--max-running-requests 256: .*takes 2\.50 GiB.*leave 1\.00 GiB"):
+        sizes.calculate_pool_sizes(1 << 30, 256)

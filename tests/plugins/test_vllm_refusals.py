@@ -44,10 +44,15 @@ def deployment(folder: Path, **changes: Any) -> Any:
         aux_output_config=SimpleNamespace(enabled=False),
         attention_config=SimpleNamespace(),
         device_config=SimpleNamespace(device_type="cpu"),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=changes.get("cpu_offload_gb", 0)),
+            prefetch=SimpleNamespace(offload_group_size=changes.get("offload_group_size", 0)),
+        ),
         speculative_config=None,
         lora_config=None,
         kv_transfer_config=None,
         weight_transfer_config=None,
+        additional_config={},
     )
 
 
@@ -62,9 +67,11 @@ def test_the_deployment_itself_is_served(tiny_flash: Path) -> None:
         ({"use_ubatching": True}, "--enable-dbo"),
         ({"enable_elastic_ep": True}, "--enable-elastic-ep"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
+        ({"cpu_offload_gb": 4.0}, "--cpu-offload-gb"),
+        ({"offload_group_size": 2}, r"--cpu-offload-gb \(--offload-group-size\)"),
     ],
 )
-def test_parallelism_that_is_not_tested_is_refused(tiny_flash: Path, change: dict[str, Any], flag: str) -> None:
+def test_what_is_not_tested_is_refused(tiny_flash: Path, change: dict[str, Any], flag: str) -> None:
     with pytest.raises(DeploymentError, match=rf"^{flag}.*DSV4_MODE=off"):
         support.check_deployment(deployment(tiny_flash, **change))
 

@@ -188,6 +188,19 @@ def test_sglang_variables_that_keep_the_plugin_out_are_problems(machine, environ
 keys: dict[int, str] = {}  # the API key that the server on a port asks for
 
 
+def test_sglang_without_compilers_on_a_gpu_is_a_problem(machine, tmp_path):
+    """Before a start, which would refuse. Not where native serves, nor on a CPU."""
+    machine.versions, machine.devices = {"sglang": "0.5.23"}, (Device("cuda", "A100", (8, 0)),)
+    environ = {"CUDA_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    result = diagnose(environ=environ)
+    assert only_problem(result).startswith(f"nvcc ({tmp_path}/bin/nvcc) and ninja not found: SGLang compiles Marlin")
+    assert not result.engines["sglang"].serves
+    machine.devices = (Device("cuda", "H100", (9, 0)),)
+    assert diagnose(environ=environ).ok
+    machine.devices = (Device("cpu", "CPU"),)
+    assert diagnose(environ=environ).ok
+
+
 @pytest.fixture
 def locked(server):
     """The server, now with the key "secret"."""

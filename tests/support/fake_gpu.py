@@ -5,21 +5,30 @@ JSON report on stdout.
 vLLM's CUDA platform runs with an invented card under it, and everything up to the first kernel is
 vLLM's own decision: its config, the methods that serve linears and experts, the loading of weights,
 the KV layout, CUDA graph support. The compiled extensions are absent, so nothing can be computed.
-plan: capability, name, folder, tensors ("meta" or "loaded").
+plan: capability, name, folder, tensors ("meta" or "loaded"); or launches, command lines of
+`vllm serve` whose configs are reported, each with its id, argv, folder and card (capability, name,
+memory_bytes).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import pickle
 import socket
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
-MEMORY_BYTES = 80 << 30
+# The card, as torch describes it; a program that resolves for several changes it.
+CARD = SimpleNamespace(
+    major=8, minor=0, name="", total_memory=80 << 30, multi_processor_count=108, gcnArchName=""
+)  # fmt: skip
 # The least compute capability for which vLLM's compiled extension answers yes.
 ANSWERS = {
     "cutlass_scaled_mm_supports_fp8": 89,
@@ -36,20 +45,13 @@ EXTENSIONS = (
 
 def install(capability: tuple[int, int], name: str) -> None:
     """Put a card under torch and vLLM."""
-    card = SimpleNamespace(
-        major=capability[0],
-        minor=capability[1],
-        name=name,
-        total_memory=MEMORY_BYTES,
-        multi_processor_count=108,
-        gcnArchName="",
-    )
+    insert(capability, name)
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 8
     torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_name = lambda device=None: name
-    torch.cuda.get_device_capability = lambda device=None: capability
-    torch.cuda.get_device_properties = lambda device=None: card
+    torch.cuda.get_device_name = lambda device=None: CARD.name
+    torch.cuda.get_device_capability = lambda device=None: (CARD.major, CARD.minor)
+    torch.cuda.get_device_properties = lambda device=None: CARD
     for extension in EXTENSIONS:
         sys.modules[f"vllm.{extension}"] = ModuleType(extension)
     library = torch.library.Library("_C", "FRAGMENT")
@@ -66,39 +68,81 @@ def install(capability: tuple[int, int], name: str) -> None:
         def import_kernels(cls) -> None:
             pass
 
+        @classmethod
+        def device_count(cls) -> int:
+            return 8
+
     vllm.platforms._current_platform = Platform()
     from vllm.model_executor.layers.fused_moe.runner import shared_experts
 
     shared_experts.aux_stream = lambda: None
 
 
-def build(plan: dict[str, Any]) -> dict[str, Any]:
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
-    from vllm.utils.torch_utils import set_default_torch_dtype
+def insert(capability: tuple[int, int], name: str, memory_bytes: int = 80 << 30) -> None:
+    """Change the card."""
+    (CARD.major, CARD.minor), CARD.name, CARD.total_memory = capability, name, memory_bytes
 
+
+def resolve(launch: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM makes of one command line in the first process, where a device would be touched
+    next."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.model_loader import get_model_cls
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+
+    from dsv4.probe.vllm import VllmProbe
+    from dsv4_vllm.options import cache_formats, state_mapping
+
+    card = launch["card"]
+    insert(card["capability"], card["name"], card["memory_bytes"])
+    type(current_platform).get_device_capability.__func__.cache_clear()
+    argv = launch["argv"][2:]  # behind `vllm serve`
+    args = VllmProbe().parser.parse_args(argv)
+    # `vllm serve` takes the model from its first argument; there are no weights here.
+    args.model, args.load_format = launch["folder"], "dummy"
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("dsv4_vllm.options")
+    logger.setLevel(logging.INFO)  # whatever vLLM's own logger has here
+    logger.addHandler(handler)
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    logger.removeHandler(handler)
+    formats, compilation, parallel = cache_formats(config), config.compilation_config, config.parallel_config
+    return {
+        "id": launch["id"],
+        "architecture": config.model_config.architecture,
+        "class": get_model_cls(config.model_config).__module__,
+        "runner_v2": config.use_v2_model_runner,
+        "kv": [config.cache_config.cache_dtype, formats.kv.value, formats.index.value],
+        "block_size": config.cache_config.block_size,
+        "mapping": state_mapping(config).value,
+        "in_workers": state_mapping(pickle.loads(pickle.dumps(config))).value,
+        "said": said,
+        "graphs": str(compilation.cudagraph_mode).rpartition(".")[2],
+        "graph_sizes": list(compilation.cudagraph_capture_sizes or ()),
+        "largest_graph": compilation.max_cudagraph_capture_size,
+        "breakable": os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1",
+        "tp": parallel.tensor_parallel_size,
+        "pp": parallel.pipeline_parallel_size,
+        "ep": parallel.enable_expert_parallel,
+        "executor": str(parallel.distributed_executor_backend),
+        "max_model_len": config.model_config.max_model_len,
+        "step_tokens": config.scheduler_config.max_num_batched_tokens,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "moe_backend": str(config.kernel_config.moe_backend),
+        "quantisation": config.model_config.quantization,
+        "memory": config.cache_config.gpu_memory_utilization,
+    }
+
+
+def build(plan: dict[str, Any]) -> dict[str, Any]:
     loaded = plan["tensors"] == "loaded"
-    config = EngineArgs(
-        model=plan["folder"],
-        load_format="auto" if loaded else "dummy",
-        tokenizer_mode="deepseek_v4",
-        **plan.get("args", {}),
-    ).create_engine_config()
-    device = torch.device("cpu" if loaded else "meta")
-    config.device_config.device = device
-    with socket.socket() as free, set_current_vllm_config(config):
-        free.bind(("127.0.0.1", 0))
-        where = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        free.close()
-        init_distributed_environment(world_size=1, rank=0, local_rank=0, distributed_init_method=where, backend="gloo")
-        initialize_model_parallel(1, 1)
-        registry = JitWarmupRegistry(config)
-        with set_default_torch_dtype(config.model_config.dtype), device, registry.activate():
-            model = initialize_model(vllm_config=config)
-        report = {
+
+    def report(model: Any, config: Any, registry: Any) -> dict[str, Any]:
+        return {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "runner_v2": config.use_v2_model_runner,
             "graphs": str(config.compilation_config.cudagraph_mode),
@@ -106,8 +150,38 @@ def build(plan: dict[str, Any]) -> dict[str, Any]:
             "methods": methods(model),
             "warm_up": warm_up(registry),
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        }
-        return report | (unloaded(model, config) if loaded else caches(config))
+        } | (unloaded(model, config) if loaded else caches(config))
+
+    return on_model(Path(plan["folder"]), plan.get("args", {}), "cpu" if loaded else "meta", report)
+
+
+def on_model(
+    folder: Path, args: dict[str, Any], device: str, use: Callable[[Any, Any, Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `use` makes of the model that vLLM builds on `device`, of its config and of its registry
+    of warm-ups. On meta no weights are read."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    load_format = "dummy" if device == "meta" else "auto"
+    config = EngineArgs(
+        model=str(folder), load_format=load_format, tokenizer_mode="deepseek_v4", **args
+    ).create_engine_config()  # fmt: skip
+    config.device_config.device = torch.device(device)
+    with socket.socket() as free, set_current_vllm_config(config):
+        free.bind(("127.0.0.1", 0))
+        where = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        init_distributed_environment(world_size=1, rank=0, local_rank=0, distributed_init_method=where, backend="gloo")
+        initialize_model_parallel(1, 1)
+        registry = JitWarmupRegistry(config)
+        with set_default_torch_dtype(config.model_config.dtype), torch.device(device), registry.activate():
+            model = initialize_model(vllm_config=config)
+        return use(model, config, registry)
 
 
 def breaks(model: torch.nn.Module) -> dict[str, Any]:
@@ -207,6 +281,10 @@ def main() -> None:
     plan = json.loads(sys.stdin.read())
     answer, sys.stdout = sys.stdout, sys.stderr
     os.environ |= {"VLLM_PLUGINS": "dsv4", "DSV4_CPU_PLATFORM": "off", "CUDA_VISIBLE_DEVICES": ""}
+    if "launches" in plan:
+        install((8, 0), "")
+        json.dump([resolve(launch) for launch in plan["launches"]], answer)
+        return
     install(tuple(plan["capability"]), plan["name"])
     json.dump(build(plan), answer)
 

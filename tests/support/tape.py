@@ -153,7 +153,7 @@ def _parts(value: Any) -> list[Any]:
 def alias(tensor: Tensor) -> Tensor:
     """Another tensor of the same memory. PyTorch's own views would hold on to the object too."""
     where = tensor.storage_offset(), tensor.shape, tensor.stride()
-    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), *where)
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage(), *where)
 
 
 def aliases(value: Any) -> Any:

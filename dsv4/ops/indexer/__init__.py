@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from dsv4.model.kv_layout import INDEX_SCORES_BYTES
 from dsv4.ops.indexer import reference
 from dsv4.ops.indexer.query import IndexQuery
 from dsv4.ops.pages import PageTable, Selection
@@ -16,9 +17,6 @@ prepare_query = operator(
 logits = operator("indexer.logits", reference.logits, triton="dsv4.ops.indexer.triton:logits")
 topk = operator("indexer.topk", reference.topk, triton="dsv4.ops.indexer.triton:topk")
 
-# Tokens are scored in slices whose logits fit in this many bytes, so that the workspace does not
-# grow with the context.
-LOGITS_WORKSPACE_BYTES = 256 << 20
 LOGIT_BYTES = 4
 SLICE_TOKENS = 4  # int32 of so many tokens are 16 bytes
 
@@ -43,7 +41,7 @@ def select(
     chosen_lens: [T] int32, entry_lens or k where that is less; None: computed here
     """
     num_tokens = entry_lens.shape[0]
-    step = max(1, LOGITS_WORKSPACE_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
+    step = max(1, INDEX_SCORES_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
     # Triton compiles anew for pointers that are not aligned to 16 bytes.
     step = step if step < SLICE_TOKENS else step // SLICE_TOKENS * SLICE_TOKENS
 

@@ -127,6 +127,14 @@ def weight_terms(d: Deployment, stage: int) -> list[Term]:
     return terms
 
 
+def graph_range(d: Deployment) -> Range:
+    """CUDA graphs of `d`, by who serves it."""
+    if not d.gpu.needs_plugin:
+        return overheads.graphs(d.max_num_seqs, d.decode_graphs_only)
+    mixed = d.max_capture_size or 0
+    return overheads.plugin_graphs(d.config, d.tp, d.max_model_len, min(d.max_num_seqs, mixed or d.max_num_seqs), mixed)
+
+
 def exchange_terms(d: Deployment, suffix: str = "") -> list[Term]:
     """Buffers of the expert exchange, where there are any."""
     backend = d.moe_backend if d.a2a_backend == "none" else d.a2a_backend

@@ -11,9 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4.machine.hardware import GIB, MIB
-from dsv4.model.config import FP4_BLOCK, V4Config
+from dsv4.model.config import CSA_RATIO, FP4_BLOCK, V4Config
+from dsv4.model.kv_layout import INDEX_SCORES_BYTES
 
 _FLASH_HIDDEN = 4096
+# Bytes of a token in a captured step beside its streams (four of them, four times over) and heads:
+# projections of the compressors and the indexer, weights; in decode steps also what the top-k
+# chooses from.
+_SMALL_TENSORS = 17_408
+_CANDIDATES = 32_768
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,23 @@ def activation(config: V4Config, max_num_batched_tokens: int) -> Range:
         "Flash: 1.39 GiB at 2048 and 5.30 at 8224 tokens on GB10 (https://github.com/MiaAI-Lab/DeepSeek-v4-Flash-One-DGX-Spark/pull/3),"
         " 0.6 at 1024 on TP4 3090; scaled by hidden size; plus vLLM's 512 MiB VLLM_SPARSE_INDEXER_MAX_LOGITS_MB",
     )
+
+
+def plugin_graphs(config: V4Config, tp: int, context: int, decodes: int, mixed_tokens: int) -> Range:
+    """CUDA graphs of dsv4's plugin. decodes: requests of the largest captured decode step;
+    mixed_tokens: of the largest other one, 0 where only decode steps are captured.
+
+    Nothing that a capture made stays alive, so the low end is what the largest holds at once, from
+    its shapes (benchmarks/graph_memory.py). The high end adds what vLLM has estimated for others,
+    the driver's own part among it.
+    """
+    heads = 2 * config.num_attention_heads // tp * config.head_dim  # bytes of all heads of a token
+    per_token = 2 * heads + 32 * config.hidden_size + _SMALL_TENSORS
+    scores = min(INDEX_SCORES_BYTES, decodes * -(-context // CSA_RATIO) * 4)
+    held = max(decodes * (per_token + heads + _CANDIDATES) + scores, mixed_tokens * per_token)
+    estimated = graphs(decodes, decode_only=True)
+    source = "what the largest capture holds (benchmarks/graph_memory.py); at most, on top of it, what vLLM has"
+    return Range(held, held + estimated.high, f"{source} {estimated.source}")
 
 
 def graphs(max_num_seqs: int, decode_only: bool) -> Range:

@@ -26,7 +26,7 @@ from dsv4.model.kv_layout import (
 )
 from dsv4.planning.deployment import MAX_CONTEXT, Deployment
 from dsv4.planning.memory import overheads
-from dsv4.planning.memory.account import Proof, exchange_terms, term, verdict_of, weight_terms
+from dsv4.planning.memory.account import Proof, exchange_terms, graph_range, term, verdict_of, weight_terms
 from dsv4.planning.memory.weights import pipeline_layers
 
 EVICTION_INTERVAL = 128  # SGLANG_SWA_EVICTION_INTERVAL's default
@@ -207,7 +207,7 @@ def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
     headroom = int((d.gpu.total_bytes - before.high) * (1 - d.memory_fraction))
     runtime = [
         term("activation peak, in the headroom", overheads.activation(d.config, d.max_num_batched_tokens)),
-        term("CUDA graphs, in the headroom", overheads.graphs(d.max_num_seqs, d.decode_graphs_only)),
+        term("CUDA graphs, in the headroom", graph_range(d)),
         *exchange_terms(d, ", in the headroom"),
     ]
     lack_low, lack_high = (max(sum(getattr(t, end) for t in runtime) - headroom, 0) for end in ("high", "low"))

@@ -20,7 +20,7 @@ from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheFormats, CacheSpec, StateMapping, layer_caches
 from dsv4.planning.deployment import MAX_CONTEXT, Deployment
 from dsv4.planning.memory import overheads
-from dsv4.planning.memory.account import Proof, exchange_terms, term, verdict_of, weight_terms
+from dsv4.planning.memory.account import Proof, exchange_terms, graph_range, term, verdict_of, weight_terms
 from dsv4.planning.memory.weights import pipeline_layers
 
 
@@ -269,13 +269,20 @@ def stage_pool(d: Deployment, stage: int) -> VllmPool:
     return vllm_pool(d.config, d.formats, d.num_draft_layers, layers, mapping=d.state)
 
 
+def requests_in(d: Deployment, pool_bytes: int) -> int:
+    """Requests of max_model_len that a pool of so many bytes on every rank holds at once."""
+    flight = in_flight(d)
+    stages = (stage_pool(d, stage) for stage in range(d.pp))
+    return d.num_pools * min(pool.requests_at_once(pool_bytes, d.max_model_len, flight) for pool in stages)
+
+
 def prove_stage(d: Deployment, stage: int, per_replica: int) -> Proof:
     """Memory of one rank of pipeline stage `stage`, for `per_replica` requests at once."""
     terms = [
         *weight_terms(d, stage),
         term("outside PyTorch", overheads.non_torch(d.tp * d.dp)),
         term("activation peak", overheads.activation(d.config, d.max_num_batched_tokens)),
-        term("CUDA graphs", overheads.graphs(d.max_num_seqs, d.decode_graphs_only)),
+        term("CUDA graphs", graph_range(d)),
         *exchange_terms(d),
     ]
     budget = int(d.memory_fraction * d.gpu.total_bytes)

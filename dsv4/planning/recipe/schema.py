@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +32,8 @@ from dsv4.errors import HardwareError, PlanError, RecipeError, nearest
 from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, Engine
 from dsv4.machine.hardware import GIB, find_gpu
 from dsv4.model.kv_layout import IndexFormat, KvFormat
-from dsv4.planning.deployment import MAX_CONTEXT, Deployment, Speculation, find_checkpoint, usual_state
-from dsv4.planning.memory.proof import Proof
+from dsv4.planning.deployment import MAX_CONTEXT, MOST_CAPTURED, Deployment, Speculation, find_checkpoint, usual_state
+from dsv4.planning.memory.proof import Proof, roomier_state
 
 # Flags that the typed fields render. A recipe that repeats one in extra_args would contradict
 # itself one day.
@@ -173,6 +174,9 @@ class KernelsSection(_Section):
     attention: StrictStr = "auto"
     all_to_all: StrictStr = "none"
     graphs: Literal["default", "decode_only"] = "default"
+    max_capture_size: Annotated[StrictInt, Field(ge=1, le=MOST_CAPTURED)] | None = Field(
+        default=None, description="vLLM only: tokens of the largest step, mixed ones too, that is captured"
+    )
 
 
 class ProofSection(_Section):
@@ -290,7 +294,8 @@ class Recipe(_Section):
             raise PlanError(
                 f"parallel.pp is {self.parallel.pp}, {checkpoint.id} has {checkpoint.config.num_hidden_layers} layers"
             )
-        return Deployment(
+        plugin = self.engine.serves_with == "plugin"
+        deployment = Deployment(
             checkpoint=checkpoint,
             engine=self.engine.name,
             gpu=find_gpu(self.hardware.gpu),
@@ -313,8 +318,11 @@ class Recipe(_Section):
             a2a_backend=self.kernels.all_to_all,
             attention_backend=self.kernels.attention,
             decode_graphs_only=self.kernels.graphs == "decode_only",
-            state=usual_state(self.engine.name, self.engine.serves_with == "plugin"),
+            max_capture_size=self.kernels.max_capture_size,
+            state=usual_state(self.engine.name, plugin),
         )
+        chosen = plugin and deployment.engine == "vllm"  # as DSV4_STATE=auto does
+        return replace(deployment, state=roomier_state(deployment)) if chosen else deployment
 
 
 def read_recipe(path: Path) -> Recipe:
