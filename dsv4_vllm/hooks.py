@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_vllm import draft_ops
+
 _CPU_OPS = torch.library.Library("_C", "FRAGMENT")
 
 
@@ -28,6 +30,8 @@ def define_cpu_ops() -> None:
         " Tensor(a!) slot_mapping, int block_size) -> ()",
         _slot_mapping,
     )
+    for schema, function in draft_ops.OPS:
+        _define(schema, function)
 
 
 def _define(schema: str, function: Any) -> None:
