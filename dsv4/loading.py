@@ -150,8 +150,8 @@ def owns_all(parameter: str, expert: ExpertTensor | None) -> bool:
 
 
 class ReleasedLoader:
-    """Hands each released tensor of the backbone, or of the draft, to the sharding loader that the engine put on its
-    parameter, and knows which are still to come.
+    """Hands each released tensor of the backbone, or of the draft, to the sharding loader that the
+    engine put on its parameter, and knows which are still to come.
 
     Tensors are counted, not parameters: a fused parameter has several, and is not loaded before the
     last of them. Where a parameter is kept in a plain dtype, a quantised weight waits for its scale
