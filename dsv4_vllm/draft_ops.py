@@ -122,7 +122,7 @@ def _keep(out: Tensor, tokens: Tensor, kept: Tensor, bonus: Tensor) -> None:
 
 def expand(output: Tensor, values: Tensor, ends: Tensor, replace_from: int, replace_to: int) -> None:
     """Each request's value at all of its tokens."""
-    lens = ends - _starts(ends)
+    lens = (ends - _starts(ends)).long()
     changed = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
     output[: int(lens.sum())] = changed.repeat_interleave(lens)
 
@@ -172,10 +172,6 @@ OPS: tuple[tuple[str, Callable[..., None]], ...] = (
         " Tensor target_probs, Tensor bonus, Tensor recovered, Tensor uniform, Tensor greedy, int width,"
         " int vocab_size, bool certain) -> ()",
         reject_random,
-    ),
-    (
-        "expand_kernel_impl(Tensor(a!) output, Tensor values, Tensor ends, int replace_from, int replace_to) -> ()",
-        expand,
     ),
     (
         "sample_recovered_tokens_kernel_impl(Tensor(a!) out, Tensor ends, Tensor drafts, Tensor? draft_probs,"

@@ -99,6 +99,28 @@ def repair_slot_mapping() -> None:
         register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": _slot_mapping_kernel})
 
 
+def repair_sampling_with_drafts() -> None:
+    """vLLM 0.32 and 0.33: the stand-in that spreads temperatures over drafted tokens writes to an
+    int64 copy of its float output, so that tokens are sampled by what the memory held.
+
+    Delete when the adapter copies back; the test of sampled drafts says when.
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand_kernel})
+
+
+def _expand_kernel(
+    output_ptr: Tensor,
+    input_ptr: Tensor,
+    cu_num_tokens_ptr: Tensor,
+    replace_from: int,
+    replace_to: int,
+    MAX_NUM_TOKENS: int,
+) -> None:
+    draft_ops.expand(output_ptr, input_ptr, cu_num_tokens_ptr, replace_from, replace_to)
+
+
 def keep_plain_linears() -> None:
     """Half-precision weights stay as PyTorch reads them: on a CPU with AMX vLLM would repack them
     with its C++ extension.
