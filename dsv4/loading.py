@@ -42,7 +42,7 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"^head\.", "lm_head."),
     (r"^(layers|norm)\.", r"model.\1."),
     (r"^hc_head_", "model.hc_head."),
-    (r"\.hc_(attn|ffn)_", r".hc_\1."),
+    (r"\.hc_(attn|ffn|head)_", r".hc_\1."),
     (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
     (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
 )
@@ -153,8 +153,8 @@ def owns_all(parameter: str, expert: ExpertTensor | None) -> bool:
 
 
 class ReleasedLoader:
-    """Hands each released tensor of the backbone to the sharding loader that the engine put on its
-    parameter, and knows which are still to come.
+    """Hands each released tensor of the backbone, or of the draft, to the sharding loader that the
+    engine put on its parameter, and knows which are still to come.
 
     Tensors are counted, not parameters: a fused parameter has several, and is not loaded before the
     last of them. Where a parameter is kept in a plain dtype, a quantised weight waits for its scale
@@ -167,18 +167,22 @@ class ReleasedLoader:
         config: V4Config,
         tp_rank: int,
         owns: Callable[[str, ExpertTensor | None], bool] = owns_all,
+        draft: bool = False,
     ) -> None:
         """params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`
+
+        draft: load the draft instead of the backbone; its blocks are layers after the backbone's
 
         owns: whether this rank has that parameter and, of a routed expert's, that expert; others
         are another pipeline stage's or expert-parallel rank's
         """
-        self.params, self.config, self.tp_rank = params, config, tp_rank
-        self.specs = tensor_specs(config, include_draft=False)
+        self.params, self.config, self.tp_rank, self.draft = params, config, tp_rank, draft
+        self.specs = {name: s for name, s in tensor_specs(config).items() if s.is_draft is draft}
         self.ours: dict[str, str] = {}  # the parameter of each released tensor that is expected here
         for name in self.specs:
-            expert = expert_tensor(name)
-            target = parameter_name(name)[0] if expert is None else expert_parameter(expert, params)
+            local = self._as_layer(name)
+            expert = expert_tensor(local)
+            target = parameter_name(local)[0] if expert is None else expert_parameter(expert, params)
             if owns(target, expert):
                 self.ours[name] = target
         self.plain: set[str] = set()  # linears, by released name, whose parameter is kept in a plain dtype
@@ -191,6 +195,13 @@ class ReleasedLoader:
         self.waiting: dict[str, Tensor] = {}  # weights and scales whose other half is still to come
         self._check_parameters()
 
+    def _as_layer(self, name: str) -> str:
+        """A tensor's name with the draft's blocks numbered on from the backbone's."""
+        if not self.draft:
+            return name
+        _, block, rest = name.split(".", 2)
+        return f"layers.{self.config.num_hidden_layers + int(block)}.{rest}"
+
     def _check_parameters(self) -> None:
         needed = set(self.ours.values())
         for kind, names in (
@@ -202,7 +213,8 @@ class ReleasedLoader:
                 raise CompatError(f"the model has {kind}: {shown} ({len(names)} in all); report this engine's version")
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load what is ours of `weights`, in any order; `mtp.*` is left out.
+        """Load what is ours of `weights`, in any order; what is the draft's, or all else, is left
+        out.
 
         Returns the names of the parameters that something was loaded into. A tensor that does not
         fit is not loaded, and `finish` says so. Raises CheckpointError for a hash table that names
@@ -241,8 +253,9 @@ class ReleasedLoader:
             raise CheckpointError(f"{len(self.waiting)} tensors wait for their weight or scale: {shown}")
 
     def _admits(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor is ours and fits; what was given is remembered, but for the draft's."""
-        if name.startswith(DRAFT_PREFIX):
+        """Whether a tensor is ours and fits; what was given is remembered, but for what is of the
+        draft while the backbone is loaded, or the reverse."""
+        if name.startswith(DRAFT_PREFIX) is not self.draft:
             return False
         self.given[name] = header = _header(tensor)
         spec = self.specs.get(name)
@@ -258,7 +271,7 @@ class ReleasedLoader:
     def _take(self, name: str, tensor: Tensor) -> None:
         linear, _, kind = name.rpartition(".")
         if linear not in self.plain:
-            hand_over(self.params, name, tensor, self.tp_rank)
+            hand_over(self.params, self._as_layer(name), tensor, self.tp_rank)
             return
         other = self.waiting.pop(f"{linear}.{'scale' if kind == 'weight' else 'weight'}", None)
         if other is None:
@@ -268,7 +281,8 @@ class ReleasedLoader:
         device = self.params[self.ours[name]].device
         if device.type != "meta":  # as it is while vLLM counts what it reloads
             weight, scale = weight.to(device), scale.to(device)
-        hand_over(self.params, f"{linear}.weight", dequantize_expert(weight, scale), self.tp_rank)
+        whole = dequantize_expert(weight, scale)
+        hand_over(self.params, self._as_layer(f"{linear}.weight"), whole, self.tp_rank)
 
     def finish(self, where: str) -> None:
         """Raise CheckpointError, beginning with `where`, unless all that is ours was given, and

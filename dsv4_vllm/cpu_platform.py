@@ -31,6 +31,7 @@ class ReferenceCpuPlatform(CpuPlatform):
             return  # under TRITON_INTERPRET=1 vLLM's own kernels run
         super().register_triton_kernel_overrides()
         hooks.repair_slot_mapping()
+        hooks.repair_sampling_with_drafts()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

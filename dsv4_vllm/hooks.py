@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_vllm import draft_ops
+
 _CPU_OPS = torch.library.Library("_C", "FRAGMENT")
 
 
@@ -28,6 +30,8 @@ def define_cpu_ops() -> None:
         " Tensor(a!) slot_mapping, int block_size) -> ()",
         _slot_mapping,
     )
+    for schema, function in draft_ops.OPS:
+        _define(schema, function)
 
 
 def _define(schema: str, function: Any) -> None:
@@ -93,6 +97,28 @@ def repair_slot_mapping() -> None:
     kernel = ComputeSlotMappingKernel.kernel
     if isinstance(kernel, KernelOverride) and "block_size" not in kernel.arg_names:
         register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": _slot_mapping_kernel})
+
+
+def repair_sampling_with_drafts() -> None:
+    """vLLM 0.32 and 0.33: the stand-in that spreads temperatures over drafted tokens writes to an
+    int64 copy of its float output, so that tokens are sampled by what the memory held.
+
+    Delete when the adapter copies back; the test of sampled drafts says when.
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand_kernel})
+
+
+def _expand_kernel(
+    output_ptr: Tensor,
+    input_ptr: Tensor,
+    cu_num_tokens_ptr: Tensor,
+    replace_from: int,
+    replace_to: int,
+    MAX_NUM_TOKENS: int,
+) -> None:
+    draft_ops.expand(output_ptr, input_ptr, cu_num_tokens_ptr, replace_from, replace_to)
 
 
 def keep_plain_linears() -> None:

@@ -17,8 +17,8 @@ from dsv4.model.config import V4Config
 _EXPERTS = ".routed_experts"  # vLLM's FusedMoE holds the routed experts' parameters in a module of its own
 
 
-def loader_of(model: nn.Module, config: V4Config, tp_rank: int) -> ReleasedLoader:
-    """The loader of this rank's parameters."""
+def loader_of(model: nn.Module, config: V4Config, tp_rank: int, draft: bool = False) -> ReleasedLoader:
+    """The loader of this rank's parameters, of the backbone or of the draft."""
     experts = {name.removesuffix(_EXPERTS): m for name, m in model.named_modules() if isinstance(m, RoutedExperts)}
 
     def owns(parameter: str, expert: ExpertTensor | None) -> bool:
@@ -27,13 +27,13 @@ def loader_of(model: nn.Module, config: V4Config, tp_rank: int) -> ReleasedLoade
         return expert is None or experts[expert.layer]._map_global_expert_id_to_local_expert_id(expert.expert) >= 0
 
     params = {name.replace(f"{_EXPERTS}.", "."): param for name, param in model.named_parameters()}
-    return ReleasedLoader(params, config, tp_rank, owns)
+    return ReleasedLoader(params, config, tp_rank, owns, draft)
 
 
 def load_weights(
     model: nn.Module, loader: ReleasedLoader, path: str, weights: Iterable[tuple[str, Tensor]]
 ) -> set[str]:
-    """Load every tensor of the backbone that belongs to this rank. See `ReleasedLoader`.
+    """Load every tensor of the loader's part that belongs to this rank. See `ReleasedLoader`.
 
     A local folder is validated by its headers first, so that nothing is loaded from a checkpoint
     that does not fit its config; what comes by any other path is counted while it is loaded.

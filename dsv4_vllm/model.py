@@ -46,7 +46,7 @@ from dsv4.ops.rope import inv_freq
 from dsv4_vllm.caches import V4Cache, layer_state
 from dsv4_vllm.loading import load_weights, loader_of
 from dsv4_vllm.metadata import WindowMetadata
-from dsv4_vllm.options import cache_formats, state_mapping
+from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.rehearsal import stage
 from dsv4_vllm.support import check_deployment
@@ -405,7 +405,7 @@ class V4Attention(nn.Module):
 class V4DecoderLayer(nn.Module):
     def __init__(self, config: V4Config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        layer = config.layers[int(prefix.rsplit(".", 1)[1])]
+        layer = (*config.layers, *config.draft_layers)[int(prefix.rsplit(".", 1)[1])]
         self.name = prefix
         self.attn = V4Attention(config, layer, vllm_config, f"{prefix}.attn")
         self.ffn = V4Moe(config, layer, vllm_config, f"{prefix}.ffn")
@@ -439,6 +439,12 @@ class V4Model(nn.Module):
             lambda prefix: V4DecoderLayer(config, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
+        self.streams = None  # [max_num_batched_tokens, 4 * D], what an MTP draft goes on from
+        if last and num_drafted(vllm_config):
+            rows, width = vllm_config.scheduler_config.max_num_batched_tokens, config.hc_mult * config.hidden_size
+            self.streams = torch.zeros(
+                rows, width, dtype=vllm_config.model_config.dtype, device=vllm_config.device_config.device
+            )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else PPMissingLayer()
         self.hc_head = HyperConnection(config, is_head=True) if last else PPMissingLayer()
         device = vllm_config.device_config.device
@@ -466,6 +472,8 @@ class V4Model(nn.Module):
             streams = mhc.post(streams)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": streams.flatten(1)})
+        if self.streams is not None:
+            self.streams[: streams.shape[0]] = streams.flatten(1)
         return mhc.head(streams, self.hc_head.site(self.norm.weight))
 
 
@@ -539,6 +547,12 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def get_mtp_target_hidden_states(self) -> Tensor | None:
+        """The last step's streams, of all rows that a step may have: [.., 4 * D]; None without a
+        draft. vLLM asks by this name.
+        """
+        return self.model.streams
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         logits = self.logits_processor(self.lm_head, hidden_states)

@@ -41,14 +41,27 @@ def cache_formats(vllm_config: VllmConfig) -> CacheFormats:
     return CacheFormats.packed(itemsize, mxfp4_keys=index == "mxfp4")
 
 
+def num_drafted(vllm_config: VllmConfig) -> int:
+    """Tokens that a step may have to take back: those that --speculative-config drafts."""
+    asked = vllm_config.speculative_config
+    return 0 if asked is None else asked.num_speculative_tokens
+
+
 def state_mapping(vllm_config: VllmConfig) -> StateMapping:
     """How compressor state is kept: DSV4_STATE, where auto is what `choose_state` has entered in
     the config, and summaries where it has not and they are possible; asks no device.
 
-    Raises Dsv4Error for summaries on the V1 runner of a GPU, whose slot-mapping kernel would read
-    past a request's one block.
+    Raises Dsv4Error for summaries with drafts, which cannot be taken back, and on the V1 runner of
+    a GPU, whose slot-mapping kernel would read past a request's one block.
     """
     chosen, device_type = env.get("DSV4_STATE"), vllm_config.device_config.device_type
+    if num_drafted(vllm_config):
+        if chosen == "summary":
+            raise Dsv4Error(
+                "DSV4_STATE=summary: a summary has no way back when a drafted token is refused; set DSV4_STATE=paged, or"
+                " leave out --speculative-config"
+            )
+        return StateMapping.PAGED
     possible = device_type == "cpu" or vllm_config.use_v2_model_runner
     if chosen == "summary" and not possible:
         raise Dsv4Error(

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
 MODEL = "dsv4_vllm.model:DeepseekV4ForCausalLM"
+DRAFTS = {"DeepSeekV4MTPModel": "dsv4_vllm.draft:DeepSeekV4MTP"}  # vLLM's names of a target's draft
 
 
 def register_model() -> None:
@@ -37,6 +38,8 @@ def _register() -> None:
     for architecture in (ARCHITECTURE, VISION_ARCHITECTURE):  # the latter only to be refused, with its reason
         ModelRegistry.register_model(architecture, MODEL)
         model_configs.MODELS_CONFIG_MAP[architecture] = _checked(model_configs.DeepseekV4ForCausalLMConfig)
+    for architecture, draft in DRAFTS.items():
+        ModelRegistry.register_model(architecture, draft)
     hooks.add_status()
     reload.install()
 

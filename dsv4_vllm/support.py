@@ -13,22 +13,17 @@ from dsv4.loading import LOAD_FORMATS
 from dsv4.model.config import LayerKind, Routing, V4Config
 from dsv4_vllm.options import cache_formats, state_mapping
 
+MOST_DRAFTED = 7  # tests go so far; a chained block loses its way sooner
+
 
 def check_deployment(vllm_config: VllmConfig) -> V4Config:
     """The model's config, after refusing what cannot be served. Raises Dsv4Error with the flag and
     the way out."""
-    config = V4Config.from_dict(
-        vllm_config.model_config.hf_config.to_dict(), f"{vllm_config.model_config.model}/config.json"
-    )
+    config = v4_config(vllm_config)
     parallel = vllm_config.parallel_config
     if reason := config.why_not_sharded(parallel.tensor_parallel_size):
         raise DeploymentError(f"--tensor-parallel-size {reason}")
     refusals = (
-        (
-            vllm_config.speculative_config is not None,
-            "--speculative-config",
-            "dsv4 0.1 has no draft model; leave it out",
-        ),
         (
             parallel.decode_context_parallel_size > 1,
             "--decode-context-parallel-size",
@@ -102,10 +97,46 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
     for refused, flag, advice in refusals:
         if refused:
             raise DeploymentError(f"{flag}: {advice}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4")
+    check_draft(config, vllm_config)
     check_stages(config, parallel.pipeline_parallel_size)
     cache_formats(vllm_config)
     state_mapping(vllm_config)
     return config
+
+
+def v4_config(vllm_config: VllmConfig) -> V4Config:
+    """The config of the checkpoint that is served."""
+    served = vllm_config.model_config
+    return V4Config.from_dict(served.hf_config.to_dict(), f"{served.model}/config.json")
+
+
+def check_draft(config: V4Config, vllm_config: VllmConfig) -> None:
+    """Refuse a way to draft that the checkpoint does not carry or dsv4 does not have. Raises
+    DeploymentError.
+    """
+    asked = vllm_config.speculative_config
+    if asked is None:
+        return
+    carries = {"mtp": "an MTP block", "dspark": "a DSpark draft", "none": "no draft"}[config.draft]
+    way_out = '"method": "mtp"' if config.draft == "mtp" else "no --speculative-config"
+    if asked.method != "mtp" or config.draft != "mtp":
+        raise DeploymentError(
+            f"--speculative-config: method {asked.method}, but the checkpoint carries {carries} and dsv4 drafts with MTP"
+            f" alone; use {way_out}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4"
+        )
+    k, scheduler = asked.num_speculative_tokens, vllm_config.scheduler_config
+    if not 1 <= k <= MOST_DRAFTED:
+        raise DeploymentError(f"--speculative-config: num_speculative_tokens {k}; use 1 to {MOST_DRAFTED}")
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs * (1 + k):
+        raise DeploymentError(
+            f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: a step of --max-num-seqs"
+            f" {scheduler.max_num_seqs} requests with {k} drafted tokens each takes"
+            f" {scheduler.max_num_seqs * (1 + k)}; raise the one or lower the other"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise DeploymentError(
+            "--speculative-config with --pipeline-parallel-size: drafts over pipeline stages are not tested; leave one out"
+        )
 
 
 def check_stages(config: V4Config, size: int) -> None:

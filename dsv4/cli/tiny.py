@@ -25,8 +25,11 @@ from dsv4.reference.tiny import Variant, write_tiny
 @click.option(
     "--draft", type=click.Choice(["mtp", "dspark", "none"]), default="mtp", show_default=True, help="Speculative draft."
 )
+@click.option("--agree", is_flag=True, help="Let a token mostly decide the next, and the draft know it.")
 @json_option
-def tiny(out: Path, variant: Variant, layers: int, seed: int, experts: str, draft: str, as_json: bool) -> None:
+def tiny(
+    out: Path, variant: Variant, layers: int, seed: int, experts: str, draft: str, agree: bool, as_json: bool
+) -> None:
     """Write a small random checkpoint in the released format to the new folder OUT."""
     folder = write_tiny(
         out,
@@ -36,6 +39,7 @@ def tiny(out: Path, variant: Variant, layers: int, seed: int, experts: str, draf
         experts="fp8" if experts == "fp8" else "fp4",
         draft="mtp" if draft == "mtp" else "dspark" if draft == "dspark" else "none",
         progress=console().is_terminal and not as_json,
+        agree=agree,
     )
     report = validate(folder)
     if as_json:

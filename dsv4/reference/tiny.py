@@ -172,11 +172,13 @@ def write_tiny(
     draft: DraftKind = "mtp",
     dims: TinyDims | None = None,
     progress: bool = False,
+    agree: bool = False,
 ) -> Path:
     """Write a tiny checkpoint to the folder `out`, whole or not at all, and return its path.
 
     variant: layer mix and routed_scaling_factor of Flash or Pro. seed: same seed, same bytes.
-    fp8_scale_dtype: of the block scales when experts are FP8. progress: show a bar. Raises
+    fp8_scale_dtype: of the block scales when experts are FP8. progress: show a bar. agree: a token
+    mostly decides the next one, and the draft knows how, so that it is right often. Raises
     CheckpointError when `out` exists and is not empty, ConfigError for an unknown choice.
     """
     out = Path(out).absolute()
@@ -186,7 +188,7 @@ def write_tiny(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write_weights(part, V4Config.from_dict(raw, "tiny"), seed, fp8_scale_dtype, progress)
+        _write_weights(part, V4Config.from_dict(raw, "tiny"), seed, fp8_scale_dtype, progress, agree)
         _write_json(part / "config.json", raw)
         sampling = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
         _write_json(part / "generation_config.json", {"_from_model_config": True, **sampling})
@@ -217,12 +219,16 @@ def _write_json(file: Path, content: Any) -> None:
 # Weights
 
 
-def _write_weights(folder: Path, config: V4Config, seed: int, fp8_scale_dtype: ScaleDtype, progress: bool) -> None:
+def _write_weights(
+    folder: Path, config: V4Config, seed: int, fp8_scale_dtype: ScaleDtype, progress: bool, agree: bool
+) -> None:
     specs = tensor_specs(config, fp8_scale_dtype)
     tensors = {
         spec.name: _random(spec, config, seed)
         for spec in track(specs.values(), "random weights", disable=not progress, transient=True)
     }
+    if agree:
+        _let_agree(tensors, config)
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD_BYTES)
     for file, names in shards.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
@@ -253,6 +259,34 @@ def _random(spec: TensorSpec, config: V4Config, seed: int) -> Tensor:
             .contiguous()
         )
     return _plain(spec, leaf, rng).to(_DTYPES[spec.dtype])
+
+
+_NEXT = 7  # what is added to a token's id where it decides the next
+
+
+def _let_agree(tensors: dict[str, Tensor], config: V4Config) -> None:
+    """Change `tensors` so that an embedding, louder than what layers add, is read by the head as
+    the next token; and the draft alike: MTP passes the embedding of its token on, DSpark's Markov
+    head knows what follows.
+    """
+    embed = 3 * tensors["embed.weight"].float()
+    tensors["embed.weight"] = embed.bfloat16()
+    tensors["head.weight"] = (0.1 * embed.roll(_NEXT, 0)).to(tensors["head.weight"].dtype)
+    if config.draft == "mtp":
+        size, weight = config.hidden_size, tensors["mtp.0.e_proj.weight"]
+        tensors["mtp.0.e_proj.weight"] = torch.eye(size).to(weight.dtype)
+        tensors["mtp.0.e_proj.scale"] = _powers(tensors["mtp.0.e_proj.scale"], 1)
+        tensors["mtp.0.h_proj.scale"] = _powers(tensors["mtp.0.h_proj.scale"], -10)
+    if config.draft == "dspark":
+        head = f"mtp.{config.num_draft_layers - 1}.markov_head.markov_w"
+        before = torch.randn(tensors[f"{head}1.weight"].shape, generator=torch.Generator().manual_seed(0))
+        tensors[f"{head}1.weight"] = before.bfloat16()
+        tensors[f"{head}2.weight"] = (before.roll(_NEXT, 0)).bfloat16()
+
+
+def _powers(scale: Tensor, exponent: int) -> Tensor:
+    """Block scales of 2 ** exponent, like `scale`."""
+    return torch.full(scale.shape, exponent + _E8M0_BIAS, dtype=torch.uint8).view(torch.float8_e8m0fnu)
 
 
 # Standard deviation of a linear's outputs for inputs of RMS 1 (gain), by the leaf of its name; 1

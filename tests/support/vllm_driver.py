@@ -9,7 +9,8 @@ every row that was quantised, for replay through the reference model; "mutation"
 new], break a module's source on purpose; "updates": {"1": arguments of `replace_weights` before
 that phase}; "launches": report the kernels that each layer launched; "variants": those that the
 warm-up would not have compiled; "graphs": {"sizes", "mode"}, capture and replay steps; "memory":
-report what attention takes.
+report what attention takes; "drafts": report what was drafted, and draft what "drafts" says comes
+next, wrong from a random depth on.
 """
 
 from __future__ import annotations
@@ -98,6 +99,17 @@ def replace_weights(
     return True, ""
 
 
+def accepted(llm: Any) -> dict[str, Any]:
+    """The engine's own counters of drafts."""
+    found = {m.name.removeprefix("vllm:spec_decode_"): m for m in llm.get_metrics() if "spec_decode" in m.name}
+    return {
+        "drafts": found["num_drafts"].value,
+        "tokens": found["num_draft_tokens"].value,
+        "kept": found["num_accepted_tokens"].value,
+        "kept_by_position": list(found["num_accepted_tokens_per_pos"].values),
+    }
+
+
 def describe(output: Any) -> dict[str, Any]:
     """A request's tokens and the log-probability of each prompt token (but the first) and each
     generated one."""
@@ -158,6 +170,11 @@ def main() -> None:
         from tests.support import vllm_memory
 
         taken = vllm_memory.record_attention(llm)
+    drafts = None
+    if "drafts" in plan:
+        from tests.support.vllm_drafts import Drafts
+
+        drafts = Drafts(llm, plan["drafts"])
     variants = None
     if plan.get("variants"):
         from tests.support.variants import ServedVariants
@@ -190,6 +207,9 @@ def main() -> None:
         result |= {"memory": taken, "still_held": vllm_memory.still_held(llm)}
     if graphs is not None:
         result["graphs"] = graphs.report()
+    if drafts is not None:
+        result["drafts"] = drafts.rows
+        result["accepted"] = accepted(llm)
     if mapped:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         result["counts"] = {"mapped": list(mapped), "parameters": mapping.parameters(runner.get_model())}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MTP drafts in the real vLLM engine: what is served does not depend on them, and they are what the
+block makes of the backbone's streams.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4.reference.draft import ReferenceDraft
+from dsv4.reference.tiny import write_tiny
+from tests.support.comparison import LENGTHS, Oracle, assert_equal
+from tests.support.hf_oracle import load_hf
+from tests.support.vllm_engine import engine_args, request, run, start
+
+NEW = 24  # tokens a request: six entries of CSA, and most prompts cross a boundary
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Flash, with a draft that is right every second time."""
+    return write_tiny(tmp_path_factory.mktemp("agree") / "tiny", "flash", agree=True)
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Oracle:
+    return Oracle(load_hf(folder))
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    import torch
+
+    return torch.randint(3, 512, (1100,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def prompts(text: list[int], new: int = NEW) -> list[dict[str, Any]]:
+    return [request(text[-n:], new, prompt_logprobs=False) for n in LENGTHS]
+
+
+def drafting(folder: Path, k: int, **overrides: Any) -> dict[str, Any]:
+    return engine_args(folder, speculative_config={"method": "mtp", "num_speculative_tokens": k}, **overrides)
+
+
+def tokens(result: dict[str, Any]) -> list[list[int]]:
+    return [r["tokens"] for phase in result["phases"] for r in phase]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, text: list[int]) -> dict[str, Any]:
+    """The same requests without drafts, and with state that can be taken back."""
+    return run(engine_args(folder), [prompts(text)], {"DSV4_STATE": "paged"})
+
+
+def whole(result: dict[str, Any]) -> list[list[int]]:
+    return [r["prompt"] + r["tokens"] for phase in result["phases"] for r in phase]
+
+
+@pytest.mark.parametrize("k", [1, 3, pytest.param(2, marks=pytest.mark.long), pytest.param(7, marks=pytest.mark.long)])
+def test_greedy_tokens_are_those_without_drafts(
+    folder: Path, oracle: Oracle, text: list[int], alone: dict[str, Any], k: int
+) -> None:
+    """Drafts that are right up to every depth, at every length around a boundary."""
+    result = run(drafting(folder, k), [prompts(text)], drafts=whole(alone))
+    assert tokens(result) == tokens(alone)
+    assert_equal(result, oracle, least=0.7)  # sequences end at their first near-tie
+    kept = result["accepted"]
+    assert kept["drafts"] > 100
+    assert 0 < kept["kept"] < kept["tokens"]
+    assert all(kept["kept_by_position"])
+
+
+def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int], alone: dict[str, Any]) -> None:
+    """Whole prompts alone: vLLM's first runner drafts after a chunk from the token at the prompt's
+    end. A draft is compared where the reference's choice is no tie.
+    """
+    few = [r for r in prompts(text) if len(r["prompt"]) in (2, 5, 127, 129, 257)]
+    result = run(drafting(folder, 2, max_num_batched_tokens=2048), [few], drafts=whole(alone))
+    reference, compared = ReferenceDraft.from_folder(folder), 0
+    for row in result["drafts"]:
+        if row["before"] is None:  # a request that has ended
+            continue
+        want = reference.propose(row["before"], 2)
+        gaps = want.logits.topk(2).values.diff(dim=-1).abs()[:, 0]
+        if bool((gaps > 1e-3).all()):
+            assert row["own"] == want.tokens
+            compared += 1
+    assert compared > 40
+
+
+def test_drafts_survive_hits_preemption_and_poison(folder: Path, text: list[int], alone: dict[str, Any]) -> None:
+    """Twice the same prompts in a pool too small for all, with NaN in pages that nobody owns."""
+    again = prompts(text)
+    result = run(
+        drafting(folder, 3, max_num_batched_tokens=128, kv_cache_memory_bytes=20 << 20),
+        [again, again],
+        drafts=whole(alone),
+        poison=True,
+    )
+    assert tokens(result) == tokens(alone) * 2
+    assert result["preemptions"] > 0
+    assert any(r["cached"] for r in result["phases"][1])
+    assert result["poisoned_pages"] > 0
+
+
+@pytest.mark.parametrize(
+    ("speculative", "env", "says"),
+    [
+        ({"method": "mtp", "num_speculative_tokens": 9}, {}, "num_speculative_tokens 9; use 1 to 7"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
+            {},
+            "method ngram, but the checkpoint",
+        ),
+        ({"method": "mtp", "num_speculative_tokens": 2}, {"DSV4_STATE": "summary"}, "a summary has no way back"),
+    ],
+)
+def test_other_drafts_are_refused(folder: Path, speculative: dict[str, Any], env: dict[str, str], says: str) -> None:
+    done = start(engine_args(folder, speculative_config=speculative), [[request([5], 1)]], env)
+    assert done.returncode != 0
+    assert says in done.stderr
