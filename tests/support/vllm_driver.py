@@ -209,6 +209,7 @@ def main() -> None:
         result["graphs"] = graphs.report()
     if drafts is not None:
         result["drafts"] = drafts.rows
+    if plan["engine"].get("speculative_config"):
         result["accepted"] = accepted(llm)
     if mapped:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

@@ -146,9 +146,9 @@ class Graphs:
         return int(self.runner.input_buffers.query_start_loc.max())
 
     def smallest(self) -> tape.Tape:
-        """The tape of the full graph of one request."""
+        """The tape of the full graph of one request, with its drafts."""
         graphs = self.runner.cudagraph_manager.graphs
-        return next(graph.tape for desc, graph in graphs.items() if desc.num_tokens == 1)
+        return min(graphs.items(), key=lambda pair: pair[0].num_tokens)[1].tape
 
     def report(self) -> dict[str, Any]:
         return self.steps.report(self.smallest(), self.outside.get(1))
