@@ -106,14 +106,14 @@ def test_drafts_survive_hits_preemption_and_poison(folder: Path, text: list[int]
     assert result["poisoned_pages"] > 0
 
 
-def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[int]) -> None:
+@pytest.mark.parametrize("with_eager", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[int], with_eager: bool) -> None:
     """Runner V2 captures steps of three tokens a request, and the draft's own steps. A replayed
     verify step equals an eager one bit for bit; a replayed draft step that did not would change
     how many drafts are kept.
     """
     few = [[request(text[-n:], 9, prompt_logprobs=False) for n in each] for each in ((1, 62, 126, 253), (3, 5, 9, 4))]
     args = drafting(folder, 2, max_num_batched_tokens=64, max_num_seqs=4, kv_cache_memory_bytes=64 << 20)
-    eager = run(args, few, RUNNER_V2)
     asked = {"sizes": [3, 6, 9, 12, 24, 64], "mode": "FULL_AND_PIECEWISE"}
     result = run(args, few, RUNNER_V2 | {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, graphs=asked)
     found = result["graphs"]
@@ -121,13 +121,10 @@ def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[in
     assert {"full 3", "full 6", "full 12"} <= set(found["replayed"])
     assert any(name.startswith("piecewise") for name in found["replayed"])
     assert found["held"] == 0, "captures keep memory alive"
-    assert (
-        tokens(result)
-        == tokens(eager)
-        == tokens(run(args | {"speculative_config": None}, few, {"DSV4_STATE": "paged"}))
-    )
-    assert result["accepted"] == eager["accepted"]
-    assert all(eager["accepted"]["kept_by_position"])
+    assert tokens(result) == tokens(run(args | {"speculative_config": None}, few, {"DSV4_STATE": "paged"}))
+    assert all(result["accepted"]["kept_by_position"])
+    if with_eager:
+        assert result["accepted"] == run(args, few, RUNNER_V2)["accepted"]
 
 
 @pytest.mark.parametrize(
