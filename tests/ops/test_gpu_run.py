@@ -144,6 +144,47 @@ def test_a_server_is_judged(change: dict[str, Any], served: bool, wrong: str | N
     assert gpu_engines.judge(SERVED | change, served, "cuda") == wrong
 
 
+class StandInServer:
+    """Answers as a server of dsv4 on a GPU."""
+
+    ready_s = 12.34
+
+    def __init__(self, command: list[str], env: dict[str, str], ready_timeout_s: float) -> None:
+        assert command[1:3] == ["serve", "FOLDER"]
+        assert env["DSV4_MODE"] == "on"
+
+    def __enter__(self) -> StandInServer:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def get(self, path: str) -> dict[str, Any]:
+        ops = {"topk": {"impl": "triton"}}
+        return {"workers": [{"served_by_dsv4": True, "model_class": "M", "kv_format": "fp8_ds_mla", "ops": ops}]}
+
+    def log(self) -> str:
+        return "Graph capturing finished in 3 secs"
+
+
+def test_a_servers_answers_become_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was decoded is judged apart from the many more tokens of prompts."""
+    from served import Engine
+
+    def prompt_logprobs(server: Any, ids: list[int]) -> list[float]:
+        return [-1.0] * (len(ids) - 1)
+
+    def generate(server: Any, prompts: list[list[int]], new: int) -> list[tuple[list[int], list[float]]]:
+        return [([7] * new, [-1.5] * new) for _ in prompts]
+
+    engine = Engine("vllm", lambda *args: [], prompt_logprobs, generate)
+    monkeypatch.setattr(gpu_engines, "Server", StandInServer)
+    monkeypatch.setitem(gpu_engines.BY_NAME, "vllm", engine)
+    row = gpu_engines.ask("vllm", Path("FOLDER"), lambda ids: torch.full((len(ids) - 1,), -1.0), "cuda", 60.0)
+    assert (row["mean"], row["mean_decoded"], row["worst"], row["graphs"]) == (0.0, 0.5, 0.5, True)
+    assert row["compared"] == sum(gpu_engines.PROMPTS) - 3 + 3 * gpu_engines.NEW_TOKENS
+    assert row["wrong"] == "mean_decoded difference 0.5 from the fp32 reference, at most 0.18 is right"
+
+
 def test_a_server_that_does_not_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_engines, "command", lambda *args: [sys.executable, "-c", "raise SystemExit('no card')"])
     row = gpu_engines.ask("vllm", tmp_path, lambda ids: torch.zeros(0), "cuda", 30.0)
