@@ -43,7 +43,7 @@ def assert_warm(found: dict[str, Any], pooling: str) -> None:
 @pytest.mark.parametrize(("state", "pooling"), [("summary", "summary_kernel"), ("paged", "compress_store_kernel")])
 def test_vllm(tiny_flash: Path, state: str, pooling: str) -> None:
     engine = vllm_engine.engine_args(tiny_flash, max_model_len=512, max_num_batched_tokens=24, kv_cache_dtype="fp8")
-    env = KERNELS | {"DSV4_STATE": state}
+    env = KERNELS | vllm_engine.RUNNER_V2 | {"DSV4_STATE": state}
     assert_warm(vllm_engine.run(engine, prompts(), env=env, variants=True)["variants"], pooling)
 
 

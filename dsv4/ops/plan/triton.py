@@ -241,7 +241,7 @@ def step(batch: BatchView, caches: Sequence[Cache], plan: StepPlan, homes: Homes
     )
 
 
-@triton.jit(do_not_specialize=["requests", "num_places", "columns"])
+@triton.jit(do_not_specialize=["places_stride", "requests", "num_places", "columns"])
 def page_tables_kernel(
     places, places_stride, requests, to_window, num_places, full, window, stride, columns,
     PAGE: tl.constexpr, BC: tl.constexpr,
