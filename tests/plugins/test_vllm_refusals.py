@@ -37,6 +37,7 @@ def deployment(folder: Path, **changes: Any) -> Any:
             model=str(folder),
             dtype=torch.bfloat16,
             enable_prompt_embeds=False,
+            enable_sleep_mode=changes.get("enable_sleep_mode", False),
         ),
         parallel_config=SimpleNamespace(**(parallel | {k: v for k, v in changes.items() if k in parallel})),
         cache_config=SimpleNamespace(kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto"),
@@ -62,9 +63,10 @@ def test_the_deployment_itself_is_served(tiny_flash: Path) -> None:
         ({"use_ubatching": True}, "--enable-dbo"),
         ({"enable_elastic_ep": True}, "--enable-elastic-ep"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
+        ({"enable_sleep_mode": True}, "--enable-sleep-mode"),
     ],
 )
-def test_parallelism_that_is_not_tested_is_refused(tiny_flash: Path, change: dict[str, Any], flag: str) -> None:
+def test_what_is_not_tested_is_refused(tiny_flash: Path, change: dict[str, Any], flag: str) -> None:
     with pytest.raises(DeploymentError, match=rf"^{flag}.*DSV4_MODE=off"):
         support.check_deployment(deployment(tiny_flash, **change))
 
