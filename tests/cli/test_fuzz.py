@@ -80,4 +80,4 @@ def test_a_traceback_silence_and_slowness_are_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fuzz.cli, "main", broken)
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
     why = [fuzz.judge("arguments", *fuzz.answer([word])) for word in ("loop", "silent", "raise")]
-    assert why == ["no answer in 0.2 s", "exit code 2 and nothing on stderr", "ZeroDivisionError: x"]
+    assert why == ["no answer in 0.2 s of CPU", "exit code 2 and nothing on stderr", "ZeroDivisionError: x"]

@@ -159,7 +159,8 @@ def test_none_hides_a_call_on_vllm_and_shows_raw_text_on_sglang(agent: Agent) ->
     assert told == {agent.name: agent.name == "vllm"}
 
 
-@pytest.mark.parametrize("thinking", [THINKING, pytest.param(CHATTING, marks=long)], ids=["thinking", "chat"])
+@long
+@pytest.mark.parametrize("thinking", [THINKING, CHATTING], ids=["thinking", "chat"])
 def test_required_gives_calls(grammar: Agent, thinking: dict[str, Any]) -> None:
     before = "T.</think>" if thinking is THINKING else ""
     message, finish = grammar.chat(before + written(TWO), tools=TOOLS, tool_choice="required", **thinking)
