@@ -62,7 +62,7 @@ python-vllm: $(VENV)/.installed ## Print the interpreter that has vLLM and dsv4
 python-sglang: $(VENV)/.installed ## Print the interpreter that has SGLang and dsv4
 	@echo "$(CURDIR)/$(PYTHON)"
 
-.PHONY: lint format types imports test long schedules recipes demo clean
+.PHONY: lint format types imports test long schedules fuzz soak recipes demo clean
 lint: $(VENV)/.installed ## ruff: rules and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -79,6 +79,10 @@ long: env ## The tests that `make test` leaves out: more versions, settings and 
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --long -m long
 schedules: env ## 200 random schedules per KV mapping through the real engine (CI runs 15)
 	$(PYTHON) -m pytest -q -s tests/e2e/test_vllm_schedules.py --schedules 200
+fuzz: $(VENV)/.installed ## 10,000 bad configs, headers, indices, recipes and command lines each (CI asks 150)
+	$(PYTHON) -m tests.support.fuzz --cases 10000
+soak: $(VENV)/.installed ## An hour of random traffic against each engine's server, on pools that are too small
+	$(PYTHON) -m tests.support.soak --minutes 60
 recipes: env ## Check every recipe against every supported engine version
 	$(VENV)/bin/dsv4 recipes check
 demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat question, proof of who answered

@@ -465,16 +465,28 @@ class V4Model(nn.Module):
         else:
             assert intermediate is not None
             streams = intermediate["hidden_states"].unflatten(-1, (c.hc_mult, c.hidden_size))
+            input_ids = intermediate["input_ids"] if self.routes_by_id(self.start_layer) else None
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             streams = layer(streams, rope, input_ids)
         if isinstance(streams, mhc.PendingPost):
             streams = mhc.post(streams)
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"hidden_states": streams.flatten(1)})
+            handed = {"hidden_states": streams.flatten(1)}
+            if self.routes_by_id(self.end_layer):
+                assert input_ids is not None
+                handed["input_ids"] = input_ids.int()
+            return IntermediateTensors(handed)
         if self.streams is not None:
             self.streams[: streams.shape[0]] = streams.flatten(1)
         return mhc.head(streams, self.hc_head.site(self.norm.weight))
+
+    def routes_by_id(self, first: int) -> bool:
+        """Whether a layer from `first` on chooses experts by token id.
+
+        Model runner V2 gives ids to the first stage alone, so that stages hand them on.
+        """
+        return any(layer.routing is Routing.HASH for layer in self.config.layers[first:])
 
 
 def check_breaks(model: nn.Module) -> None:
@@ -534,7 +546,10 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
         width = self.v4_config.hc_mult * self.v4_config.hidden_size
-        return IntermediateTensors({"hidden_states": torch.zeros(batch_size, width, dtype=dtype, device=device)})
+        empty = {"hidden_states": torch.zeros(batch_size, width, dtype=dtype, device=device)}
+        if self.model.routes_by_id(self.model.start_layer):
+            empty["input_ids"] = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        return IntermediateTensors(empty)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)

@@ -10,7 +10,7 @@ from vllm.distributed.utils import get_pp_indices
 
 from dsv4.errors import DeploymentError
 from dsv4.loading import LOAD_FORMATS
-from dsv4.model.config import LayerKind, Routing, V4Config
+from dsv4.model.config import LayerKind, V4Config
 from dsv4_vllm.options import cache_formats, state_mapping
 
 MOST_DRAFTED = 7  # tests go so far; a chained block loses its way sooner
@@ -93,6 +93,11 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
             "--weight-transfer-config",
             "weights that arrive in pieces cannot be checked before a layer is taken apart; use reload_weights",
         ),
+        (
+            vllm_config.model_config.enable_sleep_mode,
+            "--enable-sleep-mode",
+            "discarding and restoring weights and caches is not tested; stop the server, or use reload_weights",
+        ),
     )
     for refused, flag, advice in refusals:
         if refused:
@@ -142,20 +147,14 @@ def check_draft(config: V4Config, vllm_config: VllmConfig) -> None:
 def check_stages(config: V4Config, size: int) -> None:
     """Refuse cuts into pipeline stages that vLLM cannot run. Raises DeploymentError.
 
-    Model runner V2 gives token ids to the first stage alone, and vLLM fails to allocate the caches
-    of a stage that has no layer with entries; of those cuts, the ones with CSA everywhere are run.
+    vLLM fails to allocate the caches of a stage that has no layer with entries; of those cuts, the
+    ones with CSA everywhere are run. Layers that route by token id may be on any stage.
     """
     if size == 1:
         return
     stages = [config.layers[slice(*get_pp_indices(config.num_hidden_layers, rank, size))] for rank in range(size)]
     cut = ",".join(str(len(stage)) for stage in stages)
     where = f"--pipeline-parallel-size {size}, layers cut {cut}"
-    hashed = [layer.index for stage in stages[1:] for layer in stage if layer.routing is Routing.HASH]
-    if hashed:
-        raise DeploymentError(
-            f"{where}: layer {hashed[0]} chooses experts by token id, which reaches the first stage alone; put"
-            f" layers 0 to {hashed[-1]} there with VLLM_PP_LAYER_PARTITION"
-        )
     for number, stage in enumerate(stages):
         if not any(layer.kind is LayerKind.CSA for layer in stage):
             raise DeploymentError(

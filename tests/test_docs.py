@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from served import SGLANG_CHAT_ARGS, VLLM_CHAT_ARGS
 
 from dsv4.model.tensors import Component, tensor_specs
 from dsv4.planning.deployment import find_checkpoint
@@ -81,3 +82,10 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.+)$", where.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}, f"{page}: {target}"
+
+
+def test_the_readme_serves_agents_as_the_tests_do() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for args in (VLLM_CHAT_ARGS, SGLANG_CHAT_ARGS):
+        missing = [arg for arg in args if f" {arg}" not in readme.replace("`--", " --").replace("\n", " ")]
+        assert not missing

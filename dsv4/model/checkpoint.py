@@ -24,6 +24,7 @@ from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.tensors import DRAFT_PREFIX, ITEMSIZE, Component, TensorSpec, tensor_specs
 
 INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\\0]{1,200}\.safetensors")  # a file's name, not a path
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,16 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if not file.exists():
         return None
     try:
-        weight_map = json.loads(file.read_text())["weight_map"]
-        return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise CheckpointError(f"{file}: is no index with a weight_map ({e}); download it again") from e
+        weight_map = dict(json.loads(file.read_text())["weight_map"].items())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
+        raise CheckpointError(f"{file}: is no index with a weight_map ({str(e)[:200]}); download it again") from e
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{file}: {name[:200]!r} is in {str(shard)[:80]!r}, which is no *.safetensors file of this folder;"
+                " download it again"
+            )
+    return weight_map
 
 
 def _refuse_absent(folder: Path, files: Sequence[str]) -> None:

@@ -179,8 +179,8 @@ class V4Config:
             raw = json.loads(file.read_text())
         except OSError as e:
             raise ConfigError(f"{file}: cannot be read ({e.strerror}); is this a checkpoint folder?") from e
-        except ValueError as e:
-            raise ConfigError(f"{file}: not JSON ({e}); download it again") from e
+        except (ValueError, RecursionError) as e:
+            raise ConfigError(f"{file}: not JSON ({str(e)[:200]}); download it again") from e
         return V4Config.from_dict(raw, str(file))
 
     @staticmethod
@@ -209,6 +209,12 @@ _OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters", "compress_
 _COUNTS = ("num_hash_layers", "num_nextn_predict_layers", "dspark_block_size", "dspark_markov_rank", "vision_n_layers")
 
 
+def _short(value: Any) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _check_types(raw: Mapping[str, Any], where: str) -> None:
     """Refuse fields whose JSON type would make the reading below fail without saying where; None
     counts as absent.
@@ -218,17 +224,17 @@ def _check_types(raw: Mapping[str, Any], where: str) -> None:
         value = present.get(key, [])
         if not isinstance(value, list | tuple) or any(not isinstance(v, kind) or isinstance(v, bool) for v in value):
             raise ConfigError(
-                f"{where}: field {key!r} is {value!r}, expected a list of {'words' if kind is str else 'whole numbers'}"
+                f"{where}: field {key!r} is {_short(value)}, expected a list of {'words' if kind is str else 'whole numbers'}"
             )
     for key in _OBJECTS:
         if not isinstance(present.get(key, {}), Mapping):
-            raise ConfigError(f"{where}: field {key!r} is {present[key]!r}, expected an object")
+            raise ConfigError(f"{where}: field {key!r} is {_short(present[key])}, expected an object")
     for key in _COUNTS:
         value = present.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _TOO_LARGE:
-            raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a whole number, 0 or more")
+            raise ConfigError(f"{where}: field {key!r} is {_short(value)}, expected a whole number, 0 or more")
     if not isinstance(present.get("model_type", MODEL_TYPE), str):
-        raise ConfigError(f"{where}: field 'model_type' is {present['model_type']!r}, expected a word")
+        raise ConfigError(f"{where}: field 'model_type' is {_short(present['model_type'])}, expected a word")
 
 
 def _refuse_other_families(raw: Mapping[str, Any], where: str) -> None:
@@ -268,14 +274,14 @@ def _number(raw: Mapping[str, Any], key: str, where: str) -> Any:
     if (
         isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _TOO_LARGE
     ):  # refuses nan and inf too
-        raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a positive number")
+        raise ConfigError(f"{where}: field {key!r} is {_short(value)}, expected a positive number")
     return value
 
 
 def _count(raw: Mapping[str, Any], key: str, where: str) -> int:
     value = _number(raw, key, where)
     if value != int(value):
-        raise ConfigError(f"{where}: field {key!r} is {value!r}, expected a whole number")
+        raise ConfigError(f"{where}: field {key!r} is {_short(value)}, expected a whole number")
     return int(value)
 
 
@@ -339,7 +345,7 @@ def _layer_kinds(raw: Mapping[str, Any], num_layers: int, where: str) -> tuple[l
     for i, ratio in enumerate(ratios):
         if ratio not in _KIND_OF_RATIO:
             raise ConfigError(
-                f"{where}: compress_ratios[{i}] is {ratio!r}; dsv4 knows 0 (window), 4 (CSA) and 128 (HCA)"
+                f"{where}: compress_ratios[{i}] is {_short(ratio)}; dsv4 knows 0 (window), 4 (CSA) and 128 (HCA)"
             )
     return [_KIND_OF_RATIO[r] for r in ratios[:num_layers]], len(ratios) - num_layers
 
@@ -376,12 +382,12 @@ def _yarn(raw: Mapping[str, Any], where: str) -> Yarn | None:
     nested = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or nested.get("compress") or nested
     if not isinstance(scaling, Mapping):
-        raise ConfigError(f"{where}: rope_parameters['compress'] is {scaling!r}, expected an object")
+        raise ConfigError(f"{where}: rope_parameters['compress'] is {_short(scaling)}, expected an object")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ConfigError(f"{where}: rope_scaling type is {kind!r}; dsv4 knows yarn")
+        raise ConfigError(f"{where}: rope_scaling type is {_short(kind)}; dsv4 knows yarn")
     return Yarn(
         factor=float(_number(scaling, "factor", f"{where}: rope_scaling")),
         beta_fast=float(_number(scaling, "beta_fast", f"{where}: rope_scaling")),
@@ -396,7 +402,7 @@ def _expert_dtype(raw: Mapping[str, Any], where: str) -> ExpertDtype:
         return "fp4"
     if dtype == "fp8":
         return "fp8"
-    raise ConfigError(f"{where}: expert_dtype is {dtype!r}; dsv4 knows fp4 and fp8")
+    raise ConfigError(f"{where}: expert_dtype is {_short(dtype)}; dsv4 knows fp4 and fp8")
 
 
 def _check(raw: Mapping[str, Any], c: V4Config, where: str) -> None:
@@ -407,7 +413,7 @@ def _check(raw: Mapping[str, Any], c: V4Config, where: str) -> None:
     }  # fmt: skip
     for key, want in expected.items():
         if raw.get(key, want) != want:
-            raise ConfigError(f"{where}: {key} is {raw[key]!r}, DeepSeek-V4 has {want!r}")
+            raise ConfigError(f"{where}: {key} is {_short(raw[key])}, DeepSeek-V4 has {want!r}")
     quant = raw.get("quantization_config") or {}
     if quant and (
         quant.get("quant_method") not in ("fp8", "deepseek_v4_fp8")

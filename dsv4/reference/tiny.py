@@ -78,6 +78,7 @@ class TinyDims:
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 256
     vocab_size: int = 512
+    num_hash_layers: int = 3  # at most; the released models'
 
 
 def tiny_config(
@@ -119,7 +120,6 @@ def tiny_config(
         "max_position_embeddings": 1048576,
         "n_shared_experts": 1,
         "norm_topk_prob": True,
-        "num_hash_layers": min(3, num_layers),
         "num_hidden_layers": num_layers,
         "num_key_value_heads": 1,
         "num_nextn_predict_layers": 0 if draft == "none" else 1,
@@ -150,6 +150,7 @@ def tiny_config(
         "transformers_version": "4.57.1",
         "use_cache": True,
         **vars(dims),
+        "num_hash_layers": min(dims.num_hash_layers, num_layers),
     }
     if draft == "dspark":
         targets = list(range(max(0, num_layers - 3), num_layers))

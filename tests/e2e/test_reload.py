@@ -57,7 +57,7 @@ def bad(tiny_flash: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def assert_serves_what_it_was_given_last(
     harness: ModuleType, args: dict[str, Any], other: dict[str, Any], good: list[dict], refused: list[tuple[dict, str]]
 ) -> None:
-    """good: updates, to the same weights, to the other's, and both again.
+    """good: updates, to the same weights, to the other's, and so on.
 
     refused: updates, each with words of its refusal
     """
@@ -65,32 +65,61 @@ def assert_serves_what_it_was_given_last(
     numbered = {str(i + 1): update for i, update in enumerate(updates)}
     result = harness.run(args, [PHASE] * (1 + len(updates)), updates=numbered)
     fresh = numbers(harness.run(args | other, [PHASE])["phases"][0])
-    first, again, second, third, fourth, *after = map(numbers, result["phases"])
-    assert [success for success, _ in result["updates"]] == [True] * 4 + [False] * len(refused), result["updates"]
-    assert first == again == third
-    assert fresh == second == fourth
+    first, *replaced = map(numbers, result["phases"])
+    assert [success for success, _ in result["updates"]] == [True] * len(good) + [False] * len(refused), result[
+        "updates"
+    ]
     assert first != fresh
-    for (_, words), (_, message), phase in zip(refused, result["updates"][4:], after, strict=True):
+    assert replaced[: len(good)] == [first, fresh] * (len(good) // 2)
+    after = zip(refused, result["updates"][len(good) :], replaced[len(good) :], strict=True)
+    for (_, words), (_, message), phase in after:
         assert words in message
         assert phase == fresh
 
 
 def test_sglang(tiny_flash: Path, other: Path, bad: dict[str, tuple[Path, str]]) -> None:
-    """From disk, and from tensors in buckets."""
+    """From disk, from tensors in buckets, and from another process."""
     good = [
         {"disk": str(tiny_flash)},
         {"disk": str(other)},
         {"tensors": str(tiny_flash), "buckets": 7},
         {"tensors": str(other), "buckets": 1},
+        {"distributed": str(tiny_flash), "buckets": 3},
+        {"distributed": str(other)},
     ]
     refused = [({"disk": str(folder)}, words) for folder, words in bad.values()]
     refused += [
         ({"disk": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"tensors": str(bad["dtype"][0])}, f"{SCALE} has dtype F32"),
+        ({"distributed": str(bad["dtype"][0])}, f"{SCALE} has dtype F32"),
         ({"tensors": str(other), "without": [SCALE]}, f"wait for their weight or scale: {SCALE[:-5]}weight"),
     ]
     args = sglang_engine.engine_args(tiny_flash)
     assert_serves_what_it_was_given_last(sglang_engine, args, {"model_path": str(other)}, good, refused)
+
+
+@pytest.mark.long
+def test_sglang_with_some_of_the_weights(tiny_flash: Path, other: Path, tmp_path: Path) -> None:
+    """A bucket that holds a few tensors replaces those: as a fresh engine on a checkpoint that has
+    them."""
+    some = ["layers.2.attn.wq_b.weight", SCALE, W3, W3.replace("weight", "scale"), "norm.weight", TABLE]
+    mixed, theirs = copy(tiny_flash, tmp_path / "mixed", lambda f: None), {}
+    for file in other.glob("*.safetensors"):
+        theirs |= load_file(file)
+    for name in some:
+        rewrite(mixed, name, lambda _, name=name: theirs[name])
+    args = sglang_engine.engine_args(tiny_flash)
+    ways = [
+        {"tensors": str(other), "only": some, "buckets": 2},
+        {"disk": str(tiny_flash)},
+        {"distributed": str(other), "only": some},
+    ]
+    result = sglang_engine.run(args, [PHASE] * 4, updates={str(i + 1): way for i, way in enumerate(ways)})
+    assert [success for success, _ in result["updates"]] == [True] * 3, result["updates"]
+    fresh = numbers(sglang_engine.run(args | {"model_path": str(mixed)}, [PHASE])["phases"][0])
+    first, *replaced = map(numbers, result["phases"])
+    assert first != fresh
+    assert replaced == [fresh, first, fresh]
 
 
 def test_vllm(tiny_flash: Path, other: Path, bad: dict[str, tuple[Path, str]]) -> None:

@@ -95,7 +95,7 @@ def test_drafts_survive_hits_preemption_and_poison(folder: Path, text: list[int]
     """Twice the same prompts in a pool too small for all, with NaN in pages that nobody owns."""
     again = prompts(text)
     result = run(
-        drafting(folder, 3, max_num_batched_tokens=128, kv_cache_memory_bytes=40 << 20),
+        drafting(folder, 3, max_num_batched_tokens=128, kv_cache_memory_bytes=33 << 20),
         [again, again],
         drafts=whole(alone),
         poison=True,

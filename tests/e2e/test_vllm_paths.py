@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.vllm_engine import ENV_DIR, RUNNER_V2, Oracle, assert_equal, engine_args, request, run
+from dsv4.reference.tiny import TinyDims, write_tiny
+from tests.support.hf_oracle import load_hf, prompt_without_ties
+from tests.support.vllm_engine import ENV_DIR, RUNNER_V2, TIE_MARGIN, Oracle, assert_equal, engine_args, request, run
 
 
 def test_prefix_cache_hits_equal_cold_runs(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
@@ -71,13 +73,24 @@ def test_model_runner_v2_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash
     assert_equal(result, flash_oracle)
 
 
-def test_two_pipeline_stages_equal_one(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
-    """On model runner V2; V1 cannot run stages on a CPU, with any model."""
-    engine = engine_args(tiny_flash, pipeline_parallel_size=2)
-    prompts = [request(flash_text[:n], 3) for n in (5, 130)]
-    result = run(engine, [prompts], env=RUNNER_V2 | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+@pytest.fixture(scope="module")
+def five_hashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint whose first five layers of six choose experts by token id."""
+    folder = tmp_path_factory.mktemp("stages") / "five-hashed"
+    return write_tiny(folder, "flash", dims=TinyDims(num_hash_layers=5))
+
+
+@pytest.mark.parametrize("cut", ["3,3", pytest.param("4,2", marks=pytest.mark.long)])
+def test_two_pipeline_stages_equal_one(five_hashed: Path, cut: str) -> None:
+    """On model runner V2, which gives token ids to the first stage alone: layers 3 and 4 get them
+    from there. V1 cannot run stages on a CPU, with any model. Other cuts are refused."""
+    oracle = Oracle(load_hf(five_hashed))
+    text = prompt_without_ties(oracle.model, 130, margin=TIE_MARGIN)
+    engine = engine_args(five_hashed, pipeline_parallel_size=2)
+    env = RUNNER_V2 | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_PP_LAYER_PARTITION": cut}
+    result = run(engine, [[request(text[:n], 3) for n in (5, 130)]], env=env)
     assert len(result["workers"]) == 2
-    assert_equal(result, flash_oracle)
+    assert_equal(result, oracle)
 
 
 def test_vllm_0_33_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:

@@ -37,6 +37,7 @@ def deployment(folder: Path, **changes: Any) -> Any:
             model=str(folder),
             dtype=torch.bfloat16,
             enable_prompt_embeds=False,
+            enable_sleep_mode=changes.get("enable_sleep_mode", False),
         ),
         parallel_config=SimpleNamespace(**(parallel | {k: v for k, v in changes.items() if k in parallel})),
         cache_config=SimpleNamespace(kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto"),
@@ -69,6 +70,7 @@ def test_the_deployment_itself_is_served(tiny_flash: Path) -> None:
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"cpu_offload_gb": 4.0}, "--cpu-offload-gb"),
         ({"offload_group_size": 2}, r"--cpu-offload-gb \(--offload-group-size\)"),
+        ({"enable_sleep_mode": True}, "--enable-sleep-mode"),
     ],
 )
 def test_what_is_not_tested_is_refused(tiny_flash: Path, change: dict[str, Any], flag: str) -> None:

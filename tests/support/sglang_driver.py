@@ -3,7 +3,7 @@
 result.json`.
 
 The plan is {"engine": Engine arguments, "phases": [[request, ...], ...], "updates": {"1": {"disk":
-folder}, "2": {"tensors": folder, "buckets": n, "without": [names]}}} and options for
+folder}, "2": arguments of `replace_weights`}} and options for
 `sglang_instruments`; a request is {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The
 requests of a phase are submitted together, phases one after another, each behind its update of the
 weights.
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +36,73 @@ def describe(prompt: list[int], output: dict[str, Any], prompt_logprobs: bool) -
 
 
 def replace_weights(
-    engine: Any, disk: str | None = None, tensors: str | None = None, buckets: int = 1, without: tuple[str, ...] = ()
+    engine: Any,
+    disk: str | None = None,
+    tensors: str | None = None,
+    distributed: str | None = None,
+    buckets: int = 1,
+    without: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
 ) -> list[Any]:
-    """[success, message] of the first step that failed, or of the last."""
+    """[success, message] of the first step that failed, or of the last.
+
+    disk, tensors or distributed: the folder of the weights
+    """
     if disk is not None:
         return list(engine.update_weights_from_disk(disk))[:2]
     from safetensors.torch import load_file
 
-    found = {name: t for file in Path(str(tensors)).glob("*.safetensors") for name, t in load_file(file).items()}
-    named = [(name, t) for name, t in found.items() if name not in without]
+    folder = Path(str(tensors or distributed))
+    found = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    named = [(name, t) for name, t in found.items() if name not in without and (not only or name in only)]
     engine.begin_weight_update()
     for i in range(buckets):
-        done = engine.update_weights_from_tensor(named[i::buckets])
+        if distributed is not None:
+            done = broadcast(engine, named[i::buckets])
+        else:
+            done = engine.update_weights_from_tensor(named[i::buckets])
         if not done[0]:
             break
     ended = engine.end_weight_update()
     return list(done if not done[0] else ended)[:2]
+
+
+GROUPS: list[Any] = []  # of this process as rank 0, the trainer, and the engine as rank 1
+
+
+def broadcast(engine: Any, named: list[tuple[str, Any]]) -> Any:
+    """Weights by gloo, from this process, as one tensor of bytes: gloo has no FP8.
+
+    The widest first: SGLang refuses tensors at odd places of the bytes.
+    """
+    import torch
+    from sglang.srt.utils import init_custom_process_group
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    named = sorted(named, key=lambda item: -item[1].itemsize)
+    with ThreadPoolExecutor(1) as pool:
+        if not GROUPS:
+            port = free_port()
+            address = f"tcp://127.0.0.1:{port}"
+            mine = pool.submit(
+                init_custom_process_group, backend="gloo", init_method=address, world_size=2, rank=0, group_name="w"
+            )
+            joined = engine.init_weights_update_group("127.0.0.1", port, 1, 2, "w", backend="gloo")
+            assert joined[0], joined
+            GROUPS.append(mine.result())
+        flat = FlattenedTensorBucket(named_tensors=named).get_flattened_tensor()
+        sending = pool.submit(torch.distributed.broadcast, flat, src=0, group=GROUPS[0])
+        names, dtypes = [name for name, _ in named], [str(t.dtype).removeprefix("torch.") for _, t in named]
+        shapes = [list(t.shape) for _, t in named]
+        done = engine.update_weights_from_distributed(names, dtypes, shapes, "w", load_format="flattened_bucket")
+        sending.result(60)
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def main() -> None:

@@ -66,14 +66,17 @@ def start(
 
 
 def install_instruments(folder: Path, plan: dict[str, Any], pythonpath: str) -> dict[str, str]:
-    """Variables that make every process of the engine load `sglang_instruments`, as a plugin found
+    """Variables that make every process of the engine load `sglang_instruments`."""
+    (folder / "plan.json").write_text(json.dumps(plan))
+    variables = install_plugin(folder, "tests.support.sglang_instruments", pythonpath)
+    return variables | {"TEST_SGLANG_PLAN": str(folder / "plan.json")}
+
+
+def install_plugin(folder: Path, module: str, pythonpath: str) -> dict[str, str]:
+    """Variables that make every process of the engine call `module`'s register, as a plugin found
     before dsv4."""
     info = folder / "dsv4_test-0.0.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dsv4-test\nVersion: 0.0.0\n")
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\ndsv4_test = tests.support.sglang_instruments:register\n"
-    )
-    (folder / "plan.json").write_text(json.dumps(plan))
-    path = ":".join(filter(None, (str(folder), str(ROOT), pythonpath)))
-    return {"PYTHONPATH": path, "TEST_SGLANG_PLAN": str(folder / "plan.json")}
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\ndsv4_test = {module}:register\n")
+    return {"PYTHONPATH": ":".join(filter(None, (str(folder), str(ROOT), pythonpath)))}

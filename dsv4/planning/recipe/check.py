@@ -176,7 +176,7 @@ def _proof_differs(recipe: Recipe, proof: Proof) -> list[str]:
 
 def _close(a: Any, b: Any) -> bool:
     if isinstance(a, list):
-        return all(_close(x, y) for x, y in zip(a, b, strict=True))
+        return isinstance(b, list) and len(a) == len(b) and all(_close(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, str) or a is None or b is None:
         return bool(a == b)
     return bool(abs(a - b) <= max(TOLERANCE * max(abs(a), abs(b)), 0.011))
