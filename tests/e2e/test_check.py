@@ -26,9 +26,9 @@ CHECKED_OPS = {
 }  # by type, and by name
 # Entries of the second request of a step go where no page is.
 BAD_SLOT = [
-    "dsv4.ops.plan",
-    "(entry % rows_per_page).int(), -1)",
-    "(entry % rows_per_page).int() + (tokens.request_of_token == 1) * (1 << 20), -1)",
+    "dsv4.ops.plan.caches",
+    "_slots(page, entry % rows_per_page, rows_per_page), -1)",
+    "_slots(page, entry % rows_per_page, rows_per_page) + (tokens.request_of_token == 1) * (1 << 20), -1)",
 ]
 ENGINES = {"vllm": (vllm_engine, "summary.compress"), "sglang": (sglang_engine, "compressor.update")}
 

@@ -160,7 +160,7 @@ def test_packed_pages_equal_the_quantised_reference(
 
 MUTATIONS = {
     "the open window is not kept": (
-        "dsv4.ops.compressor.ring",
+        "dsv4.ops.plan.rings",
         "keep = tokens.valid & _outlives(",
         "keep = ~tokens.valid & _outlives(",
     ),

@@ -11,13 +11,17 @@ from tests.support.vllm_engine import TOLERANCE, Oracle, compare, engine_args, r
 
 MUTATIONS = {
     "window off by one": (
-        "dsv4.ops.plan",
+        "dsv4.ops.plan.caches",
         "(tokens.positions + 1).clamp(max=window)",
         "(tokens.positions + 1).clamp(max=window - 1)",
     ),
-    "entry RoPE at j instead of j*m": ("dsv4.ops.plan", "cos_sin(positions // m * m, ", "cos_sin(positions // m, "),
+    "entry RoPE at j instead of j*m": (
+        "dsv4.ops.plan.reference",
+        "cos_sin(positions // m * m, ",
+        "cos_sin(positions // m, ",
+    ),
     "entry visible one token late": (
-        "dsv4.ops.plan",
+        "dsv4.ops.plan.caches",
         "(tokens.positions + 1) // ratio, 0)",
         "tokens.positions // ratio, 0)",
     ),

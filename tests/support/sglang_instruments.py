@@ -41,6 +41,8 @@ def register() -> None:
 
         interpreter_bf16.install()
     if PLAN.get("mutation"):
+        from tests.support.mutation import mutate
+
         mutate(*PLAN["mutation"])
     if PLAN.get("skip_hook"):
         HookRegistry._patched.add(PLAN["skip_hook"])  # what SGLang believes it has patched, it leaves alone
@@ -58,18 +60,6 @@ def register() -> None:
         MAPPED.append(record_mapping())
     HookRegistry.register(RUN_BATCH, before_batch, HookType.BEFORE)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_counts, HookType.AFTER)
-
-
-def mutate(module_name: str, old: str, new: str) -> None:
-    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything
-    else imports it."""
-    import importlib
-    import inspect
-
-    module = importlib.import_module(module_name)
-    source = inspect.getsource(module)
-    assert source.count(old) == 1, f"{module_name} no longer says {old!r}: write the mutation anew"
-    exec(compile(source.replace(old, new), str(module.__file__), "exec"), module.__dict__)
 
 
 def chunks_of_any_size(original: Callable[..., Any], adder: Any, *args: Any, **kwargs: Any) -> None:

@@ -26,18 +26,6 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def mutate(module_name: str, old: str, new: str) -> None:
-    """Execute a module of dsv4 again with `old` replaced by `new` in its source, before anything
-    else imports it."""
-    import importlib
-    import inspect
-
-    module = importlib.import_module(module_name)
-    source = inspect.getsource(module)
-    assert source.count(old) == 1, f"{module_name} no longer says {old!r}: write the mutation anew"
-    exec(compile(source.replace(old, new), str(module.__file__), "exec"), module.__dict__)
-
-
 def poison_unowned_pages(llm: Any) -> dict[str, int]:
     """Before every step, fill each page that no request and no cached prefix owns with NaN, in
     every cache.
@@ -135,6 +123,8 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # worker processes inherit file descriptor 1 and log there
     if plan.get("mutation"):
+        from tests.support.mutation import mutate
+
         mutate(*plan["mutation"])
     if os.environ.get("TRITON_INTERPRET") == "1":
         from tests.support import interpreter_bf16
