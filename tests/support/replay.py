@@ -56,9 +56,9 @@ class Replayed(ReferenceModel):
         self.experts = {i: torch.cat(recorded["route"][n :: len(routed)]) for n, i in enumerate(routed)}
         self.layer, self.calls, self.different, self.total = -1, 0, 0, 0
 
-    def _attention(self, layer: LayerSpec, x: Tensor, tokens: Tensor) -> Tensor:
+    def _attention(self, layer: LayerSpec, x: Tensor) -> Tensor:
         self.layer, self.calls = layer.index, 0
-        return super()._attention(layer, x, tokens)
+        return super()._attention(layer, x)
 
     def _stored(self, rows: Tensor, row_format: KvFormat | IndexFormat) -> Tensor:
         role = "index_key" if isinstance(row_format, IndexFormat) else ("window", "compressed")[self.calls]
