@@ -119,10 +119,11 @@ def stub(model: Any) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     from dsv4.ops import kernels
+    from dsv4.ops.compressor.projected import EntryInputs
     from dsv4.ops.registry import OPERATORS, Choice
     from dsv4.probe.engine import symbol
     from dsv4_vllm.caches import V4Cache
-    from dsv4_vllm.model import V4Compressor, V4Moe
+    from dsv4_vllm.model import V4Attention, V4Moe
     from tests.support import fake_gpu
 
     for cache in (m for m in model.modules() if isinstance(m, V4Cache)):
@@ -140,9 +141,10 @@ def stub(model: Any) -> None:
         elif isinstance(module, VocabParallelEmbedding):
             width = module.embedding_dim
             module.forward = lambda ids, width=width: torch.empty(len(ids), width, dtype=torch.bfloat16, device="meta")
-        elif isinstance(module, V4Compressor):
-            width = module.fused_wkv_wgate.output_size
-            module.project = lambda x, width=width: x.new_empty(len(x), width, dtype=torch.float32)
+        elif isinstance(module, V4Attention) and module.entry_proj is not None:
+            module.project = lambda x, sizes=module.entry_proj.output_sizes: EntryInputs.split(
+                x.new_empty(len(x), sum(sizes), dtype=torch.float32), sizes
+            )
         elif isinstance(module, V4Moe):
             module.forward = lambda x, ids, shared=module.shared_experts: torch.empty_like(x) + shared(x)
 
