@@ -97,7 +97,7 @@ def test_cards_that_only_the_plugin_serves_are_planned_with_the_state_that_holds
 def test_the_plugins_state_doubles_the_step_that_docs_name():
     recipe = next(r for r in shipped_recipes() if r.id == "a100-80g-x4-flash-vllm-context")
     d, n = recipe.deployment(), recipe.lengths.concurrency
-    limits = step_limit(replace(d, state=StateMapping.PAGED), n), step_limit(d, n)
+    limits = [step_limit(replace(d, state=state), n) for state in (StateMapping.PAGED, StateMapping.SUMMARY)]
     page = " ".join((ROOT / "docs" / "planner.md").read_text().split())
     assert "from {:,} to {:,} tokens".format(*limits) in page
 
