@@ -5,6 +5,8 @@ block makes of the backbone's streams.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from tests.support.hf_oracle import load_hf
 from tests.support.vllm_engine import RUNNER_V2, engine_args, request, run, start
 
 NEW = 24  # tokens a request: six entries of CSA, and most prompts cross a boundary
+FEW = (2, 5, 63, 127, 129, 255, 257, 511)
+Alone = Callable[[tuple[int, ...]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +41,8 @@ def text() -> list[int]:
     return torch.randint(3, 512, (1100,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
-def prompts(text: list[int], new: int = NEW) -> list[dict[str, Any]]:
-    return [request(text[-n:], new, prompt_logprobs=False) for n in LENGTHS]
+def prompts(text: list[int], lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [request(text[-n:], NEW, prompt_logprobs=False) for n in lengths]
 
 
 def drafting(folder: Path, k: int, **overrides: Any) -> dict[str, Any]:
@@ -50,35 +54,43 @@ def tokens(result: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path, text: list[int]) -> dict[str, Any]:
+def alone(folder: Path, text: list[int]) -> Alone:
     """The same requests without drafts, and with state that can be taken back."""
-    return run(engine_args(folder), [prompts(text)], {"DSV4_STATE": "paged"})
+
+    @functools.cache
+    def served(lengths: tuple[int, ...]) -> dict[str, Any]:
+        return run(engine_args(folder), [prompts(text, lengths)], {"DSV4_STATE": "paged"})
+
+    return served
 
 
 def whole(result: dict[str, Any]) -> list[list[int]]:
     return [r["prompt"] + r["tokens"] for phase in result["phases"] for r in phase]
 
 
-@pytest.mark.parametrize("k", [1, 3, pytest.param(2, marks=pytest.mark.long), pytest.param(7, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("k", "lengths"),
+    [(1, FEW), (3, FEW), *(pytest.param(k, LENGTHS, marks=pytest.mark.long) for k in (1, 2, 3, 5, 7))],
+)
 def test_greedy_tokens_are_those_without_drafts(
-    folder: Path, oracle: Oracle, text: list[int], alone: dict[str, Any], k: int
+    folder: Path, oracle: Oracle, text: list[int], alone: Alone, k: int, lengths: tuple[int, ...]
 ) -> None:
-    """Drafts that are right up to every depth, at every length around a boundary."""
-    result = run(drafting(folder, k), [prompts(text)], drafts=whole(alone))
-    assert tokens(result) == tokens(alone)
+    """Drafts that are right up to every depth, at lengths around a boundary."""
+    result = run(drafting(folder, k), [prompts(text, lengths)], drafts=whole(alone(lengths)))
+    assert tokens(result) == tokens(alone(lengths))
     assert_equal(result, oracle, least=0.7)  # sequences end at their first near-tie
     kept = result["accepted"]
-    assert kept["drafts"] > 100
+    assert kept["drafts"] > 2 * len(lengths)
     assert 0 < kept["kept"] < kept["tokens"]
     assert all(kept["kept_by_position"])
 
 
-def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int], alone: dict[str, Any]) -> None:
+def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int], alone: Alone) -> None:
     """Whole prompts alone: vLLM's first runner drafts after a chunk from the token at the prompt's
     end. A draft is compared where the reference's choice is no tie.
     """
-    few = [r for r in prompts(text) if len(r["prompt"]) in (2, 5, 127, 129, 257)]
-    result = run(drafting(folder, 2, max_num_batched_tokens=2048), [few], drafts=whole(alone))
+    few = [r for r in prompts(text, FEW) if len(r["prompt"]) in (2, 5, 127, 129, 257)]
+    result = run(drafting(folder, 2, max_num_batched_tokens=2048), [few], drafts=whole(alone(FEW)))
     reference, compared = ReferenceDraft.from_folder(folder), 0
     for row in result["drafts"]:
         if row["before"] is None:  # a request that has ended
@@ -91,17 +103,11 @@ def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int],
     assert compared > 40
 
 
-def test_drafts_survive_hits_preemption_and_poison(folder: Path, text: list[int], alone: dict[str, Any]) -> None:
-    """Twice the same prompts in a pool too small for all, with NaN in pages that nobody owns."""
-    again = prompts(text)
-    result = run(
-        drafting(folder, 3, max_num_batched_tokens=128, kv_cache_memory_bytes=33 << 20),
-        [again, again],
-        drafts=whole(alone),
-        poison=True,
-    )
-    assert tokens(result) == tokens(alone) * 2
-    assert result["preemptions"] > 0
+def test_drafts_survive_hits_and_poison(folder: Path, text: list[int], alone: Alone) -> None:
+    """Twice the same prompts, with NaN in pages that nobody owns."""
+    again = prompts(text, FEW)
+    result = run(drafting(folder, 3, max_num_batched_tokens=128), [again, again], drafts=whole(alone(FEW)), poison=True)
+    assert tokens(result) == tokens(alone(FEW)) * 2
     assert any(r["cached"] for r in result["phases"][1])
     assert result["poisoned_pages"] > 0
 
