@@ -28,7 +28,10 @@ def configure(args):
     options = (
         ({"tensor_parallel_size": 4}, ["--tensor-parallel-size 4", "o_groups 2"]),
         ({"kv_cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype fp8_e5m2", "fp8_ds_mla"]),
-        ({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}, ["--speculative-config"]),
+        (
+            {"speculative_config": {"method": "mtp", "num_speculative_tokens": 9}},
+            ["num_speculative_tokens 9; use 1 to 7"],
+        ),
         ({"enable_lora": True}, ["--enable-lora"]),
         ({"data_parallel_size": 2}, ["--data-parallel-size", "one server per replica"]),
         ({"kv_offloading_size": 1.0}, ["--kv-offloading-size"]),

@@ -136,7 +136,6 @@ def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[in
 @pytest.mark.parametrize(
     ("speculative", "env", "says"),
     [
-        ({"method": "mtp", "num_speculative_tokens": 9}, {}, "num_speculative_tokens 9; use 1 to 7"),
         (
             {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
             {},
