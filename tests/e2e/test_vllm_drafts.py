@@ -104,15 +104,15 @@ def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int],
 
 
 def test_drafts_survive_hits_and_poison(folder: Path, text: list[int], alone: Alone) -> None:
-    """Twice the same prompts, with NaN in pages that nobody owns. A hit is a page shorter than
-    without drafts, whose rows depend on the token after them.
+    """Twice the same prompts, with NaN in pages that nobody owns. A hit is at most a page
+    shorter than without drafts, whose rows depend on the token after them.
     """
     lengths = (63, 129, 511, 800)
     again = prompts(text, lengths)
     engine = drafting(folder, 3, max_num_batched_tokens=128, prefix_cache_retention_interval=256)
     result = run(engine, [again, again], drafts=whole(alone(lengths)), poison=True)
     assert tokens(result) == tokens(alone(lengths)) * 2
-    assert [r["cached"] for r in result["phases"][1]] == [0, 0, 0, 512]
+    assert [r["cached"] for r in result["phases"][1]] == [0, 0, 256, 512]
     assert result["poisoned_pages"] > 0
 
 
