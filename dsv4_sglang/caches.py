@@ -44,7 +44,7 @@ from dsv4.ops.compressor.ring import RingState, compress_step
 from dsv4.ops.pages import Pages, SlotMapping, row_storage, view_pages
 from dsv4_sglang import released_config
 from dsv4_sglang.options import deployed_formats
-from dsv4_sglang.step import StepPlan
+from dsv4_sglang.step import StepMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class LayerState:
         if layer.kind is LayerKind.CSA:
             self.roles.append((CacheRole.INDEX_STATE, CacheRole.INDEX_KEY))
 
-    def pool(self, projected: Sequence[Projected], entry_step: EntryStep, pool: V4Pool, step: StepPlan) -> None:
+    def pool(self, projected: Sequence[Projected], entry_step: EntryStep, pool: V4Pool, step: StepMetadata) -> None:
         """Pool and store the entries of all caches of the layer, and carry its open windows on.
 
         projected: one for each compressor of the layer, attention's own first

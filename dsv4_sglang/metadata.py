@@ -20,7 +20,7 @@ from dsv4.ops.pages import BatchView
 from dsv4.ops.plan import Rings
 from dsv4_sglang.caches import V4Pool
 from dsv4_sglang.names import ATTENTION_BACKEND
-from dsv4_sglang.step import StepPlan
+from dsv4_sglang.step import StepMetadata
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -48,7 +48,7 @@ class V4AttentionBackend(AttentionBackend):
         # Where each request's tokens end in a step of one token per request.
         self.ends = torch.arange(self.req_to_token.shape[0] + 1, dtype=torch.int32, device=self.req_to_token.device)
         self.ratios = sorted({layer.compress_ratio for layer in pool.config.layers} - {0})
-        self.plan: StepPlan | None = None
+        self.plan: StepMetadata | None = None
 
     # ---- SGLang's interface -----------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class V4AttentionBackend(AttentionBackend):
 
     # ---- the plan ---------------------------------------------------------------------------
 
-    def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepPlan:
+    def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepMetadata:
         batch, context = self._batch_view(fb, max_seq_len), max(self.context_len, max_seq_len)
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len, context)
         rings = {
@@ -103,7 +103,7 @@ class V4AttentionBackend(AttentionBackend):
         planned = (
             made.of(plan.RingPlan) if single else [plan.plan_many(rings[m], made.tokens, batch) for m in self.ratios]
         )
-        return StepPlan(
+        return StepMetadata(
             made.tokens,
             made.of(plan.WindowPlan)[0],
             dict(zip(self.ratios, made.of(plan.EntryPlan), strict=True)),

@@ -31,7 +31,8 @@ from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.compressor.projected import EntryInputs, EntryStep, Projected, entry_widths
+from dsv4.ops.compressor.layer import Compressor
+from dsv4.ops.compressor.projected import EntryInputs, EntryStep, entry_widths
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import Selection
@@ -42,7 +43,7 @@ from dsv4_sglang.caches import LayerState, V4Pool
 from dsv4_sglang.loading import ON_A_GPU, loader_of
 from dsv4_sglang.metadata import V4AttentionBackend
 from dsv4_sglang.quant import V4QuantConfig, on_cpu
-from dsv4_sglang.step import StepPlan
+from dsv4_sglang.step import StepMetadata
 from dsv4_sglang.warm_up import compile_kernels
 
 if TYPE_CHECKING:
@@ -119,21 +120,6 @@ class V4Moe(nn.Module):
         return tensor_model_parallel_all_reduce(out) if self.reduce else out
 
 
-class V4Compressor(nn.Module):
-    """Pools the entries of one cache: attention's own, or the index keys."""
-
-    def __init__(self, config: V4Config, layer: LayerSpec, dim: int) -> None:
-        super().__init__()
-        width = layer.overlap * dim
-        self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
-        self.norm = RMSNorm(dim, config.rms_norm_eps)
-
-    def projected(self, kv_gate: Tensor) -> Projected:
-        """kv_gate: [T, 2 * overlap * dim] fp32, from `V4Attention.project`."""
-        kv, gate = kv_gate.chunk(2, -1)
-        return Projected(kv, gate, self.ape, self.norm.weight)
-
-
 class V4Indexer(nn.Module):
     """Chooses the entries a CSA query attends. Replicated on every tensor-parallel rank."""
 
@@ -148,7 +134,7 @@ class V4Indexer(nn.Module):
             quant_config=quant,
             prefix=add_prefix("wq_b", prefix),
         )
-        self.compressor = V4Compressor(config, layer, self.dim)
+        self.compressor = Compressor(layer, RMSNorm(self.dim, config.rms_norm_eps))
 
     def forward(
         self, weights: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor
@@ -223,7 +209,7 @@ class V4Attention(nn.Module):
                 prefix=add_prefix("entry_proj", prefix),
                 parallel_group="replicated",
             )
-            self.compressor = V4Compressor(config, layer, config.head_dim)
+            self.compressor = Compressor(layer, RMSNorm(config.head_dim, config.rms_norm_eps))
         if layer.kind is LayerKind.CSA:
             self.indexer = V4Indexer(config, layer, quant, add_prefix("indexer", prefix))
 
@@ -249,7 +235,7 @@ class V4Attention(nn.Module):
         entries = self._entries(x, qr, step, pool, rope)
         return attention.sparse_attention(q, step.window.read(window), entries, self.attn_sink, table)[0]
 
-    def _entries(self, x: Tensor, qr: Tensor, step: StepPlan, pool: V4Pool, rope: RopeTables) -> Selection | None:
+    def _entries(self, x: Tensor, qr: Tensor, step: StepMetadata, pool: V4Pool, rope: RopeTables) -> Selection | None:
         """Store the entries that the step completes, and select those that each token attends."""
         if self.compressor is None or self.state is None or self.entry_proj is None:
             return None

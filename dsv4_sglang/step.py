@@ -9,7 +9,7 @@ from dsv4.ops import plan
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepMetadata:
     """One step. entries, rings: by compress ratio, compressed entries and their open windows."""
 
     tokens: plan.TokenPlan

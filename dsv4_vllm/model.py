@@ -37,7 +37,8 @@ from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
 from dsv4.ops import attention, check, indexer, mhc, moe
-from dsv4.ops.compressor.projected import EntryInputs, EntryStep, Projected, entry_widths
+from dsv4.ops.compressor.layer import Compressor
+from dsv4.ops.compressor.projected import EntryInputs, EntryStep, entry_widths
 from dsv4.ops.linear import linear_fp32
 from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import PageTable, Selection
@@ -126,21 +127,6 @@ class V4Moe(nn.Module):
         return self.experts(hidden_states=x, router_logits=x, input_ids=input_ids)
 
 
-class V4Compressor(nn.Module):
-    """Pools the entries of one cache: attention's own, or the index keys."""
-
-    def __init__(self, config: V4Config, layer: LayerSpec, dim: int) -> None:
-        super().__init__()
-        width = layer.overlap * dim
-        self.ape = nn.Parameter(torch.empty(layer.compress_ratio, width, dtype=torch.float32), requires_grad=False)
-        self.norm = RMSNorm(dim, config.rms_norm_eps)
-
-    def projected(self, kv_gate: Tensor) -> Projected:
-        """kv_gate: [T, 2 * overlap * dim] fp32, from `V4Attention.project`."""
-        kv, gate = kv_gate.chunk(2, -1)
-        return Projected(kv, gate, self.ape, self.norm.weight)
-
-
 class V4Indexer(nn.Module):
     """Chooses the entries a CSA query attends. Replicated on every tensor-parallel rank."""
 
@@ -154,7 +140,7 @@ class V4Indexer(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.wq_b",
         )
-        self.compressor = V4Compressor(config, layer, self.dim)
+        self.compressor = Compressor(layer, RMSNorm(self.dim, config.rms_norm_eps))
         self.keys = keys
 
     def forward(
@@ -272,7 +258,7 @@ class V4Attention(nn.Module):
                 disable_tp=True,
                 prefix=f"{prefix}.entry_proj",
             )
-            self.compressor = V4Compressor(config, layer, config.head_dim)
+            self.compressor = Compressor(layer, RMSNorm(config.head_dim, config.rms_norm_eps))
             self.state = layer_state(caches)
         if layer.kind is LayerKind.CSA:
             self.indexer = V4Indexer(config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY])
