@@ -83,8 +83,11 @@ def choose_state(vllm_config: VllmConfig, config: V4Config) -> None:
     leaves of the first GPU's memory.
     """
     device_type, entered = vllm_config.device_config.device_type, vllm_config.additional_config
+    if num_drafted(vllm_config):
+        logger.info("dsv4: compressor state is paged: from summaries no drafted token could be taken back")
+        return
     undecided = env.get("DSV4_STATE") == "auto" and device_type != "cpu" and isinstance(entered, dict)
-    if not undecided or not vllm_config.use_v2_model_runner or num_drafted(vllm_config):
+    if not undecided or not vllm_config.use_v2_model_runner:
         return
     d, pool_bytes = deployment(vllm_config, config), vllm_config.cache_config.kv_cache_memory_bytes
     held = requests_by_state(d, pool_bytes)
