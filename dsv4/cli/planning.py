@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -26,6 +26,9 @@ from dsv4.planning.memory.proof import Proof, Verdict, prove
 from dsv4.planning.planner import DEFAULT_STEP_TOKENS, Candidate, Preference, Question
 from dsv4.planning.planner import plan as make_plan
 from dsv4.planning.recipe.schema import Recipe, find_recipe, json_schema, proof_section, recipe_paths, shipped_recipes
+
+if TYPE_CHECKING:
+    from dsv4.planning.manifests import Overrides
 
 DEFAULT_CONTEXT = "128k"  # what published deployments and their users ask for, far below the model's 1m
 
@@ -46,12 +49,13 @@ def _override_options(f: Callable[..., None]) -> Callable[..., None]:
     return f
 
 
-OVERRIDES = frozenset({"host", "port", "model_path", "served_name", "image", "wheel"})
+def _overrides(options: Mapping[str, Any], context: int = 0) -> Overrides:
+    """Those of `options` that change a launch."""
+    from dsv4.planning.manifests import Overrides
 
-
-def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    named = {"model_path": "model"}
-    return {named.get(k, k): v for k, v in overrides.items() if v is not None}
+    renamed = {"model" if k == "model_path" else k: v for k, v in options.items() if v is not None}
+    known = {f.name for f in fields(Overrides)}
+    return Overrides(context=context, **{k: v for k, v in renamed.items() if k in known})
 
 
 class _Command(click.Command):
@@ -198,7 +202,7 @@ def plan(
     if plot is not None:
         _draw(question, found, fast, curve, plot)
     if output != "text":
-        _print_launch(found, output, {k: v for k, v in given.items() if k in OVERRIDES})
+        _print_launch(found, output, given)
     elif as_json:
         configurations = [_candidate_json(c) for c in found]
         print_json(
@@ -232,9 +236,9 @@ def _draw(question: Question, found: Sequence[Candidate], fast: speed.Speed | No
             speed.draw(question, fast, path)
 
 
-def _print_launch(found: Sequence[Candidate], output: str, overrides: Mapping[str, Any]) -> None:
+def _print_launch(found: Sequence[Candidate], output: str, options: Mapping[str, Any]) -> None:
     """The launch of the best configuration. Raises PlanError where nothing fits."""
-    from dsv4.planning.manifests import Overrides, of_plan, render
+    from dsv4.planning.manifests import of_plan, render
     from dsv4.planning.text import dsv4_settings
 
     best = next((c.deployment for c in found if c.works), None)
@@ -243,7 +247,7 @@ def _print_launch(found: Sequence[Candidate], output: str, overrides: Mapping[st
     settings = dsv4_settings(best)
     plugin = best.gpu.needs_plugin or bool(settings)
     with named():
-        click.echo(render(of_plan(best, settings, plugin, Overrides(**_given(overrides))), output))
+        click.echo(render(of_plan(best, settings, plugin, _overrides(options)), output))
 
 
 def _gpus(gpu: str | None, count: int | None, nodes: int | None) -> tuple[Gpu, int]:
@@ -338,7 +342,7 @@ def _terms_json(proof: Proof) -> list[dict[str, Any]]:
 def launch(recipe: str, engine: str | None, output: str, context: str | None, as_json: bool, **overrides: Any) -> None:
     """Print how to start RECIPE (an id, or a YAML file). Nothing is executed."""
     from dsv4.planning.launch import split_roles
-    from dsv4.planning.manifests import Overrides, of_recipe, render
+    from dsv4.planning.manifests import of_recipe, render
 
     found, _ = find_recipe(recipe)
     found = _other_engine(found, engine)
@@ -346,7 +350,7 @@ def launch(recipe: str, engine: str | None, output: str, context: str | None, as
         raise RecipeError(f"{found.id}: cannot work: {found.why_not[0].why}")
     with named("--context"):
         tokens = parse_context(context) if context else 0
-    start = of_recipe(found, Overrides(context=tokens, **_given(overrides)))
+    start = of_recipe(found, _overrides(overrides, tokens))
     if tokens and prove(start.deployment, found.lengths.concurrency).starts is Verdict.NO:
         raise PlanError(f"--context {context}: does not start with {found.id}'s step; see dsv4 plan")
     if as_json:

@@ -138,21 +138,22 @@ def _row_json(r: Row, prices: Mapping[str, float]) -> dict[str, Any]:
         "shape": d.shape,
         "speculative": d.speculation.method,
         "running": e.running,
-        "ttft_ms": _pair(e.ttft_s, 1000),
-        "tpot_ms": _pair(e.tpot_s, 1000),
-        "user_tok_s": _pair(e.user_tok_s),
-        "gpu_tok_s": _pair(e.gpu_tok_s),
-        "output_tok_s": _pair(e.output_tok_s),
+        "ttft_ms": both_ends(e.ttft_s, 1000),
+        "tpot_ms": both_ends(e.tpot_s, 1000),
+        "user_tok_s": both_ends(e.user_tok_s),
+        "gpu_tok_s": both_ends(e.gpu_tok_s),
+        "output_tok_s": both_ends(e.output_tok_s),
         "extrapolated": e.extrapolated,
     }
     if d.gpu.id in prices:
-        found["dollars_per_million_output_tokens"] = _pair(e.dollars_per_million(d.count, prices[d.gpu.id]))
+        found["dollars_per_million_output_tokens"] = both_ends(e.dollars_per_million(d.count, prices[d.gpu.id]))
     if r.kept is not None:
         found["objective"] = {"kept": r.kept.value, "requests": list(r.load or (0, 0))}
     return found
 
 
-def _pair(r: Range, scale: float = 1.0) -> list[float]:
+def both_ends(r: Range, scale: float = 1.0) -> list[float]:
+    """For JSON, to three digits."""
     return [float(f"{x * scale:.3g}") for x in (r.low, r.high)]
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from dsv4.cli.output import named
+from dsv4.cli.speed import both_ends
 from dsv4.errors import PlanError
 from dsv4.machine.hardware import GIB
 from dsv4.planning.host_store import HostStore, describe_store, host_store
 from dsv4.planning.planner import Candidate, Question
 from dsv4.planning.pools import Pair, PairSpeed, describe_pools, pair_speed, parse_pools, plan_pools
-from dsv4.planning.speed.estimate import Range
 from dsv4.planning.speed.work import Traffic
 from dsv4.planning.text import name_of, wrap
 
@@ -89,9 +89,9 @@ def _pair_json(pair: Pair, speed: PairSpeed | None) -> dict[str, Any]:
         "sent_gib_per_request_and_rank": round(pair.sent_bytes / GIB, 3),
     }
     if speed is not None:
-        found["ttft_ms_without_transfer"] = _pair(speed.one.ttft_s, 1000)
-        found["tpot_ms"] = _pair(speed.one.tpot_s, 1000)
-        found["gpu_tok_s"] = _pair(speed.gpu_tok_s)
+        found["ttft_ms_without_transfer"] = both_ends(speed.one.ttft_s, 1000)
+        found["tpot_ms"] = both_ends(speed.one.tpot_s, 1000)
+        found["gpu_tok_s"] = both_ends(speed.gpu_tok_s)
         found["limited_by"] = speed.limited_by
     return found
 
@@ -102,10 +102,6 @@ def _store_json(s: HostStore) -> dict[str, Any]:
         "gib_per_prefix": round(s.prefix_bytes / GIB, 3),
         "prefixes": s.prefixes,
         "prefixes_in_the_pools": s.pooled,
-        "ttft_ms_miss": None if s.miss_s is None else _pair(s.miss_s, 1000),
-        "ttft_ms_hit_without_transfer": None if s.hit_s is None else _pair(s.hit_s, 1000),
+        "ttft_ms_miss": None if s.miss_s is None else both_ends(s.miss_s, 1000),
+        "ttft_ms_hit_without_transfer": None if s.hit_s is None else both_ends(s.hit_s, 1000),
     }
-
-
-def _pair(r: Range, scale: float = 1.0) -> list[float]:
-    return [float(f"{x * scale:.3g}") for x in (r.low, r.high)]

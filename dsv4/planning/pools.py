@@ -104,7 +104,6 @@ def pair_speed(pair: Pair, traffic: Traffic) -> PairSpeed | None:
         return None
     share = replace(traffic, concurrency=traffic.concurrency / pools.decode, prefilled_elsewhere=True)
     one = replace(estimate(taker, share), ttft_s=estimate(sender, replace(traffic, concurrency=1)).ttft_s)
-    size = traffic.input_tokens + traffic.output_tokens
     error = errors(sender.gpu)[level(traffic.concurrency)]["ttft"]
     gpus = taker.count * pools.engines
     rates = []
@@ -114,7 +113,7 @@ def pair_speed(pair: Pair, traffic: Traffic) -> PairSpeed | None:
             "prefill": pools.prefill * prefill_rate(sender, traffic) * factor,
         }
         limit = min(requests, key=lambda name: requests[name])
-        rates.append((requests[limit] * size / gpus, limit))
+        rates.append((requests[limit] * traffic.size / gpus, limit))
     (low, by_low), (high, by_high) = rates
     return PairSpeed(one=one, gpu_tok_s=Range(low, high), limited_by=by_low if by_low == by_high else "either")
 

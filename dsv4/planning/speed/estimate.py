@@ -73,13 +73,18 @@ def can_estimate(gpu: Gpu) -> bool:
     return peaks(gpu) is not None
 
 
-def estimate(d: Deployment, traffic: Traffic) -> Estimate:
-    """`traffic` on `d`, whose KV pool and max_num_seqs bound what runs at once. Raises PlanError
-    where the card's peaks are not known.
+def places(d: Deployment, traffic: Traffic) -> int:
+    """Requests of the traffic's size that run at once: as many as the KV pools hold, at most
+    max_num_seqs each."""
+    held = prove(replace(d, max_model_len=traffic.size)).held_low
+    return min(max(held, 1), d.max_num_seqs * d.num_pools)
+
+
+def estimate(d: Deployment, traffic: Traffic, most: int | None = None) -> Estimate:
+    """`traffic` on `d`. most: its `places`, where they are known. Raises PlanError where the card's
+    peaks are not known.
     """
-    size = traffic.input_tokens + traffic.output_tokens
-    held = prove(replace(d, max_model_len=size)).held_low
-    running = min(traffic.concurrency, max(held, 1), d.max_num_seqs * d.num_pools)
+    running = min(traffic.concurrency, places(d, traffic) if most is None else most)
     error = errors(d.gpu)[level(traffic.concurrency)]
     ttft = prefill_seconds(d, traffic)
     few, many = (replace(traffic, accepted=n, concurrency=running) for n in ACCEPTED[d.speculation.method])
@@ -94,7 +99,7 @@ def estimate(d: Deployment, traffic: Traffic) -> Estimate:
         running=running,
         ttft_s=first,
         tpot_s=each,
-        gpu_tok_s=Range(*(rate * size / d.count for rate in rates)),
+        gpu_tok_s=Range(*(rate * traffic.size / d.count for rate in rates)),
         output_tok_s=Range(*(rate * traffic.output_tokens for rate in rates)),
         extrapolated=_far(d, traffic.concurrency),
     )

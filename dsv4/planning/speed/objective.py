@@ -11,7 +11,7 @@ from enum import Enum
 from dsv4.errors import PlanError
 from dsv4.machine.hardware import find_gpu
 from dsv4.planning.deployment import Deployment
-from dsv4.planning.speed.estimate import Estimate, Range, estimate
+from dsv4.planning.speed.estimate import Estimate, Range, estimate, places
 from dsv4.planning.speed.work import Traffic
 
 MOST_REQUESTS = 4096
@@ -73,31 +73,26 @@ def parse_prices(text: str, card: str) -> Mapping[str, float]:
 
 def load_kept(d: Deployment, traffic: Traffic, objective: Objective) -> tuple[int, int]:
     """The most requests that run at once and surely, or maybe, keep `objective`; 0 for none."""
-    return _most(d, traffic, objective, (Keeps.YES,)), _most(d, traffic, objective, (Keeps.YES, Keeps.MAYBE))
+    limit = min(places(d, traffic), MOST_REQUESTS)
 
+    def most(wanted: tuple[Keeps, ...]) -> int:
+        def keeps(n: int) -> bool:
+            return objective.kept_by(estimate(d, replace(traffic, concurrency=n), limit)) in wanted
 
-def _most(d: Deployment, traffic: Traffic, objective: Objective, wanted: tuple[Keeps, ...]) -> int:
-    def keeps(n: int) -> bool:
-        e = estimate(d, replace(traffic, concurrency=n))
-        return not e.waits and objective.kept_by(e) in wanted
+        low, high = 0, limit + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if keeps(middle) else (low, middle)
+        return low
 
-    low, high = 0, 1
-    while high <= MOST_REQUESTS and keeps(high):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if keeps(middle) else (low, middle)
-    return min(low, MOST_REQUESTS)
+    return most((Keeps.YES,)), most((Keeps.YES, Keeps.MAYBE))
 
 
 def frontier(d: Deployment, traffic: Traffic) -> list[tuple[int, Range, Range]]:
     """(requests in flight, tokens/s of one user, of one GPU), until requests would wait."""
-    found = []
-    n = 1
-    while n <= MOST_REQUESTS:
-        e = estimate(d, replace(traffic, concurrency=n))
-        if e.waits:
-            break
+    found, n, limit = [], 1, places(d, traffic)
+    while n <= min(limit, MOST_REQUESTS):
+        e = estimate(d, replace(traffic, concurrency=n), limit)
         found.append((n, e.user_tok_s, e.gpu_tok_s))
         n *= 2
     return found

@@ -38,8 +38,7 @@ class Point:
         if self.tok_s_per_gpu is None or self.tpot_s is None:
             return flight
         traffic = self.traffic
-        per_request = traffic.input_tokens + traffic.output_tokens
-        decoding = self.tok_s_per_gpu * self.deployment.count * traffic.output_tokens * self.tpot_s / per_request
+        decoding = self.tok_s_per_gpu * self.deployment.count * traffic.output_tokens * self.tpot_s / traffic.size
         return min(flight, max(decoding, 1.0))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsv4.machine.hardware import Gpu
 from dsv4.planning.deployment import Deployment
-from dsv4.planning.speed.estimate import Estimate, Range, errors, level
+from dsv4.planning.speed.estimate import ACCEPTED, Estimate, Range, errors, level
 from dsv4.planning.speed.objective import Keeps, Objective
 from dsv4.planning.speed.work import Traffic, is_native
 
@@ -85,7 +85,11 @@ def notes(rows: Sequence[Row], objective: Objective | None) -> list[str]:
         places = "; ".join(f"{r.name} runs {r.estimate.running:,.0f}" for r in waiting)
         found.append(f"More requests than run at once: the others wait, and TTFT is the queue's ({places}).")
     if any(r.deployment.has_draft for r in rows):
-        found.append("Drafts: 1.4 to 1.8 tokens a step with MTP and 2.2 to 3.6 with DSpark; random text gives more.")
+        (mtp_low, mtp_high), (dspark_low, dspark_high) = ACCEPTED["mtp"], ACCEPTED["dspark"]
+        found.append(
+            f"Drafts: {mtp_low} to {mtp_high} tokens a step with MTP and {dspark_low} to {dspark_high} with DSpark; random"
+            " text gives more."
+        )
     if objective is not None:
         found.append(
             "Kept: whether the slow end of the ranges keeps the objective (yes), only the fast end (maybe), or"

@@ -55,6 +55,11 @@ class Traffic:
             raise PlanError(f"{self.cached:g}: is the part of the input that is cached; give 0 to 0.99", "cached")
 
     @property
+    def size(self) -> int:
+        """Tokens of a request, in and out."""
+        return self.input_tokens + self.output_tokens
+
+    @property
     def new_tokens(self) -> float:
         """Input that a prefill computes."""
         return self.input_tokens * (1 - self.cached)
