@@ -14,7 +14,7 @@ import pytest
 
 from dsv4.reference.draft import ReferenceDraft
 from dsv4.reference.tiny import write_tiny
-from tests.support.comparison import LENGTHS, Oracle, assert_equal
+from tests.support.comparison import ENV_DIR, LENGTHS, Oracle, assert_equal
 from tests.support.hf_oracle import load_hf
 from tests.support.vllm_engine import RUNNER_V2, engine_args, request, run, start
 
@@ -114,6 +114,21 @@ def test_drafts_survive_hits_and_poison(folder: Path, text: list[int], alone: Al
     assert tokens(result) == tokens(alone(lengths)) * 2
     assert [r["cached"] for r in result["phases"][1]] == [0, 0, 256, 512]
     assert result["poisoned_pages"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["two ranks", "packed pages", "the next vLLM"])
+def test_drafts_change_nothing_elsewhere(folder: Path, text: list[int], where: str) -> None:
+    engine: dict[str, Any] = {
+        "two ranks": {"tensor_parallel_size": 2},
+        "packed pages": {"kv_cache_dtype": "fp8_ds_mla"},
+    }.get(where, {})
+    env = {"PYTHONPATH": str(ENV_DIR / "vllm-0.33.0")} if where == "the next vLLM" else {}
+    few = [prompts(text, FEW)]
+    without = run(engine_args(folder, **engine), few, env | {"DSV4_STATE": "paged"})
+    result = run(drafting(folder, 2, **engine), few, env)
+    assert tokens(result) == tokens(without)
+    assert all(result["accepted"]["kept_by_position"])
 
 
 @pytest.mark.parametrize("with_eager", [False, pytest.param(True, marks=pytest.mark.long)])

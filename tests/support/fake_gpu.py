@@ -43,15 +43,20 @@ EXTENSIONS = (
 )
 
 
-def install(capability: tuple[int, int], name: str) -> None:
-    """Put a card under torch and vLLM."""
-    insert(capability, name)
+def put_under_torch() -> None:
+    """Eight of CARD, as torch.cuda describes them."""
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 8
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_name = lambda device=None: CARD.name
     torch.cuda.get_device_capability = lambda device=None: (CARD.major, CARD.minor)
     torch.cuda.get_device_properties = lambda device=None: CARD
+
+
+def install(capability: tuple[int, int], name: str) -> None:
+    """Put a card under torch and vLLM."""
+    insert(capability, name)
+    put_under_torch()
     for extension in EXTENSIONS:
         sys.modules[f"vllm.{extension}"] = ModuleType(extension)
     library = torch.library.Library("_C", "FRAGMENT")

@@ -14,12 +14,10 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-CARD = SimpleNamespace(
-    major=8, minor=0, name="", total_memory=80 << 30, multi_processor_count=108, gcnArchName=""
-)  # fmt: skip
+from tests.support.fake_gpu import CARD, insert, put_under_torch
+
 PROGRAMS = ("nvcc", "ninja")
 
 
@@ -36,12 +34,7 @@ def install() -> None:
     from dsv4.machine.decide import Device
     from dsv4_sglang import support
 
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 8
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_name = lambda device=None: CARD.name
-    torch.cuda.get_device_capability = lambda device=None: (CARD.major, CARD.minor)
-    torch.cuda.get_device_properties = lambda device=None: CARD
+    put_under_torch()
     torch.cuda.mem_get_info = lambda device=None: (CARD.total_memory, CARD.total_memory)
     torch.version.cuda = "13.0"
     support.detect_devices = lambda: (Device("cuda", CARD.name, (CARD.major, CARD.minor)),) * 8
@@ -64,7 +57,7 @@ def resolve(launch: dict[str, Any]) -> dict[str, Any]:
     from sglang.srt.server_args import prepare_server_args
 
     card = launch["card"]
-    (CARD.major, CARD.minor), CARD.name, CARD.total_memory = card["capability"], card["name"], card["memory_bytes"]
+    insert(**card)
     argv = launch["argv"][2:]  # behind `sglang serve`
     argv[argv.index("--model-path") + 1] = launch["folder"]
     # There are no weights here.

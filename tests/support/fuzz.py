@@ -340,7 +340,8 @@ def run(
 @click.option("--first", default=0, help="Number of the first case.")
 @click.option("--kind", "only", help="One kind alone, by the start of its name.")
 @click.option("--verbose", is_flag=True, help="Print the whole answer to what failed.")
-def main(cases: int, first: int, only: str | None, verbose: bool) -> None:
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the record here.")
+def main(cases: int, first: int, only: str | None, verbose: bool, path: Path | None) -> None:
     """Fuzz the dsv4 command. Exit 1 when an answer was bad."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -377,6 +378,18 @@ def main(cases: int, first: int, only: str | None, verbose: bool) -> None:
                 console.print(f"{kind}:{number}: {why}\n  dsv4 {argv}", markup=False)
                 if verbose:
                     console.print(text, markup=False)
+    if path is not None:
+        record = {
+            kind: {
+                "cases": cases,
+                "exits": {str(code): r.codes[code] for code in (0, 1, 2)},
+                "bad": len(r.bad),
+                "slowest_s": round(r.slowest_s, 2),
+                "grown_mib": round(r.grown_mib),
+            }
+            for kind, r in results.items()
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(bool(seen) or any(r.grown_mib > MIB for r in results.values()))
 
 

@@ -278,7 +278,8 @@ def growth(report: Report) -> tuple[float, int]:
 @click.option("--engine", "names", multiple=True, type=click.Choice(["vllm", "sglang"]), default=["vllm", "sglang"])
 @click.option("--minutes", default=60.0, show_default=True, help="Of traffic, for each engine.")
 @click.option("--seed", default=0, show_default=True)
-def main(names: list[str], minutes: float, seed: int) -> None:
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the record here.")
+def main(names: list[str], minutes: float, seed: int, path: Path | None) -> None:
     """Soak servers of a tiny V4. Exit 1 when something was wrong or has grown."""
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -286,7 +287,7 @@ def main(names: list[str], minutes: float, seed: int) -> None:
     from dsv4.reference.tiny import write_tiny
     from tests.support.hf_oracle import load_hf, prompt_without_ties
 
-    console, failed = Console(), False
+    console, failed, records = Console(), False, {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_tiny(Path(scratch) / "tiny-flash", "flash")
         text = prompt_without_ties(load_hf(folder), 540, margin=TIE_MARGIN)
@@ -307,11 +308,24 @@ def main(names: list[str], minutes: float, seed: int) -> None:
                 f" memory {report.usages[0].rss_mib:.0f} -> {report.usages[-1].rss_mib:.0f} MiB, grew {memory:.1f} MiB over the last two"
                 f" thirds; descriptors {report.usages[0].descriptors} -> {report.usages[-1].descriptors}; exit code {code}"
             )  # fmt: skip
-            console.print([round(u.rss_mib, 1) for u in report.usages], [u.descriptors for u in report.usages])
+            records[name] = {
+                "minutes": minutes,
+                "requests": dict(report.done),
+                "preempted": report.preempted,
+                "logprobs_compared": report.compared,
+                "worst_difference": report.worst,
+                "rss_mib": [round(u.rss_mib, 1) for u in report.usages],
+                "descriptors": [u.descriptors for u in report.usages],
+                "memory_grew_mib": round(memory, 1),
+                "exit_code": code,
+            }
+            console.print(records[name]["rss_mib"], records[name]["descriptors"])
             bad = bool(report.wrong) or memory > MEMORY_MIB or descriptors > 0 or code != 0
             if bad:
                 console.print("\n".join(report.wrong[:20]), log[-4000:], markup=False)
             failed |= bad
+    if path is not None:
+        path.write_text(json.dumps(records, indent=1) + "\n")
     sys.exit(failed)
 
 
