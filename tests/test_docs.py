@@ -4,6 +4,7 @@ links."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -89,3 +90,11 @@ def test_the_readme_serves_agents_as_the_tests_do() -> None:
     for args in (VLLM_CHAT_ARGS, SGLANG_CHAT_ARGS):
         missing = [arg for arg in args if f" {arg}" not in readme.replace("`--", " --").replace("\n", " ")]
         assert not missing
+
+
+def test_reliabilitys_figures_are_those_of_their_records() -> None:
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    for kind, found in json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text()).items():
+        name, exits = {"arguments": "command lines"}.get(kind, kind), found["exits"]
+        codes = " | ".join(f"{exits[code]:,}" for code in "012")
+        assert f"| {name} | {codes} | {found['bad']} | {found['slowest_s']:.1f} s | {found['grown_mib']} MiB |" in page
