@@ -4,7 +4,6 @@ tiny model. Where an engine surprises, the test says so and docs/reliability.md 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,14 +97,6 @@ def agent(
         yield Agent(engine, server, tiny_flash, script)
 
 
-@pytest.fixture
-def grammar(agent: Agent) -> Agent:
-    """vLLM imports every backend of structured output for the first request that needs one."""
-    if agent.name == "vllm" and importlib.util.find_spec("lmformatenforcer") is None:
-        pytest.skip("lm-format-enforcer, which vLLM requires, is not installed; `make env` installs it")
-    return agent
-
-
 def calls(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message.get("tool_calls") or []]
 
@@ -145,9 +136,9 @@ def test_streamed_parallel_calls_hold_what_a_shell_needs(agent: Agent) -> None:
 
 
 @long
-def test_without_parallel_calls_vllm_keeps_the_first_and_sglang_all(grammar: Agent) -> None:
-    message, _ = grammar.chat("T.</think>" + written(TWO), tools=TOOLS, parallel_tool_calls=False, **THINKING)
-    assert calls(message) == (ONE if grammar.name == "vllm" else TWO)
+def test_without_parallel_calls_vllm_keeps_the_first_and_sglang_all(agent: Agent) -> None:
+    message, _ = agent.chat("T.</think>" + written(TWO), tools=TOOLS, parallel_tool_calls=False, **THINKING)
+    assert calls(message) == (ONE if agent.name == "vllm" else TWO)
 
 
 def test_none_hides_a_call_on_vllm_and_shows_raw_text_on_sglang(agent: Agent) -> None:
@@ -161,28 +152,28 @@ def test_none_hides_a_call_on_vllm_and_shows_raw_text_on_sglang(agent: Agent) ->
 
 @long
 @pytest.mark.parametrize("thinking", [THINKING, CHATTING], ids=["thinking", "chat"])
-def test_required_gives_calls(grammar: Agent, thinking: dict[str, Any]) -> None:
+def test_required_gives_calls(agent: Agent, thinking: dict[str, Any]) -> None:
     before = "T.</think>" if thinking is THINKING else ""
-    message, finish = grammar.chat(before + written(TWO), tools=TOOLS, tool_choice="required", **thinking)
+    message, finish = agent.chat(before + written(TWO), tools=TOOLS, tool_choice="required", **thinking)
     assert (calls(message), finish) == (TWO, "tool_calls")
 
 
 @long
-def test_required_does_not_let_text_through(grammar: Agent) -> None:
+def test_required_does_not_let_text_through(agent: Agent) -> None:
     """A grammar of V4's own calls: what the model would rather write is not written."""
-    message, _ = grammar.chat("No, thanks.", tools=TOOLS, tool_choice="required", max_tokens=40, **CHATTING)
+    message, _ = agent.chat("No, thanks.", tools=TOOLS, tool_choice="required", max_tokens=40, **CHATTING)
     assert not message["content"]
 
 
 @long
 @pytest.mark.parametrize("thinking", [THINKING, CHATTING], ids=["thinking", "chat"])
-def test_a_named_tool_is_called(grammar: Agent, thinking: dict[str, Any]) -> None:
+def test_a_named_tool_is_called(agent: Agent, thinking: dict[str, Any]) -> None:
     """vLLM finishes with `stop`, as OpenAI does, SGLang with `tool_calls`."""
     before = "T.</think>" if thinking is THINKING else ""
     named = {"type": "function", "function": {"name": "sh"}}
-    message, finish = grammar.chat(before + written(ONE), tools=TOOLS, tool_choice=named, **thinking)
+    message, finish = agent.chat(before + written(ONE), tools=TOOLS, tool_choice=named, **thinking)
     assert calls(message) == ONE
-    assert finish == ("stop" if grammar.name == "vllm" else "tool_calls")
+    assert finish == ("stop" if agent.name == "vllm" else "tool_calls")
 
 
 # ---- schemas and reasoning --------------------------------------------------------------------
@@ -191,10 +182,10 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required"
 FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": SCHEMA}}
 
 
-def test_a_schema_binds_the_answer_and_leaves_thought_free(grammar: Agent) -> None:
-    message, finish = grammar.chat('T {"n" }.</think>{"n": 5}', response_format=FORMAT, max_tokens=60, **THINKING)
+def test_a_schema_binds_the_answer_and_leaves_thought_free(agent: Agent) -> None:
+    message, finish = agent.chat('T {"n" }.</think>{"n": 5}', response_format=FORMAT, max_tokens=60, **THINKING)
     assert (message["content"], reasoning(message), finish) == ('{"n": 5}', 'T {"n" }.', "stop")
-    message, _ = grammar.chat("T.</think>No.", response_format=FORMAT, max_tokens=20, **THINKING)
+    message, _ = agent.chat("T.</think>No.", response_format=FORMAT, max_tokens=20, **THINKING)
     assert reasoning(message) == "T."
     assert message["content"].startswith("{")
 
