@@ -20,7 +20,7 @@ from dsv4.ops.compressor.paged import PagedState
 from dsv4.ops.compressor.paged import reference as compressor_twin
 from dsv4.ops.compressor.paged import triton as compressor
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.compressor.summary import SummaryState
+from dsv4.ops.compressor.summary import SummaryPages, SummaryState
 from dsv4.ops.compressor.summary import reference as summary_twin
 from dsv4.ops.compressor.summary import triton as summary
 from dsv4.ops.indexer import reference as indexer_reference
@@ -413,7 +413,7 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
     for dim, row_format, _ in _POOLED[ratio]:
         state = SummaryState(
             _projected(t, ratio, dim, device),
-            summaries=torch.zeros(num_reqs, overlap, 3, dim, device=device),
+            kept=SummaryPages(torch.zeros(num_reqs, overlap, 3, dim, device=device)),
             state_page=torch.arange(num_reqs, dtype=torch.int32, device=device),
             tail=torch.zeros(num_reqs * pages, 3, dim, device=device) if overlap == 2 else None,
             block_table=table,
@@ -423,7 +423,7 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
     twins = [
         replace(
             to,
-            summaries=to.summaries.clone(),
+            kept=to.kept.clone(),
             tail=None if to.tail is None else to.tail.clone(),
             entries=_copied(to.entries),
         )
@@ -432,7 +432,7 @@ def _summarise(ratio: int, starts: Tensor, seq_lens: Tensor, longest: int) -> Ca
 
     def run(op: Callable[..., None], states: list[SummaryState]) -> list[Tensor]:
         op(states, step, batch)
-        return [x for to in states for x in (to.summaries, to.tail, to.entries.pages.data) if x is not None]
+        return [x for to in states for x in (to.kept.summaries, to.tail, to.entries.pages.data) if x is not None]
 
     moved = _pooled_bytes(t, ratio, 2) + sum(num_reqs * overlap * dim * 12 for dim, *_ in _POOLED[ratio])
     return Case(lambda: run(summary.compress, ours), lambda: run(summary_twin.compress, twins), moved, compare="bytes")

@@ -2,14 +2,16 @@
 """V4's caches as vLLM KV-cache layers.
 
 Each decoder layer registers one window cache; compressed layers add their entries and the
-compressor's open windows, CSA layers the index keys and theirs. vLLM groups, allocates, hashes and
-evicts the pages; geometry comes from `dsv4.model.kv_layout`.
+compressor's open windows, CSA layers the index keys and theirs. Open windows that are summaries
+share pages with other layers'. vLLM groups, allocates, hashes and evicts the pages; geometry comes
+from `dsv4.model.kv_layout`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, MLAAttentionSpec, SlidingWindowMLASpec
 
-from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat
+from dsv4.model import kv_layout
+from dsv4.model.config import LayerSpec, V4Config
+from dsv4.model.kv_layout import CacheFormats, CacheRole, CacheSpec, IndexFormat, KvFormat, StateMapping
 from dsv4.ops.compressor import paged, summary
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.pages import Pages, SlotMapping, row_storage, view_pages
@@ -33,6 +37,7 @@ from dsv4_vllm.metadata import (
     V4Backend,
     WindowBackend,
 )
+from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
 
 _BACKENDS: dict[CacheRole, type[V4Backend]] = {
     CacheRole.WINDOW: WindowBackend,
@@ -103,6 +108,22 @@ class V4Cache(nn.Module, AttentionLayerBase):
         return kv_cache_spec(self.spec, self.formats, self.dtype)
 
 
+@dataclass(frozen=True)
+class PageSlice:
+    """A layer's part of pages that several share: so many bytes from `offset` on."""
+
+    cache: V4Cache
+    offset: int
+    num_bytes: int
+
+    @property
+    def memory(self) -> Tensor:
+        """[P, num_bytes / 4] fp32."""
+        data = self.cache.pages.data[:, 0]
+        first, size = (n // data.element_size() for n in (self.offset, self.num_bytes))
+        return data[:, first : first + size]
+
+
 class LayerState(nn.Module, ABC):
     """Where a layer's open windows live.
 
@@ -152,28 +173,33 @@ class PagedLayerState(LayerState):
 
 
 class SummaryLayerState(LayerState):
-    """Open windows as summaries: one page per request, and a tail behind each page of a CSA layer's
-    entries."""
+    """Open windows as summaries: in a page of the request, and a tail behind each page of a CSA
+    layer's entries."""
+
+    def __init__(self, pairs: Sequence[tuple[V4Cache, V4Cache]], slices: Sequence[PageSlice], overlap: int) -> None:
+        """slices: of the pages of each pair's open windows, the layer's part."""
+        super().__init__(pairs)
+        self.slices, self.overlap = tuple(slices), overlap
 
     def pool(self, projected: Sequence[Projected], step: EntryStep, metadata: Mapping[str, Any]) -> None:
-        given = zip(self.pairs, projected, strict=True)
-        states = [self._state(windows, entries, each, metadata) for (windows, entries), each in given]
+        given = zip(self.slices, (entries for _, entries in self.pairs), projected, strict=True)
+        states = [self._state(kept, entries, each, metadata) for kept, entries, each in given]
         requests: SummaryMetadata = metadata[self.pairs[0][0].prefix]
         summary.compress(states, step, requests.batch)
 
     def _state(
         self,
-        windows: V4Cache,
+        kept: PageSlice,
         entries: V4Cache,
         projected: Projected,
         metadata: Mapping[str, Any],
     ) -> summary.SummaryState:
-        requests: SummaryMetadata = metadata[windows.prefix]
+        requests: SummaryMetadata = metadata[kept.cache.prefix]
         entry: EntryPlan = metadata[entries.prefix]
         dim = projected.norm_weight.shape[0]
         return summary.SummaryState(
             projected,
-            summaries=windows.pages.data[:, 0].unflatten(-1, (-1, 3, dim)),
+            kept=summary.SummaryPages.view(kept.memory, self.overlap, dim),
             state_page=requests.pages,
             tail=None if entries.tail is None else entries.tail.unflatten(-1, (3, dim)),
             block_table=entry.block_table,
@@ -181,13 +207,52 @@ class SummaryLayerState(LayerState):
         )
 
 
-def layer_state(caches: Mapping[CacheRole, V4Cache]) -> LayerState:
-    """The state of a compressed layer with these caches."""
-    pairs = [(caches[CacheRole.STATE], caches[CacheRole.COMPRESSED])]
-    if CacheRole.INDEX_STATE in caches:
-        pairs.append((caches[CacheRole.INDEX_STATE], caches[CacheRole.INDEX_KEY]))
-    kind = SummaryLayerState if pairs[0][0].spec.per_request else PagedLayerState
-    return kind(pairs)
+@dataclass(frozen=True)
+class LayerCaches:
+    """The caches of one decoder layer.
+
+    by_role: open windows that are summaries may be in one cache with others', of this layer too
+    slices: of such caches, what is this layer's
+    """
+
+    by_role: Mapping[CacheRole, V4Cache]
+    slices: Mapping[CacheRole, PageSlice]
+
+    def pages(self, role: CacheRole) -> Pages:
+        """What the layer has of a role, as vLLM allocated it."""
+        whole = self.by_role[role].pages
+        return replace(whole, data=self.slices[role].memory[:, None]) if role in self.slices else whole
+
+    def state(self, overlap: int) -> LayerState:
+        """The state of a compressed layer."""
+        roles = [(CacheRole.STATE, CacheRole.COMPRESSED)]
+        if CacheRole.INDEX_STATE in self.by_role:
+            roles.append((CacheRole.INDEX_STATE, CacheRole.INDEX_KEY))
+        pairs = [(self.by_role[windows], self.by_role[entries]) for windows, entries in roles]
+        if not self.slices:
+            return PagedLayerState(pairs)
+        return SummaryLayerState(pairs, [self.slices[windows] for windows, _ in roles], overlap)
+
+
+def layer_caches(config: V4Config, layer: LayerSpec, vllm_config: VllmConfig, prefix: str) -> LayerCaches:
+    """Register a layer's caches under `prefix`, which names the layer by its index. A page of
+    several layers' summaries has the name of the first."""
+    formats, dtype, mapping = cache_formats(vllm_config), vllm_config.model_config.dtype, state_mapping(vllm_config)
+    drafted = num_drafted(vllm_config)
+    arena = kv_layout.state_arena(config, formats, drafted) if mapping is StateMapping.SUMMARY else None
+    known = get_current_vllm_config().compilation_config.static_forward_context
+    caches: dict[CacheRole, V4Cache] = {}
+    slices: dict[CacheRole, PageSlice] = {}
+    for spec in kv_layout.layer_caches(config, layer, formats, mapping, drafted):
+        if not spec.per_request:
+            caches[spec.role] = V4Cache(f"{prefix}.{spec.role.value}_cache", spec, formats, dtype)
+            continue
+        assert arena is not None
+        place = arena.places[layer.index, spec.role]
+        name = f"{prefix}.{arena.page.role.value}_cache".replace(f".{layer.index}.", f".{place.owner}.", 1)
+        caches[spec.role] = cache = known.get(name) or V4Cache(name, arena.page, formats, dtype)
+        slices[spec.role] = PageSlice(cache, place.offset, spec.row.row_bytes)
+    return LayerCaches(caches, slices)
 
 
 def kv_cache_spec(cache: CacheSpec, formats: CacheFormats, model_dtype: torch.dtype) -> KVCacheSpec:

@@ -35,7 +35,7 @@ from vllm.sequence import IntermediateTensors
 from dsv4.errors import CompatError, DeploymentError
 from dsv4.loading import ReleasedLoader
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
-from dsv4.model.kv_layout import CacheRole, CacheSpec, layer_caches
+from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
 from dsv4.ops.compressor.layer import Compressor
 from dsv4.ops.compressor.projected import EntryInputs, EntryStep, entry_widths
@@ -44,10 +44,10 @@ from dsv4.ops.mhc.layer import HyperConnection, decoder_step
 from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
-from dsv4_vllm.caches import V4Cache, layer_state
+from dsv4_vllm.caches import V4Cache, layer_caches
 from dsv4_vllm.loading import load_weights, loader_of
 from dsv4_vllm.metadata import WindowMetadata
-from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
+from dsv4_vllm.options import cache_formats, num_drafted
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.rehearsal import stage
 from dsv4_vllm.support import check_deployment
@@ -244,7 +244,8 @@ class V4Attention(nn.Module):
             quant_config=quant,
             prefix=f"{prefix}.wo_b",
         )
-        self.caches = caches = self._caches(vllm_config, prefix)
+        self.caches = layer_caches(config, layer, vllm_config, prefix)
+        caches = self.caches.by_role
         self.max_model_len = vllm_config.model_config.max_model_len
         self.window = caches[CacheRole.WINDOW]
         self.compressor = self.indexer = self.entries = self.state = self.entry_proj = None
@@ -259,22 +260,13 @@ class V4Attention(nn.Module):
                 prefix=f"{prefix}.entry_proj",
             )
             self.compressor = Compressor(layer, RMSNorm(config.head_dim, config.rms_norm_eps))
-            self.state = layer_state(caches)
+            self.state = self.caches.state(layer.overlap)
         if layer.kind is LayerKind.CSA:
             self.indexer = V4Indexer(config, layer, vllm_config, f"{prefix}.indexer", caches[CacheRole.INDEX_KEY])
 
         # Here and not at the class: vLLM 0.32 leaves the function as it is unless its variable was
         # set before, which the engine does long after it has imported plugins.
         self.attend = eager_break_during_capture(self._attend_in_step)
-
-    def _caches(self, vllm_config: VllmConfig, prefix: str) -> dict[CacheRole, V4Cache]:
-        formats, dtype = cache_formats(vllm_config), vllm_config.model_config.dtype
-
-        def make(spec: CacheSpec) -> V4Cache:
-            return V4Cache(f"{prefix}.{spec.role.value}_cache", spec, formats, dtype)
-
-        mapping = state_mapping(vllm_config)
-        return {spec.role: make(spec) for spec in layer_caches(self.config, self.layer, formats, mapping)}
 
     def forward(self, x: Tensor, rope: RopeTables) -> Tensor:
         c = self.config
@@ -347,7 +339,7 @@ class V4Attention(nn.Module):
 
     def attend_padding(self, inputs: LayerInputs, out: Tensor) -> None:
         """Attend as in a step whose tokens are all padding."""
-        with stage(self.caches, inputs.q.shape[0], self.max_model_len, inputs.q.device) as metadata:
+        with stage(self.caches.by_role, inputs.q.shape[0], self.max_model_len, inputs.q.device) as metadata:
             self._attend(inputs, metadata[self.window.prefix], metadata, out)
 
     def _attend(self, inputs: LayerInputs, step: WindowMetadata, metadata: dict[str, Any], out: Tensor) -> None:

@@ -13,7 +13,7 @@ from dsv4.machine import env
 from dsv4.machine.hardware import GIB, MIB, Gpu, describe_gpu, match_device
 from dsv4.model.config import V4Config
 from dsv4.model.kv_layout import CacheFormats, StateMapping
-from dsv4.planning.deployment import Checkpoint, Deployment, capture_size
+from dsv4.planning.deployment import Checkpoint, Deployment, Speculation, capture_size
 from dsv4.planning.memory.proof import requests_by_state, roomier_state
 
 logger = logging.getLogger(__name__)
@@ -51,17 +51,10 @@ def state_mapping(vllm_config: VllmConfig) -> StateMapping:
     """How compressor state is kept: DSV4_STATE, where auto is what `choose_state` has entered in
     the config, and summaries where it has not and they are possible; asks no device.
 
-    Raises Dsv4Error for summaries with drafts, which cannot be taken back, and on the V1 runner of
-    a GPU, whose slot-mapping kernel would read past a request's one block.
+    Raises Dsv4Error for summaries on the V1 runner of a GPU, whose slot-mapping kernel would read
+    past a request's one block.
     """
     chosen, device_type = env.get("DSV4_STATE"), vllm_config.device_config.device_type
-    if num_drafted(vllm_config):
-        if chosen == "summary":
-            raise Dsv4Error(
-                "DSV4_STATE=summary: a summary has no way back when a drafted token is refused; set DSV4_STATE=paged, or"
-                " leave out --speculative-config"
-            )
-        return StateMapping.PAGED
     possible = device_type == "cpu" or vllm_config.use_v2_model_runner
     if chosen == "summary" and not possible:
         raise Dsv4Error(
@@ -83,9 +76,6 @@ def choose_state(vllm_config: VllmConfig, config: V4Config) -> None:
     leaves of the first GPU's memory.
     """
     device_type, entered = vllm_config.device_config.device_type, vllm_config.additional_config
-    if num_drafted(vllm_config):
-        logger.info("dsv4: compressor state is paged: from summaries no drafted token could be taken back")
-        return
     undecided = env.get("DSV4_STATE") == "auto" and device_type != "cpu" and isinstance(entered, dict)
     if not undecided or not vllm_config.use_v2_model_runner:
         return
@@ -116,6 +106,7 @@ def deployment(vllm_config: VllmConfig, config: V4Config) -> Deployment:
     """What the planner calls such a start of vLLM. Asks the platform for the first GPU's memory."""
     parallel, scheduler, formats = vllm_config.parallel_config, vllm_config.scheduler_config, cache_formats(vllm_config)
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    drafts = vllm_config.speculative_config
     return Deployment(
         checkpoint=Checkpoint(
             id=vllm_config.model_config.model,
@@ -142,4 +133,7 @@ def deployment(vllm_config: VllmConfig, config: V4Config) -> Deployment:
         kv=formats.kv,
         index=formats.index,
         max_capture_size=capture_size(scheduler.max_num_seqs),
+        speculation=Speculation()
+        if drafts is None
+        else Speculation(method=drafts.method, num_tokens=drafts.num_speculative_tokens),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from dsv4.model.config import V4Config
 from dsv4.ops.pages import BatchView
 from dsv4.ops.registry import all_kernels
 from dsv4.ops.warm_up import ServedLayer, ServedModel, warm_up
-from dsv4_vllm.caches import V4Cache
+from dsv4_vllm.caches import LayerCaches
 from dsv4_vllm.metadata import PlannedStep, V4MetadataBuilder, unused_ops
-from dsv4_vllm.options import cache_formats, state_mapping
+from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class KernelWarmUp:
             mapping=state_mapping(self.vllm_config),
             index_format=cache_formats(self.vllm_config).index,
             max_context=self.vllm_config.model_config.max_model_len,
+            drafted=num_drafted(self.vllm_config),
             routed_ids=torch.int32 if device.type == "cpu" else None,  # vLLM has a router of its own on a GPU
         )
         layers = [self._layer(index, attention) for index, attention in self.attentions.items()]
@@ -64,7 +65,7 @@ class KernelWarmUp:
             PlannedStep(self.plan).make(BatchView(nothing, nothing[:1], 1, 1, 0, 1))
 
     def _layer(self, index: int, attention: nn.Module) -> ServedLayer:
-        caches: dict[Any, V4Cache] = {m.spec.role: m for m in attention.modules() if isinstance(m, V4Cache)}
-        pages = {role: cache.pages for role, cache in caches.items()}
-        tails = {role: cache.tail for role, cache in caches.items() if cache.tail is not None}
+        caches = cast(LayerCaches, attention.caches)
+        pages = {role: caches.pages(role) for role in caches.by_role}
+        tails = {role: cache.tail for role, cache in caches.by_role.items() if cache.tail is not None}
         return ServedLayer(self.config.layers[index], pages, tails)

@@ -9,10 +9,11 @@ V4. Source: docs/model.md, 5.1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from dsv4.model.config import LayerKind, LayerSpec, V4Config
+from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 
 KV_QUANT_GROUP = 64  # e4m3 values that share one ue8m0 scale
 INDEX_MXFP4_GROUP = 32  # e2m1 values that share one ue8m0 scale
@@ -24,6 +25,7 @@ PAGE_TOKENS = (
     256  # tokens of a compressed or index page, of a window page beside rings, and the step of prefix-cache hits
 )
 WINDOW_PAGE_TOKENS = 64  # tokens of a window page beside PAGED or SUMMARY state
+SINCE_BYTES = 16  # of a position, int32 and padding, in a page of summaries that drafted rows lie beside
 STATE_PAGE_TOKENS = {LayerKind.CSA: 4, LayerKind.HCA: 8}  # of PAGED state
 
 
@@ -185,12 +187,24 @@ def summary_bytes(head_dim: int) -> int:
     return 3 * head_dim * 4
 
 
+def summary_row(layer: LayerSpec, head_dim: int, drafted: int) -> RowFormat:
+    """What a request keeps of one cache: `overlap` summaries, and where a step may have to take
+    back `drafted` rows these, raw, and the position of the first."""
+    kept = drafted * state_row(layer, head_dim).row_bytes + SINCE_BYTES if drafted else 0
+    return RowFormat(layer.overlap * summary_bytes(head_dim) + kept)
+
+
 def layer_caches(
-    config: V4Config, layer: LayerSpec, formats: CacheFormats, mapping: StateMapping = StateMapping.PAGED
+    config: V4Config,
+    layer: LayerSpec,
+    formats: CacheFormats,
+    mapping: StateMapping = StateMapping.PAGED,
+    drafted: int = 0,
 ) -> tuple[CacheSpec, ...]:
     """Every cache of `layer`: WINDOW; compressed layers add COMPRESSED and STATE; CSA layers add
     INDEX_KEY and INDEX_STATE.
 
+    drafted: rows that a step of SUMMARY may have to take back.
     mapping: PAGED and RING keep raw rows. A ring has `state_ring_rows` rows in pages of one window
     of `compress_ratio`; beside rings, window pages are as long as the others, and only packed KV
     pages are aligned. SUMMARY keeps one state row per request and, because a prefix hit resumes at
@@ -226,24 +240,108 @@ def layer_caches(
                 tail_bytes=summary_bytes(head_dim) if mapping is StateMapping.SUMMARY and layer.overlap == 2 else 0,
             )
         )
-        caches.append(_state_cache(layer, state_role, head_dim, formats, mapping))
+        if mapping is StateMapping.SUMMARY:
+            caches.append(_page_per_request(state_role, summary_row(layer, head_dim, drafted), formats))
+        else:
+            caches.append(_raw_state(layer, state_role, head_dim, formats, mapping))
     return tuple(caches)
 
 
-def _state_cache(
+def _page_per_request(role: CacheRole, row: RowFormat, formats: CacheFormats) -> CacheSpec:
+    return CacheSpec(
+        role=role,
+        row=row,
+        page_tokens=PAGE_TOKENS,
+        tokens_per_row=PAGE_TOKENS,
+        alignment=formats.alignment,
+        per_request=True,
+    )
+
+
+def _raw_state(
     layer: LayerSpec, role: CacheRole, head_dim: int, formats: CacheFormats, mapping: StateMapping
 ) -> CacheSpec:
-    if mapping is StateMapping.SUMMARY:
-        return CacheSpec(
-            role=role,
-            row=RowFormat(layer.overlap * summary_bytes(head_dim)),
-            page_tokens=PAGE_TOKENS,
-            tokens_per_row=PAGE_TOKENS,
-            alignment=formats.alignment,
-            per_request=True,
-        )
     row, window = state_row(layer, head_dim), state_window(layer)
     if mapping is StateMapping.RING:
         return CacheSpec(role=role, row=row, page_tokens=layer.compress_ratio, sliding_window=window)
     tokens = STATE_PAGE_TOKENS[layer.kind]
     return CacheSpec(role=role, row=row, page_tokens=tokens, sliding_window=window, alignment=formats.alignment)
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """Where a cache keeps what belongs to a request: in one of the request's pages, at a byte.
+
+    owner: index of the first layer that keeps anything there, which the page is named after
+    """
+
+    owner: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class StateArena:
+    """A request's SUMMARY state of all layers, in pages of one size: each has room for one layer of
+    every compressed kind. vLLM, which deals pages out to its groups, loses some of several sizes.
+
+    places: by layer index and role
+    """
+
+    page: CacheSpec
+    places: Mapping[tuple[int, CacheRole], StatePlace]
+
+
+def state_arena(config: V4Config, formats: CacheFormats, drafted: int = 0) -> StateArena | None:
+    """None for a model without compressed layers."""
+    offsets: dict[LayerKind, dict[CacheRole, int]] = {}
+    members: dict[LayerKind, list[LayerSpec]] = {}
+    size = 0
+    for layer in config.layers:
+        if layer.kind is LayerKind.SWA:
+            continue
+        members.setdefault(layer.kind, []).append(layer)
+        if layer.kind not in offsets:
+            offsets[layer.kind] = {}
+            for cache in layer_caches(config, layer, formats, StateMapping.SUMMARY, drafted):
+                if cache.per_request:
+                    offsets[layer.kind][cache.role] = size
+                    size += cache.row.row_bytes
+    if not size:
+        return None
+    places = {
+        (layer.index, role): StatePlace(owner=min(m[i].index for m in members.values() if i < len(m)), offset=offset)
+        for kind, layers in members.items()
+        for i, layer in enumerate(layers)
+        for role, offset in offsets[kind].items()
+    }
+    return StateArena(_page_per_request(CacheRole.STATE, RowFormat(size), formats), places)
+
+
+@dataclass(frozen=True)
+class ModelCache:
+    """One cache of the whole model. layers: indices of the decoder layers that keep something
+    there; drafts follow the backbone.
+    """
+
+    layers: tuple[int, ...]
+    spec: CacheSpec
+
+
+def model_caches(
+    config: V4Config, formats: CacheFormats, num_draft_layers: int, mapping: StateMapping, drafted: int = 0
+) -> tuple[ModelCache, ...]:
+    """In the order in which vLLM's layers register them: the first layer that needs a page of
+    several layers' states does it for all."""
+    draft = (LayerSpec(config.num_hidden_layers + i, LayerKind.SWA, Routing.TOPK) for i in range(num_draft_layers))
+    arena = state_arena(config, formats, drafted) if mapping is StateMapping.SUMMARY else None
+    members: dict[int, set[int]] = {}
+    for (index, _), place in ({} if arena is None else arena.places).items():
+        members.setdefault(place.owner, set()).add(index)
+    found = []
+    for layer in (*config.layers, *draft):
+        for spec in layer_caches(config, layer, formats, mapping, drafted):
+            if not spec.per_request:
+                found.append(ModelCache((layer.index,), spec))
+            elif arena is not None and layer.index in members:
+                found.append(ModelCache(tuple(sorted(members.pop(layer.index))), arena.page))
+    return tuple(found)

@@ -152,7 +152,10 @@ class Each:
 
 RULES: Mapping[str, tuple[Within | Each, ...]] = {
     "summary.compress": (
-        Each("states", (Within("state_page", "state page", lambda a: a["summaries"].shape[0] - 1, of_requests=True),)),
+        Each(
+            "states",
+            (Within("state_page", "state page", lambda a: a["kept"].summaries.shape[0] - 1, of_requests=True),),
+        ),
     ),
     "indexer.logits": (
         Within(

@@ -44,6 +44,7 @@ class ServedModel:
     dtype: of the activations
     max_context: tokens of the longest request
     routed_ids: dtype of the token ids where the engine leaves routing to us, else None
+    drafted: tokens that a step may have to take back
     """
 
     config: V4Config
@@ -54,6 +55,7 @@ class ServedModel:
     index_format: IndexFormat
     max_context: int
     routed_ids: torch.dtype | None
+    drafted: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ def _pool(model: ServedModel, served: ServedLayer, step: NullStep, nowhere: Tens
         states = [
             summary.SummaryState(
                 projected,
-                summaries=pages[windows].data[:, 0].unflatten(-1, (-1, 3, projected.norm_weight.shape[0])),
+                kept=summary.SummaryPages.view(
+                    pages[windows].data[:, 0], layer.overlap, projected.norm_weight.shape[0]
+                ),
                 state_page=table[:, 0],
                 tail=served.tails[entries].unflatten(-1, (3, -1)) if entries in served.tails else None,
                 block_table=table,
@@ -345,7 +349,7 @@ def allocate(model: ServedModel, formats: CacheFormats, num_pages: int = 2) -> l
 
 def _allocate(model: ServedModel, formats: CacheFormats, layer: LayerSpec, num_pages: int) -> ServedLayer:
     pages, tails = {}, {}
-    for spec in layer_caches(model.config, layer, formats, model.mapping):
+    for spec in layer_caches(model.config, layer, formats, model.mapping, model.drafted):
         row_format, dtype = row_storage(spec.role, formats, model.dtype)
         memory = torch.zeros(num_pages, spec.page_bytes, dtype=torch.uint8, device=model.device)
         rows = memory[:, : spec.tail_offset].view(dtype).unflatten(1, (spec.rows_per_page, -1))

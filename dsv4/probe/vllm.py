@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping, layer_caches
+from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping, model_caches
 from dsv4.planning.deployment import find_checkpoint
 from dsv4.planning.recipe.question import BlockPools, BlockStage, KvQuestion
 from dsv4.probe.engine import EngineProbe, literals, refuse_by_exception, symbol, value_of
@@ -159,9 +159,8 @@ class VllmProbe(EngineProbe):
         config = find_checkpoint(q.checkpoint).config
         formats = CacheFormats(q.kv_dtype, q.index_dtype)
         return {
-            f"layers.{layer.index}.attn.{cache.role.value}": kv_cache_spec(cache, formats, torch.bfloat16)
-            for layer in config.layers
-            for cache in layer_caches(config, layer, formats, q.state)
+            f"layers.{cache.layers[0]}.attn.{cache.spec.role.value}": kv_cache_spec(cache.spec, formats, torch.bfloat16)
+            for cache in model_caches(config, formats, q.num_draft_layers, q.state, max(q.draft_tokens - 1, 0))
         }
 
     def _native_specs(self, q: KvQuestion) -> dict[str, Any]:

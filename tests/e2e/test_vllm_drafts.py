@@ -55,11 +55,11 @@ def tokens(result: dict[str, Any]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, text: list[int]) -> Alone:
-    """The same requests without drafts, and with state that can be taken back."""
+    """The same requests without drafts."""
 
     @functools.cache
     def served(lengths: tuple[int, ...]) -> dict[str, Any]:
-        return run(engine_args(folder), [prompts(text, lengths)], {"DSV4_STATE": "paged"})
+        return run(engine_args(folder), [prompts(text, lengths)])
 
     return served
 
@@ -69,14 +69,23 @@ def whole(result: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("k", "lengths"),
-    [(1, FEW), (3, FEW), *(pytest.param(k, LENGTHS, marks=pytest.mark.long) for k in (1, 2, 3, 5, 7))],
+    ("k", "lengths", "state"),
+    [
+        (1, FEW, "paged"),
+        (3, FEW, "summary"),
+        *(
+            pytest.param(k, LENGTHS, state, marks=pytest.mark.long)
+            for k in (1, 2, 3, 4, 5, 6, 7)
+            for state in ("paged", "summary")
+        ),
+    ],
 )
 def test_greedy_tokens_are_those_without_drafts(
-    folder: Path, oracle: Oracle, text: list[int], alone: Alone, k: int, lengths: tuple[int, ...]
+    folder: Path, oracle: Oracle, text: list[int], alone: Alone, k: int, lengths: tuple[int, ...], state: str
 ) -> None:
     """Drafts that are right up to every depth, at lengths around a boundary."""
-    result = run(drafting(folder, k), [prompts(text, lengths)], drafts=whole(alone(lengths)))
+    env = {"DSV4_STATE": state}
+    result = run(drafting(folder, k), [prompts(text, lengths)], env, drafts=whole(alone(lengths)))
     assert tokens(result) == tokens(alone(lengths))
     assert_equal(result, oracle, least=0.7)  # sequences end at their first near-tie
     kept = result["accepted"]
@@ -125,7 +134,7 @@ def test_drafts_change_nothing_elsewhere(folder: Path, text: list[int], where: s
     }.get(where, {})
     env = {"PYTHONPATH": str(ENV_DIR / "vllm-0.33.0")} if where == "the next vLLM" else {}
     few = [prompts(text, FEW)]
-    without = run(engine_args(folder, **engine), few, env | {"DSV4_STATE": "paged"})
+    without = run(engine_args(folder, **engine), few, env)
     result = run(drafting(folder, 2, **engine), few, env)
     assert tokens(result) == tokens(without)
     assert all(result["accepted"]["kept_by_position"])
@@ -146,24 +155,14 @@ def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[in
     assert {"full 3", "full 6", "full 12"} <= set(found["replayed"])
     assert any(name.startswith("piecewise") for name in found["replayed"])
     assert found["held"] == 0, "captures keep memory alive"
-    assert tokens(result) == tokens(run(args | {"speculative_config": None}, few, {"DSV4_STATE": "paged"}))
+    assert tokens(result) == tokens(run(args | {"speculative_config": None}, few))
     assert all(result["accepted"]["kept_by_position"])
     if with_eager:
         assert result["accepted"] == run(args, few, RUNNER_V2)["accepted"]
 
 
-@pytest.mark.parametrize(
-    ("speculative", "env", "says"),
-    [
-        (
-            {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
-            {},
-            "method ngram, but the checkpoint",
-        ),
-        ({"method": "mtp", "num_speculative_tokens": 2}, {"DSV4_STATE": "summary"}, "a summary has no way back"),
-    ],
-)
-def test_other_drafts_are_refused(folder: Path, speculative: dict[str, Any], env: dict[str, str], says: str) -> None:
-    done = start(engine_args(folder, speculative_config=speculative), [[request([5], 1)]], env)
+def test_other_drafts_are_refused(folder: Path) -> None:
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    done = start(engine_args(folder, speculative_config=speculative), [[request([5], 1)]])
     assert done.returncode != 0
-    assert says in done.stderr
+    assert "method ngram, but the checkpoint" in done.stderr

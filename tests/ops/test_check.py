@@ -115,7 +115,7 @@ def summarise(state_page: Ints = (1, 0), slots: Ints = (-1, -1, 63)) -> None:
     batch = BatchView(ints(0, 2, 3), ints(2, 4), 3, 2, 4, 2)
     state = summary.SummaryState(
         projected(),
-        summaries=torch.zeros(2, 2, 3, 512),
+        kept=summary.SummaryPages(torch.zeros(2, 2, 3, 512)),
         state_page=ints(*state_page),
         tail=torch.zeros(2, 3, 512),
         block_table=ints([0], [1]),

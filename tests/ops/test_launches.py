@@ -76,7 +76,7 @@ def pool(ratio: int, caches: list[tuple[int, KvFormat | IndexFormat]], mapping: 
         summarised.append(
             summary.SummaryState(
                 projected,
-                summaries=torch.rand(2, overlap, 3, dim),
+                kept=summary.SummaryPages(torch.rand(2, overlap, 3, dim)),
                 state_page=request,
                 tail=torch.zeros(2, 3, dim) if overlap == 2 else None,
                 block_table=request[:, None],

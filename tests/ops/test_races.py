@@ -214,7 +214,7 @@ def test_a_tail_that_another_request_fills_in_the_same_step_is_read_whole() -> N
         torch.manual_seed(0)
         state = summary.SummaryState(
             Projected(torch.randn(264, 256), torch.randn(264, 256), torch.randn(4, 256), torch.ones(128)),
-            summaries=torch.full((2, 2, 3, 128), float("nan")),
+            kept=summary.SummaryPages(torch.full((2, 2, 3, 128), float("nan"))),
             state_page=torch.arange(2, dtype=torch.int32),
             tail=torch.full((2, 3, 128), float("nan")),
             block_table=torch.arange(2, dtype=torch.int32).expand(2, -1).contiguous(),
@@ -223,7 +223,7 @@ def test_a_tail_that_another_request_fills_in_the_same_step_is_read_whole() -> N
         with watched(order) as watch:
             summary.compress([state], step, BatchView(starts, lens, 264, 2, 264, 256))
         assert watch.findings == []
-        found.append((state.entries.pages, state.summaries))
+        found.append((state.entries.pages, state.kept.summaries))
     behind_the_tail = torch.tensor([64, 65], dtype=torch.int32)
     for entries, kept in found:
         assert load_rows(entries, behind_the_tail, 128, 0).isfinite().all()

@@ -7,6 +7,7 @@ Its kernel stores and keeps what the reference does.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv4.model.kv_layout import IndexFormat, KvFormat
+from dsv4.model.config import LayerKind, LayerSpec, Routing
+from dsv4.model.kv_layout import IndexFormat, KvFormat, summary_row
 from dsv4.ops.compressor import summary
 from dsv4.ops.compressor.entry import pool
 from dsv4.ops.compressor.projected import EntryStep, Projected
-from dsv4.ops.compressor.summary import SummaryState, reference
+from dsv4.ops.compressor.summary import SummaryPages, SummaryState, reference
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.pages import BatchView, Pages, RowsFormat, SlotMapping, load_rows, row_widths
 from dsv4.ops.plan.caches import entry_slot_mapping
@@ -30,6 +32,8 @@ from tests.support.kernel_cases import clone_pages, fill_pages, make_pages, memo
 
 DIM, ROPE, PAGE, EPS = 16, 8, 256, 1e-6
 NAN = float("nan")
+SOMEBODY = 1 << 30  # a position of nobody here
+HUGE = 1e30  # of a refused row: where one were left over, nothing would be as expected
 
 
 def _whole(kv: Tensor, score: Tensor, ratio: int, overlap: int) -> Tensor:
@@ -54,10 +58,20 @@ def entry_step(tokens: TokenPlan, ratio: int, overlap: int, entry_cos_sin: Tenso
     )
 
 
-class Engine:
-    """Two requests in one set of pages; unowned memory is NaN, pages are dealt out of order."""
+def state_memory(pages: int, ratio: int, dim: int, drafted: int, beside: int = 0) -> Tensor:
+    """Pages of state that nobody has written, and so many values of others behind each."""
+    kind = LayerKind.CSA if ratio == 4 else LayerKind.HCA
+    size = summary_row(LayerSpec(0, kind, Routing.TOPK), dim, drafted).row_bytes // 4
+    return torch.full((pages, size + beside), NAN)[:, :size]
 
-    def __init__(self, lens: tuple[int, int], ratio: int, overlap: int, seed: int) -> None:
+
+class Engine:
+    """Two requests in one set of pages; unowned memory is NaN, pages are dealt out of order.
+
+    drafted: tokens that a step may have to take back
+    """
+
+    def __init__(self, lens: tuple[int, int], ratio: int, overlap: int, seed: int, drafted: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
         self.ratio, self.overlap, self.rows = ratio, overlap, PAGE // ratio
         width = overlap * DIM
@@ -71,17 +85,21 @@ class Engine:
         self.table = torch.zeros(2, max(self.pages), dtype=torch.int32)
         self.table[0, : self.pages[0]] = order[2 : 2 + self.pages[0]]
         self.table[1, : self.pages[1]] = order[2 + self.pages[0] :]
-        self.state = torch.full((len(order), overlap, 3, DIM), NAN)
+        self.state = state_memory(len(order), ratio, DIM, drafted)
+        self.drafted = drafted
         self.tail = torch.full((len(order), 3, DIM), NAN) if overlap == 2 else None
         self.cache = Pages(torch.full((len(order), self.rows, DIM), NAN), self.rows, KvFormat.PLAIN)
         self.done = [0, 0]
 
-    def step(self, counts: tuple[int, int]) -> None:
+    def step(self, counts: tuple[int, int], refused: tuple[int, int] = (0, 0)) -> None:
+        """Run a step; the last tokens of each request that are refused had rows like no other."""
         counts = tuple(min(c, len(kv) - d) for c, kv, d in zip(counts, self.kv, self.done, strict=True))
         take = [slice(d, d + c) for d, c in zip(self.done, counts, strict=True)]
         kv, gate = (torch.cat([x[s] for x, s in zip(xs, take, strict=True)]) for xs in (self.kv, self.gate))
         if not len(kv):
             return
+        for last, wrong in zip((counts[0], sum(counts)), refused, strict=True):
+            kv[last - wrong : last] = gate[last - wrong : last] = HUGE
         self.done = [d + c for d, c in zip(self.done, counts, strict=True)]
         starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
         batch = BatchView(starts, torch.tensor(self.done, dtype=torch.int32), len(kv), 2, max(self.done), max(counts))
@@ -91,13 +109,14 @@ class Engine:
         table[:, : ROPE // 2] = 1.0  # cos 1, sin 0: RoPE is not under test
         state = SummaryState(
             Projected(kv, gate, self.ape, self.weight),
-            summaries=self.state,
+            kept=SummaryPages.view(self.state, self.overlap, DIM),
             state_page=self.state_page,
             tail=self.tail,
             block_table=self.table,
             entries=SlotMapping(self.cache, slots),
         )
         reference.compress([state], entry_step(tokens, self.ratio, self.overlap, table), batch)
+        self.done = [d - wrong for d, wrong in zip(self.done, refused, strict=True)]
 
     def forget_state(self, request: int) -> None:
         """What a prefix hit finds: pages with their tails, and somebody else's state block."""
@@ -129,6 +148,65 @@ def test_any_chunking_stores_the_entries_of_whole_windows(ratio: int, overlap: i
         counts = data.draw(st.tuples(sizes, sizes))
         engine.step(counts if sum(counts) else (1, 1))
     engine.check()
+
+
+class Refusals:
+    """How many drafted tokens to refuse next: what has not been met yet where the request is, until
+    every number has been at every phase of the longer window, and at each of the last 8 of a
+    page."""
+
+    def __init__(self, drafted: int, seed: int) -> None:
+        everywhere = {place for start in range(PAGE) for place in self.places(start)}
+        self.missing = {(place, refused) for place in everywhere for refused in range(drafted + 1)}
+        self.drafted, self.random = drafted, random.Random(seed)
+
+    @staticmethod
+    def places(start: int) -> list[tuple[str, int]]:
+        page_end = [("of a page", start % PAGE)] if start % PAGE >= PAGE - 8 else []
+        return [("of a window", start % 128), *page_end]
+
+    def __call__(self, start: int) -> int:
+        choice = [self.random.randint(0, self.drafted), *range(self.drafted + 1)]
+        unmet = [n for n in choice if any((place, n) in self.missing for place in self.places(start))]
+        refused = [*unmet, *choice][0]
+        self.missing -= {(place, refused) for place in self.places(start)}
+        return refused
+
+    def steps(self, engine: Engine, tokens: int) -> None:
+        """Steps of an engine until a request has so many tokens: three of four verify
+        drafts, the others are chunks of any size, idle requests, and hits at page ends."""
+        while max(engine.done) + 9 < tokens:
+            for r in range(2):
+                if engine.done[r] % PAGE == 0 and self.random.random() < 0.5:
+                    engine.forget_state(r)
+            if self.random.random() < 0.75:
+                engine.step((self.drafted + 1,) * 2, (self(engine.done[0]), self(engine.done[1])))
+            else:
+                sizes = (0, 1, 2, self.drafted + 1, 9)
+                engine.step((self.random.choice(sizes), self.random.choice(sizes[1:])))
+
+
+@pytest.mark.parametrize(("ratio", "overlap"), [(4, 2), (128, 1)])
+@pytest.mark.parametrize("drafted", range(1, 8))
+def test_refused_tokens_leave_nothing_at_any_phase(ratio: int, overlap: int, drafted: int) -> None:
+    """Every number of refused tokens at every place of `Refusals`; none missing."""
+    refusals, seed = Refusals(drafted, seed=drafted), 0
+    while refusals.missing:
+        engine = Engine((1000, 1000), ratio, overlap, seed=seed, drafted=drafted)
+        engine.step((1 + seed * 37 % 300, 1 + seed * 91 % 300))
+        refusals.steps(engine, 1000)
+        engine.check()
+        seed += 1
+
+
+def test_without_kept_rows_refused_tokens_show() -> None:
+    """The control: an engine that is told of fewer drafts than are refused."""
+    engine = Engine((300, 300), 4, 2, seed=0, drafted=1)
+    engine.step((101, 102))
+    engine.step((4, 4), refused=(3, 2))
+    engine.step((20, 20))
+    with pytest.raises(AssertionError):
+        engine.check()
 
 
 @pytest.mark.parametrize(("ratio", "overlap"), [(4, 2), (128, 1)])
@@ -179,8 +257,9 @@ class Served:
     engine's block table is.
     """
 
-    def __init__(self, kind: str, seed: int = 0) -> None:
+    def __init__(self, kind: str, seed: int = 0, drafted: int = 0) -> None:
         torch.manual_seed(seed)
+        self.drafted = drafted
         self.ratio, caches = CACHES[kind]
         self.overlap, self.rows = (2 if self.ratio == 4 else 1), PAGE // self.ratio
         self.done = [0] * REQUESTS
@@ -191,7 +270,7 @@ class Served:
     def _cache(self, dim: int, row_format: RowsFormat) -> SummaryState:
         pages = REQUESTS * CONTEXT // PAGE
         nothing, width = torch.zeros(0, self.overlap * dim), self.overlap * dim
-        state = torch.full((2 * REQUESTS, self.overlap * 3 * dim + 64), NAN)[:, : self.overlap * 3 * dim]
+        state = state_memory(2 * REQUESTS, self.ratio, dim, self.drafted, beside=64)
         tail = None
         if self.overlap == 2:
             tail = torch.full((pages, 3 * dim + 32), NAN)[:, : 3 * dim].unflatten(-1, (3, dim))
@@ -201,7 +280,7 @@ class Served:
         norm = torch.rand(dim) + 0.5
         return SummaryState(
             Projected(nothing, nothing, torch.randn(self.ratio, width), norm),
-            summaries=state.unflatten(-1, (self.overlap, 3, dim)),
+            kept=SummaryPages.view(state, self.overlap, dim),
             state_page=state_page,
             tail=tail,
             block_table=table,
@@ -213,15 +292,34 @@ class Served:
         self.done[request] = pages * PAGE
         for i, c in enumerate(self.caches):
             c.block_table[request, :pages] = c.block_table[of, :pages]
-            c.summaries[c.state_page[request].long()] = NAN
+            page = c.state_page[request].long()
+            c.kept.summaries[page] = NAN
+            if c.kept.ring is not None and c.kept.since is not None:
+                c.kept.ring[page], c.kept.since[page] = NAN, SOMEBODY
             for x in (self.kvs[i], self.gates[i]):
                 x[request, : pages * PAGE] = x[of, : pages * PAGE]
 
-    def step(self, counts: tuple[int, ...], padding: int = 0, compare: bool = True) -> None:
+    def step(
+        self,
+        counts: tuple[int, ...],
+        padding: int = 0,
+        compare: bool = True,
+        refused: tuple[int, ...] = (0,) * REQUESTS,
+    ) -> None:
         """Run a step of so many tokens per request, and padding tokens, and compare all memory.
 
         compare: False runs it by the reference alone
+        refused: of each request's tokens, the last ones, which then are others
         """
+        self._run(counts, padding, compare)
+        for r, wrong in enumerate(refused):
+            self.done[r] -= wrong
+            again = slice(self.done[r], self.done[r] + wrong)
+            for gates, kvs in zip(self.gates, self.kvs, strict=True):
+                gates[r, again] = torch.randn_like(gates[r, again]) * 3
+                kvs[r, again] = torch.randn_like(kvs[r, again])
+
+    def _run(self, counts: tuple[int, ...], padding: int, compare: bool) -> None:
         self.done = [d + c for d, c in zip(self.done, counts, strict=True)]
         starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
         num_tokens = sum(counts) + padding
@@ -238,7 +336,7 @@ class Served:
         expected = [
             replace(
                 state,
-                summaries=state.summaries.clone(),
+                kept=state.kept.clone(),
                 tail=_clone(state.tail),
                 entries=replace(state.entries, pages=clone_pages(state.entries.pages)),
             )
@@ -247,10 +345,18 @@ class Served:
         summary.compress(given, step, batch)
         reference.compress(expected, step, batch)
         for i, (got, want) in enumerate(zip(given, expected, strict=True)):
-            assert_summaries_close(got.summaries, want.summaries)
+            assert_summaries_close(got.kept.summaries, want.kept.summaries)
+            self._check_kept_rows(got.kept, want.kept)
             if got.tail is not None and want.tail is not None:
                 assert_summaries_close(got.tail, want.tail)
             self._check_entries(i, got, want, tokens)
+
+    def _check_kept_rows(self, got: SummaryPages, want: SummaryPages) -> None:
+        """Rows that may be taken back, and what nobody wrote, are the reference's to the bit."""
+        assert (got.ring is None) == (want.ring is None) == (self.drafted == 0)
+        if got.ring is not None and want.ring is not None and got.since is not None and want.since is not None:
+            assert torch.equal(got.since, want.since)
+            assert torch.equal(got.ring.view(torch.int32), want.ring.view(torch.int32))
 
     def _step(self, i: int, tokens: TokenPlan) -> SummaryState:
         c, request = self.caches[i], tokens.request_of_token.long()
@@ -400,10 +506,26 @@ def test_kernel_reads_the_tail_of_a_page_filled_in_the_same_step(filler: int, re
     served.step(tuple(counts))
 
 
+@pytest.mark.parametrize("kind", ["csa-fp8", "hca-fp8"])
+@pytest.mark.parametrize("drafted", [1, 5])
+def test_kernel_takes_back_refused_tokens_as_the_reference_does(kind: str, drafted: int) -> None:
+    """Over window and page ends, with chunks, single tokens, idle requests and a hit between."""
+    served, verify = Served(kind, seed=drafted, drafted=drafted), drafted + 1
+    served.step((251, 125, 62), compare=False)
+    served.step((verify,) * 3, refused=(drafted, 0, drafted // 2))
+    served.step((verify,) * 3, padding=2, refused=(0, drafted, drafted))
+    served.step((1, 0, verify), refused=(0, 0, drafted))
+    served.hit(1, of=0, pages=1)
+    served.step((verify,) * 3, refused=(drafted // 2, drafted, 0))
+    served.step((1, 1, 1))
+    served.step((9, verify, 0), refused=(0, 1, 0))
+    served.step((1, 3, 66))
+
+
 def test_kernel_masks_pages_and_slots_out_of_range() -> None:
     served = Served("csa-fp8")
     served.step((3, 3, 0))
-    before = [(c.summaries.clone(), _clone(c.tail), memory(c.entries.pages).clone()) for c in served.caches]
+    before = [(c.kept.summaries.clone(), _clone(c.tail), memory(c.entries.pages).clone()) for c in served.caches]
     starts = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
     batch = BatchView(starts, torch.tensor([PAGE, 2 * PAGE, 3]), 2, REQUESTS, 2 * PAGE, 1)
     tokens = plan_tokens(batch)
@@ -420,8 +542,8 @@ def test_kernel_masks_pages_and_slots_out_of_range() -> None:
     summary.compress(states, step, batch)
     summary.compress(states, step, replace(batch, max_query_len=2))
     for c, (state, tail, cache) in zip(served.caches, before, strict=True):
-        assert torch.equal(c.summaries.isnan(), state.isnan())
-        assert torch.equal(c.summaries.nan_to_num(), state.nan_to_num())
+        assert torch.equal(c.kept.summaries.isnan(), state.isnan())
+        assert torch.equal(c.kept.summaries.nan_to_num(), state.nan_to_num())
         assert tail is not None
         assert c.tail is not None
         assert torch.equal(c.tail.isnan(), tail.isnan())

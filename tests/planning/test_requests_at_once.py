@@ -24,7 +24,7 @@ from tests.support import sglang_capacity
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 WITHIN = 0.02  # of the computed number, before it is cut to whole requests
-MAPPINGS = (("paged", 0), ("paged", 2), ("summary", 0))  # a summary takes no drafts
+MAPPINGS = (("paged", 0), ("paged", 2), ("summary", 0), ("summary", 2), ("summary", 5))
 
 
 def _ask(driver: Any, cases: list, engine: Path | None = None) -> list[dict[str, Any]]:
@@ -44,7 +44,8 @@ def _ask(driver: Any, cases: list, engine: Path | None = None) -> list[dict[str,
 
 def _vllm(case: vllm_capacity.Case) -> VllmPool:
     q = case.question
-    return vllm_pool(find_checkpoint(case.model).config, vllm_capacity.FORMATS, q.num_draft_layers, mapping=q.state)
+    config = find_checkpoint(case.model).config
+    return vllm_pool(config, vllm_capacity.FORMATS, q.num_draft_layers, mapping=q.state, drafted=case.drafts)
 
 
 def _flight(case: vllm_capacity.Case) -> InFlight:

@@ -13,25 +13,15 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
-from dsv4.model.kv_layout import CacheFormats, CacheSpec, StateMapping, layer_caches
+from dsv4.model.config import V4Config
+from dsv4.model.kv_layout import CacheFormats, ModelCache, StateMapping, model_caches
 from dsv4.planning.deployment import MAX_CONTEXT, Deployment
 from dsv4.planning.memory import overheads
 from dsv4.planning.memory.account import Proof, exchange_terms, graph_range, term, verdict_of, weight_terms
 from dsv4.planning.memory.weights import pipeline_layers
-
-
-@dataclass(frozen=True)
-class CacheLayer:
-    """One cache as vLLM registers it. layer: index of the decoder layer, drafts follow the
-    backbone.
-    """
-
-    layer: int
-    spec: CacheSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class KvGroup:
     page_tokens: int
     sliding_window: int | None
     per_request: bool
-    caches: tuple[CacheLayer, ...]
+    caches: tuple[ModelCache, ...]
 
     @property
     def page_bytes(self) -> int:
@@ -169,15 +159,20 @@ def vllm_pool(
     num_draft_layers: int = 0,
     stage: range | None = None,
     mapping: StateMapping = StateMapping.PAGED,
+    drafted: int = 0,
 ) -> VllmPool:
     """The pool of one rank. Groups are formed over the whole model, then cut to the layers of
     pipeline stage `stage`.
 
+    drafted: tokens that a step of SUMMARY may have to take back
     mapping: PAGED where native V4 serves, SUMMARY where dsv4's plugin does (docs/kv-mapping.md).
     """
-    groups = _groups(tuple(_cache_layers(config, formats, num_draft_layers, mapping)))
+    groups = _groups(model_caches(config, formats, num_draft_layers, mapping, drafted))
     if stage is not None:
-        groups = tuple(replace(g, caches=tuple(c for c in g.caches if c.layer in stage)) for g in groups)
+        stage_set = frozenset(stage)
+        groups = tuple(
+            replace(g, caches=tuple(c for c in g.caches if not stage_set.isdisjoint(c.layers))) for g in groups
+        )
     return VllmPool(groups, max(g.page_bytes for g in groups))  # as wide as the widest group's pages side by side
 
 
@@ -187,17 +182,8 @@ def stage_with_draft(stage: range, config: V4Config, num_draft_layers: int) -> r
     return range(stage.start, stage.stop + (num_draft_layers if is_last else 0))
 
 
-def _cache_layers(
-    config: V4Config, formats: CacheFormats, num_draft_layers: int, mapping: StateMapping
-) -> Iterable[CacheLayer]:
-    draft = (LayerSpec(config.num_hidden_layers + i, LayerKind.SWA, Routing.TOPK) for i in range(num_draft_layers))
-    for layer in (*config.layers, *draft):
-        for spec in layer_caches(config, layer, formats, mapping):
-            yield CacheLayer(layer.index, spec)
-
-
-def _groups(caches: Sequence[CacheLayer]) -> tuple[KvGroup, ...]:
-    buckets: dict[tuple[int, int | None, bool], list[CacheLayer]] = {}
+def _groups(caches: Sequence[ModelCache]) -> tuple[KvGroup, ...]:
+    buckets: dict[tuple[int, int | None, bool], list[ModelCache]] = {}
     for cache in caches:
         buckets.setdefault((cache.spec.page_tokens, cache.spec.sliding_window, cache.spec.per_request), []).append(
             cache
@@ -243,7 +229,7 @@ def _split(group: KvGroup, parts: int) -> list[KvGroup]:
     """
     if parts == 1:
         return [group]
-    by_size: dict[int, list[CacheLayer]] = {}
+    by_size: dict[int, list[ModelCache]] = {}
     for cache in group.caches:
         by_size.setdefault(cache.spec.page_bytes, []).append(cache)
     repeats = list(zip(*by_size.values(), strict=True))
@@ -266,7 +252,8 @@ def _least_padding(values: Sequence[int], lower_bound: int) -> int:
 def stage_pool(d: Deployment, stage: int) -> VllmPool:
     """vLLM's pool on a rank of pipeline stage `stage`."""
     layers = stage_with_draft(pipeline_layers(d.config.num_hidden_layers, d.pp)[stage], d.config, d.num_draft_layers)
-    return vllm_pool(d.config, d.formats, d.num_draft_layers, layers, mapping=d.state)
+    drafted = d.speculation.num_tokens
+    return vllm_pool(d.config, d.formats, d.num_draft_layers, layers, mapping=d.state, drafted=drafted)
 
 
 def requests_in(d: Deployment, pool_bytes: int) -> int:

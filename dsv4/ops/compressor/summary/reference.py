@@ -12,6 +12,11 @@ open rows), and, with overlap, `following`, of A of the open rows.
 Where a window starts a page, columns A of the window before are the page end's tail. They are not
 in `entry`: the tail is merged when the entry is complete, which for a request that has just hit the
 page is what it needs anyway.
+
+Where drafted tokens may be refused, a step [c, e) may be followed by one that starts anywhere in
+c + 1 .. e, and not before e - k. So the summaries are kept as of b = max(c + 1, e - k), and beside
+them the rows b .. e - 1, of which there are at most k. The next step is served as if it started at
+its b, with the rows up to its first token from there.
 """
 
 from __future__ import annotations
@@ -37,7 +42,9 @@ class _Rows:
     kv, score: [T, overlap * D] fp32
     start: [R], each request's first position of the step
     token: [R], its first token
-    kept: [R, overlap, 3, D] fp32
+    kept: [R, overlap, 3, D] fp32, of the rows before `since`
+    since: [R], at most `start`
+    ring: [R, k, 2, overlap * D] fp32, the rows from `since` on; k may be 0
     page_tokens: of a page of entries
     """
 
@@ -46,6 +53,8 @@ class _Rows:
     start: Tensor
     token: Tensor
     kept: Tensor
+    since: Tensor
+    ring: Tensor
     page_tokens: int
     ratio: int
     overlap: int
@@ -71,14 +80,34 @@ def _compress(state: SummaryState, step: EntryStep, batch: BatchView) -> None:
         # Before anything reads one: a request may hit a page that another fills in this very step.
         valid = torch.arange(here.kv.shape[0], device=step.device) < batch.query_start_loc[batch.num_reqs]
         _write_tails(state.tail, state.block_table, step, here, valid)
-    _write_summaries(state, here, start + lens, (lens > 0).nonzero().squeeze(-1))
+    _write_kept(state, here, start + lens, (lens > 0).nonzero().squeeze(-1))
     _write_entries(state, step, here)
 
 
 def _rows_of(state: SummaryState, step: EntryStep, start: Tensor, token: Tensor) -> _Rows:
     kv, score = state.projected.kv, state.projected.gate + state.projected.ape[step.positions % step.ratio]
-    kept, page_tokens = state.summaries[state.state_page.long()], state.entries.pages.rows * step.ratio
-    return _Rows(kv, score, start, token, kept, page_tokens=page_tokens, ratio=step.ratio, overlap=step.overlap)
+    page, page_tokens = state.state_page.long(), state.entries.pages.rows * step.ratio
+    kept, since, ring = state.kept.summaries[page], start, kv.new_zeros(len(start), 0, 2, kv.shape[-1])
+    if state.kept.ring is not None and state.kept.since is not None:
+        resumes = start % _fresh_every(page_tokens, step.ratio, step.overlap) > 0
+        since, ring = torch.where(resumes, state.kept.since[page], start), state.kept.ring[page]
+    return _Rows(
+        kv,
+        score,
+        start=start,
+        token=token,
+        kept=kept,
+        since=since,
+        ring=ring,
+        page_tokens=page_tokens,
+        ratio=step.ratio,
+        overlap=step.overlap,
+    )
+
+
+def _fresh_every(page_tokens: int, ratio: int, overlap: int) -> int:
+    """Positions at whose multiples a request needs nothing of its state page, whatever is there."""
+    return page_tokens if overlap == 2 else ratio
 
 
 def _write_tails(tail: Tensor, block_table: Tensor, step: EntryStep, here: _Rows, valid: Tensor) -> None:
@@ -93,18 +122,32 @@ def _write_tails(tail: Tensor, block_table: Tensor, step: EntryStep, here: _Rows
         tail[block_table[request, last // here.page_tokens].long()] = closed
 
 
-def _write_summaries(state: SummaryState, here: _Rows, ends: Tensor, active: Tensor) -> None:
+def _write_kept(state: SummaryState, here: _Rows, ends: Tensor, active: Tensor) -> None:
     """What stays open.
 
     ends: [R], the position behind each request's last
     active: [N], the requests that have tokens
     """
-    end = ends[active]
-    window = end // here.ratio * here.ratio
-    carried = [_so_far(here, active, window, end - 1, _starts_page(here, window))]
+    page, end, drafted = state.state_page[active].long(), ends[active], state.kept.drafted
+    since = torch.maximum(here.start[active] + 1, end - drafted)
+    window = since // here.ratio * here.ratio
+    carried = [_so_far(here, active, window, since - 1, _starts_page(here, window))]
     if here.overlap == 2:  # `following`: what the entry of the window after the open one has so far
-        carried.append(_so_far(here, active, window + here.ratio, end - 1, torch.zeros_like(active, dtype=torch.bool)))
-    state.summaries[state.state_page[active].long()] = torch.stack(carried, 1)
+        carried.append(
+            _so_far(here, active, window + here.ratio, since - 1, torch.zeros_like(active, dtype=torch.bool))
+        )
+    state.kept.summaries[page] = torch.stack(carried, 1)
+    if state.kept.ring is None or state.kept.since is None:
+        return
+    state.kept.since[page] = since.int()
+    at = since[:, None] + torch.arange(drafted, device=end.device)  # [N, k]
+    owner, at, token = (x[at < end[:, None]] for x in _spread(page, at, here.token[active] - here.start[active]))
+    state.kept.ring[owner, at % drafted] = torch.stack([here.kv[token], here.score[token]], 1)
+
+
+def _spread(page: Tensor, at: Tensor, token_of_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For positions [N, k] of N requests: their pages, the positions, and the tokens there."""
+    return page[:, None].expand_as(at), at, token_of_0[:, None] + at
 
 
 def _write_entries(state: SummaryState, step: EntryStep, here: _Rows) -> None:
@@ -132,29 +175,27 @@ def _so_far(here: _Rows, request: Tensor, window: Tensor, last: Tensor, only_b: 
 
     request, window, last, only_b: [N]; rows up to position `last` count
     """
-    m, start = here.ratio, here.start[request]
+    m, since = here.ratio, here.since[request]
     offset = torch.arange((1 - here.overlap) * m, m, device=window.device)
     rows = _summarise_rows(here, request, window[:, None] + offset, use_a=offset < 0, last=last, only_b=only_b)
     kept = here.kept[request]  # [N, overlap, 3, D]
-    # The step starts inside or at this window: what came before is in `entry`, or there is nothing
-    # of this request's. It starts inside the window before: the rows of that one are in
-    # `following`. It starts earlier: all rows are here.
-    resumes = start % (here.page_tokens if here.overlap == 2 else m) > 0
-    earlier = _only(kept[:, 0], (start >= window) & resumes)
+    # What is kept ends inside or at this window: it is in `entry`, or there is nothing of this
+    # request's. It ends inside the window before: the rows of that one are in `following`. It ends
+    # earlier: all rows are here.
+    resumes = since % _fresh_every(here.page_tokens, m, here.overlap) > 0
+    earlier = _only(kept[:, 0], (since >= window) & resumes)
     if here.overlap == 2:
-        earlier = _merge(earlier, _only(kept[:, 1], (start < window) & (start > window - m) & ~only_b))
+        earlier = _merge(earlier, _only(kept[:, 1], (since < window) & (since > window - m) & ~only_b))
     return _merge(rows, earlier)
 
 
 def _summarise_rows(here: _Rows, request: Tensor, at: Tensor, use_a: Tensor, last: Tensor, only_b: Tensor) -> Tensor:
-    """Summary [N, 3, D] of the step's rows at positions `at` [N, K], up to `last`.
+    """Summary [N, 3, D] of the rows at positions `at` [N, K] from `since` up to `last`.
 
     use_a: [K], columns A instead of B
     """
-    start = here.start[request][:, None]
-    present = (at >= start) & (at <= last[:, None]) & ~(use_a & only_b[:, None])
-    token = torch.where(present, here.token[request][:, None] + at - start, 0)
-    kv, score = here.kv[token], here.score[token]  # [N, K, overlap * D]
+    present = (at >= here.since[request][:, None]) & (at <= last[:, None]) & ~(use_a & only_b[:, None])
+    kv, score = _rows_at(here, request, at, present)  # [N, K, overlap * D]
     if here.overlap == 2:
         dim = kv.shape[-1] // 2
         kv, score = (torch.where(use_a[:, None], x[..., :dim], x[..., dim:]) for x in (kv, score))
@@ -162,6 +203,19 @@ def _summarise_rows(here: _Rows, request: Tensor, at: Tensor, use_a: Tensor, las
     top = score.amax(1)
     weight = torch.exp(score - _finite(top)[:, None])
     return torch.stack([top, weight.sum(1), (weight * kv.masked_fill(~present[..., None], 0.0)).sum(1)], 1)
+
+
+def _rows_at(here: _Rows, request: Tensor, at: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """kv and score [N, K, overlap * D] of rows that are present: the step's, or kept ones."""
+    start = here.start[request][:, None]
+    token = torch.where(present & (at >= start), here.token[request][:, None] + at - start, 0)
+    kv, score = here.kv[token], here.score[token]
+    drafted = here.ring.shape[1]
+    if drafted == 0:
+        return kv, score
+    kept = here.ring[request[:, None], at % drafted]
+    before = (present & (at < start))[..., None]
+    return torch.where(before, kept[:, :, 0], kv), torch.where(before, kept[:, :, 1], score)
 
 
 def _only(summary: Tensor, use: Tensor) -> Tensor:

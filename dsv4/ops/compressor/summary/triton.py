@@ -2,10 +2,11 @@
 """Triton kernel of the compressor on summaries; its reference is `summary/reference.py`.
 
 No program may read what another of the same launch writes. A request's kept state is read and
-written by the program of its first token alone, which also pools the entries that need it; other
-entries lie wholly in the step's rows. Page-end tails are written by a launch of their own, before
-anything reads one. A step of one token per request does without it: an entry that needs a tail ends
-RATIO tokens behind the page end, thus in a later step than the one that wrote it.
+written by the program of its first token alone, which also pools the entries that need it, or rows
+before the step; other entries lie wholly in the step's rows. Page-end tails are written by a launch
+of their own, before anything reads one. A step of one token per request does without it: an entry
+that needs a tail ends RATIO tokens behind the page end, thus in a later step than the one that
+wrote it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dsv4.ops.compressor.entry_triton import (
     EntryGroup,
     ProjectedGroup,
     at_most_two,
+    constant,
     entry_group,
     projected_group,
     store_entry,
@@ -33,12 +35,16 @@ from dsv4.ops.pages import BatchView
 
 class SummaryGroup(NamedTuple):
     """A `SummaryState`, but for what Triton would compile anew for every class of. Without tails
-    `tail` is any pointer."""
+    `tail` is any pointer. ring, since: None where DRAFTED, the rows to take back, is 0."""
 
     projected: ProjectedGroup
     summaries: Any
     summaries_stride: Any
     num_summaries: Any
+    ring: Any
+    since: Any
+    since_stride: Any
+    DRAFTED: Any
     state_page: Any
     tail: Any
     tail_stride: Any
@@ -84,31 +90,60 @@ def _store_summary(at, summary, D: tl.constexpr):
 
 @triton.jit
 def _pool_rows(
-    projected, token_of_0, first, last, window, RATIO: tl.constexpr, OVERLAP: tl.constexpr, BR: tl.constexpr,
+    cache, ring, token_of_0, start, first, last, window, RATIO: tl.constexpr, OVERLAP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Summary of the step's rows at positions first .. last: columns A before `window`, then B.
+    """Summary of the rows at positions first .. last: columns A before `window`, then B.
 
+    ring: of the request, which has the rows before the step's `start`
     token_of_0: the token that position 0 would be.
     """
-    D: tl.constexpr = projected.D
+    projected = cache.projected
+    D: tl.constexpr = cache.projected.D
     d = tl.arange(0, D)
     rows = Summary(tl.full([D], float("-inf"), tl.float32), tl.zeros([D], tl.float32), tl.zeros([D], tl.float32))
-    for start in range(first, last + 1, BR):
-        at = start + tl.arange(0, BR)
-        here = (at <= last)[:, None] & (d < D)[None, :]
+    for block in range(first, last + 1, BR):
+        at = block + tl.arange(0, BR)
+        here = (at <= last) & (at >= start)
         token = (token_of_0 + at).to(tl.int64)
         column = tl.where(at < window, 0, (OVERLAP - 1) * D)
         kv = projected.kv + (token * projected.kv_stride + column)[:, None] + d[None, :]
         gate = projected.gate + (token * projected.gate_stride + column)[:, None] + d[None, :]
         bias = projected.ape + ((at % RATIO) * (OVERLAP * D) + column)[:, None] + d[None, :]
+        here = here[:, None] & (d < D)[None, :]
         values = tl.load(kv, mask=here, other=0.0)  # [BR, D]
         score = tl.load(gate, mask=here, other=float("-inf"))
         score += tl.load(bias, mask=here, other=0.0)
+        if cache.DRAFTED > 0:
+            kept = ((at < start) & (at <= last))[:, None] & (d < D)[None, :]
+            row = ring + ((at % cache.DRAFTED) * (2 * OVERLAP * D) + column)[:, None] + d[None, :]
+            values = tl.where(kept, tl.load(row, mask=kept, other=0.0), values)
+            score = tl.where(kept, tl.load(row + OVERLAP * D, mask=kept, other=0.0), score)
         top = tl.max(score, 0)
         finite = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp(score - finite[None, :])
         rows = _merge(rows, Summary(top, tl.sum(p, 0), tl.sum(p * values, 0)))
     return rows
+
+
+@triton.jit
+def _keep_rows(
+    cache, ring, token_of_0, first, end, RATIO: tl.constexpr, OVERLAP: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Put the step's rows at positions first .. end - 1, at most DRAFTED, in the request's ring."""
+    projected = cache.projected
+    D: tl.constexpr = cache.projected.D
+    d = tl.arange(0, D)
+    for block in range(first, end, BR):
+        at = block + tl.arange(0, BR)
+        here = (at < end)[:, None] & (d < D)[None, :]
+        token, row = (token_of_0 + at).to(tl.int64), (at % cache.DRAFTED) * (2 * OVERLAP * D)
+        for half in tl.static_range(OVERLAP):
+            column = half * D + d[None, :]
+            kv = tl.load(projected.kv + (token * projected.kv_stride)[:, None] + column, mask=here, other=0.0)
+            gate = tl.load(projected.gate + (token * projected.gate_stride)[:, None] + column, mask=here, other=0.0)
+            bias = tl.load(projected.ape + ((at % RATIO) * (OVERLAP * D))[:, None] + column, mask=here, other=0.0)
+            tl.store(ring + row[:, None] + column, kv, mask=here)
+            tl.store(ring + row[:, None] + OVERLAP * D + column, gate + bias, mask=here)
 
 
 @triton.jit
@@ -133,7 +168,17 @@ def _compress(
     position = (t - token_of_0).to(tl.int32)
     page = tl.load(cache.state_page + request * state_page_stride)
     has_state = (page >= 0) & (page < cache.num_summaries)
-    kept = cache.summaries + tl.where(has_state, page, 0).to(tl.int64) * cache.summaries_stride
+    kept_at = tl.where(has_state, page, 0).to(tl.int64) * cache.summaries_stride
+    kept, ring = cache.summaries + kept_at, cache.summaries
+    # The summaries are of the rows before `since`, and the ring has those from there to `start`;
+    # the step keeps them as of `keeps`. Without drafts these are its start and end.
+    since, keeps = start, end
+    if cache.DRAFTED > 0:
+        ring = cache.ring + kept_at
+        reads = (is_first | (POOL == 0)) & (start % RESUME != 0) & has_state
+        since_at = cache.since + tl.where(has_state, page, 0).to(tl.int64) * cache.since_stride
+        since = tl.where(reads, tl.load(since_at, mask=reads, other=0), start)
+        keeps = tl.maximum(start + 1, end - cache.DRAFTED)
     table = cache.block_table + request * table_stride
     jobs = 1
     if POOL:
@@ -142,9 +187,9 @@ def _compress(
         to_tail = job == 0
         to_state = job > OVERLAP
         window = tl.where(is_first, start // RATIO * RATIO + (job - 1) * RATIO, position - (RATIO - 1))
-        window = tl.where(to_state, end // RATIO * RATIO + (job - OVERLAP - 1) * RATIO, window)
+        window = tl.where(to_state, keeps // RATIO * RATIO + (job - OVERLAP - 1) * RATIO, window)
         window = tl.where(to_tail, position + 1, window)
-        last = tl.where(to_state, end - 1, tl.where(to_tail, position, window + (RATIO - 1)))
+        last = tl.where(to_state, keeps - 1, tl.where(to_tail, position, window + (RATIO - 1)))
         # The window before this one ends a page, whose tail holds columns A; not while they are
         # still being collected.
         from_tail = (OVERLAP == 2) & (window % PAGE == 0) & (job > 0) & (job < 2 * OVERLAP)
@@ -161,10 +206,10 @@ def _compress(
         slot = tl.load(cache.entries.slot_mapping + token_of_0 + last, mask=ends, other=-1)
         to_entry = (slot >= 0) & (slot < cache.entries.num_slots)
         if to_entry | (to_state & has_state) | (to_tail & has_tail):
-            first = tl.maximum(start, tl.where(from_tail, window, window - BEFORE))
-            summary = _pool_rows(cache.projected, token_of_0, first, last, window, RATIO, OVERLAP, BR)
-            inside = start >= window
-            use = (inside & (start % RESUME != 0)) | ((inside == 0) & (start > window - BEFORE) & (from_tail == 0))
+            first = tl.maximum(since, tl.where(from_tail, window, window - BEFORE))
+            summary = _pool_rows(cache, ring, token_of_0, start, first, last, window, RATIO, OVERLAP, BR)
+            inside = since >= window
+            use = (inside & (since % RESUME != 0)) | ((inside == 0) & (since > window - BEFORE) & (from_tail == 0))
             summary = _merge(summary, _load_summary(kept + tl.where(inside, 0, 3 * D), use & has_state, D))
             if to_tail:
                 _store_summary(tail_at, summary, D)
@@ -177,6 +222,11 @@ def _compress(
                         summary = _merge(summary, _load_summary(tail_at, has_tail, D))
                     pooled, row = summary.total / summary.weight, cos_sin + (token_of_0 + last).to(tl.int64) * ROPE
                     store_entry(pooled, cache.projected.norm_weight, eps, row, cache.entries, slot, D, ROPE)
+    if POOL and cache.DRAFTED > 0:  # noqa: SIM102 (decided when it is compiled)
+        if is_first & has_state:
+            tl.debug_barrier()  # every thread has read the kept rows
+            _keep_rows(cache, ring, token_of_0, keeps, end, RATIO, OVERLAP, BR)
+            tl.store(since_at, keeps.to(tl.int32))
 
 
 @triton.jit(
@@ -224,12 +274,17 @@ def summary_kernel(
 
 
 def _group(state: SummaryState) -> SummaryGroup:
-    tail = state.summaries if state.tail is None else state.tail
+    kept = state.kept
+    tail = kept.summaries if state.tail is None else state.tail
     return SummaryGroup(
         projected=projected_group(state.projected),
-        summaries=state.summaries,
-        summaries_stride=state.summaries.stride(0),
-        num_summaries=state.summaries.shape[0],
+        summaries=kept.summaries,
+        summaries_stride=kept.summaries.stride(0),
+        num_summaries=kept.summaries.shape[0],
+        ring=kept.ring,
+        since=kept.since,
+        since_stride=None if kept.since is None else kept.since.stride(0),
+        DRAFTED=constant(kept.drafted),
         state_page=state.state_page,
         tail=tail,
         tail_stride=tail.stride(0),
