@@ -59,6 +59,7 @@ SPILLS: dict[str, dict[str, int]] = {
     "attend": {"sm90": 16, "sm100": 20, "sm120": 120},
     "compress_store": {"sm86": 4},
     "prefill_logits": {"sm80": 20, "sm86": 12, "sm120": 24},
+    "summary": {"sm80": 16},
     "topk": {"sm80": 8, "sm120": 24},
 }
 
@@ -73,6 +74,7 @@ class Deployment:
     tp: int
     mapping: StateMapping
     formats: CacheFormats
+    drafted: int = 0
 
     def served(self) -> ServedModel:
         return ServedModel(
@@ -84,6 +86,7 @@ class Deployment:
             index_format=self.formats.index,
             max_context=1 << 20,
             routed_ids=torch.int64 if self.mapping is StateMapping.RING else None,
+            drafted=self.drafted,
         )
 
 
@@ -93,6 +96,7 @@ DEPLOYMENTS = (
     Deployment("Flash", 8, StateMapping.PAGED, FP8),
     Deployment("Pro", 8, StateMapping.RING, BF16),
     Deployment("Pro", 2, StateMapping.SUMMARY, MXFP4),
+    Deployment("Flash", 8, StateMapping.SUMMARY, FP8, drafted=3),
 )
 
 
@@ -221,7 +225,7 @@ WORDS = {
     ("first.entries.FORMAT", 0): "bf16", ("first.entries.FORMAT", 1): "fp8",
     ("second.entries.FORMAT", 0): "bf16-keys", ("second.entries.FORMAT", 2): "fp8-keys",
     ("second.entries.FORMAT", 3): "mxfp4-keys", ("RATIO", 4): "csa", ("RATIO", 128): "hca",
-    ("SAVE", True): "saving", ("SAVE", False): "saved", ("FINAL", True): "last", ("FINAL", False): "first",
+    ("first.DRAFTED", 3): "k3", ("SAVE", True): "saving", ("SAVE", False): "saved", ("FINAL", True): "last", ("FINAL", False): "first",
 }  # fmt: skip
 SHOWN = {"H": "H", "BD": "D", "N": "N", "CHUNK": "", "WIDTH": "W", "BM": "M", "LEVEL": "level", "GROUPS": "caches"}
 PARTS = {(True, False): "tails", (False, True): "entries", (True, True): "decode"}  # TAILS, POOL of `summary`

@@ -29,6 +29,7 @@ from dsv4.ops.plan.tokens import TokenPlan, plan_tokens
 from dsv4.ops.quant.reference import hadamard
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import clone_pages, fill_pages, make_pages, memory
+from tests.support.races import ORDERS, watched
 
 DIM, ROPE, PAGE, EPS = 16, 8, 256, 1e-6
 NAN = float("nan")
@@ -520,6 +521,17 @@ def test_kernel_takes_back_refused_tokens_as_the_reference_does(kind: str, draft
     served.step((1, 1, 1))
     served.step((9, verify, 0), refused=(0, 1, 0))
     served.step((1, 3, 66))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_program_of_a_verifying_step_reads_what_another_writes(order: str) -> None:
+    """Requests inside a window, at its end and at a page's, each with rows to take back."""
+    served = Served("csa-fp8", seed=4, drafted=5)
+    served.step((253, 126, 61), compare=False)
+    served.step((6, 6, 6), compare=False, refused=(2, 5, 0))
+    with watched(order) as watch:
+        served.step((6, 6, 6))
+    assert watch.findings == []
 
 
 def test_kernel_masks_pages_and_slots_out_of_range() -> None:

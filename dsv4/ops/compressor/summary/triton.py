@@ -316,7 +316,7 @@ def compress(states: Sequence[SummaryState], step: EntryStep, batch: BatchView) 
             RATIO=step.ratio,
             OVERLAP=step.overlap,
             ROPE=step.entry_cos_sin.shape[1],
-            BR=min(ROWS_AT_ONCE, step.overlap * step.ratio),
+            BR=ROWS_AT_ONCE // 2 if states[0].kept.drafted else ROWS_AT_ONCE,  # two sources take more registers
             TAILS=tails,
             POOL=pool,
             num_warps=4,
