@@ -132,7 +132,7 @@ def deployment(vllm_config: VllmConfig, config: V4Config) -> Deployment:
         async_scheduling=bool(scheduler.async_scheduling),
         kv=formats.kv,
         index=formats.index,
-        max_capture_size=capture_size(scheduler.max_num_seqs),
+        max_capture_size=capture_size(scheduler.max_num_seqs, num_drafted(vllm_config)),
         speculation=Speculation()
         if drafts is None
         else Speculation(method=drafts.method, num_tokens=drafts.num_speculative_tokens),

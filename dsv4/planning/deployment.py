@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dsv4.data import data_folder, read_yaml
@@ -47,6 +48,13 @@ class Speculation:
 
     method: DraftKind = "none"
     num_tokens: int = 0
+
+
+# What dsv4's plugins draft with; native V4 has every method in both engines.
+PLUGIN_DRAFTS: Mapping[Engine, frozenset[DraftKind]] = {
+    "vllm": frozenset({"mtp", "dspark"}),
+    "sglang": frozenset({"mtp"}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +166,10 @@ MIXED_CAPTURE_TOKENS = 128
 MOST_CAPTURED = 512  # vLLM's own limit
 
 
-def capture_size(max_num_seqs: int) -> int:
-    """The largest step that vLLM captures for dsv4's plugin: every decode step is one of them."""
-    return min(max(MIXED_CAPTURE_TOKENS, max_num_seqs), MOST_CAPTURED)
+def capture_size(max_num_seqs: int, drafted: int = 0) -> int:
+    """Tokens of the largest step that vLLM captures for dsv4's plugin: every decode step is one of
+    them, with the drafts that it verifies."""
+    return min(max(MIXED_CAPTURE_TOKENS, max_num_seqs * (1 + drafted)), MOST_CAPTURED)
 
 
 def usual_state(engine: Engine, plugin: bool) -> StateMapping:

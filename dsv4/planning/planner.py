@@ -16,6 +16,7 @@ from dsv4.model.config import FP8_BLOCK
 from dsv4.model.kv_layout import IndexFormat, StateMapping
 from dsv4.planning.deployment import (
     MAX_CONTEXT,
+    PLUGIN_DRAFTS,
     Checkpoint,
     Deployment,
     Parallelism,
@@ -256,7 +257,7 @@ def deployments(q: Question) -> Iterator[Deployment]:
     """Engines x shapes x draft on or off, with the defaults that dsv4's recipes use."""
     for engine in q.engines:
         for parallel in shapes(q):
-            for speculation in _speculations(q, parallel.pp):
+            for speculation in _speculations(q, engine, parallel.pp):
                 yield deployment(q, engine, parallel, speculation)
 
 
@@ -300,7 +301,7 @@ def _captured(d: Deployment) -> Deployment:
     """`d` with the graphs that its requests ask for, where dsv4's plugin serves in vLLM."""
     if d.engine != "vllm" or not d.gpu.needs_plugin:
         return d
-    return replace(d, max_capture_size=capture_size(d.max_num_seqs))
+    return replace(d, max_capture_size=capture_size(d.max_num_seqs, d.speculation.num_tokens))
 
 
 def _with_seqs(d: Deployment, concurrency: int, most: int) -> Deployment:
@@ -351,10 +352,10 @@ def _whole_experts(q: Question, tp: int) -> bool:
     return bool(q.checkpoint.config.moe_intermediate_size // tp % FP8_BLOCK)
 
 
-def _speculations(q: Question, pp: int) -> list[Speculation]:
+def _speculations(q: Question, engine: Engine, pp: int) -> list[Speculation]:
     draft = q.checkpoint.config.draft
-    # A summary cannot be rolled back, so nothing that rejects drafted tokens runs on it.
-    if draft == "none" or pp > 1 or q.gpu.needs_plugin or q.state is StateMapping.SUMMARY:
+    plugin = q.gpu.needs_plugin or q.state is StateMapping.SUMMARY
+    if draft == "none" or pp > 1 or (plugin and draft not in PLUGIN_DRAFTS[engine]):
         return [Speculation()]
     return [Speculation(), Speculation(method=draft, num_tokens=_DRAFT_TOKENS[draft])]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from dsv4.model.config import FP8_BLOCK
 from dsv4.model.kv_layout import IndexFormat
-from dsv4.planning.deployment import Deployment
+from dsv4.planning.deployment import PLUGIN_DRAFTS, Deployment
 
 DEEPEP_DISPATCH_ENV = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 DEEPEP_DISPATCH_DEFAULT = 128
@@ -89,11 +89,14 @@ def _card(d: Deployment) -> Iterator[str]:
     major, _ = d.gpu.capability
     if d.index is IndexFormat.MXFP4 and major != 10:
         yield f"mxfp4 index keys exist on compute capability 10.x only; {d.gpu.id} is {d.gpu.cc}: use fp8"
-    if d.gpu.needs_plugin and (d.dp > 1 or d.has_draft or (d.pp > 1 and d.engine == "sglang")):
+    if d.gpu.needs_plugin and (d.dp > 1 or (d.pp > 1 and d.engine == "sglang")):
         yield (
-            f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, whose drafts (MTP in vLLM alone) are not planned yet,"
-            " which has no DP attention, and pipeline stages in vLLM alone"
+            f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, which has no DP attention, and pipeline stages in"
+            " vLLM alone"
         )
+    if d.gpu.needs_plugin and d.has_draft and d.speculation.method not in PLUGIN_DRAFTS[d.engine]:
+        known = ", ".join(sorted(PLUGIN_DRAFTS[d.engine]))
+        yield f"{d.gpu.id} is served by dsv4's plugin, which in {d.engine} drafts with {known}, not {d.speculation.method}"
     if d.gpu.needs_plugin and d.checkpoint.unserved:
         yield f"{d.gpu.id} is served by dsv4's plugin, which does not serve this checkpoint: {d.checkpoint.unserved}"
     if d.moe_backend in _MEGA_MOE or d.a2a_backend in _MEGA_MOE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from dsv4.data import MAX_YAML_BYTES, data_folder, read_yaml
 from dsv4.errors import RecipeError
 from dsv4.machine.compat import SUPPORTED, TESTED_VERSIONS, is_supported
+from dsv4.planning.deployment import PLUGIN_DRAFTS, Speculation
+from dsv4.planning.memory.proof import prove
 from dsv4.planning.recipe import check as recipe_check
 from dsv4.planning.recipe.check import InstalledEngine, check
 from dsv4.planning.recipe.proofs import rewrite
@@ -208,17 +211,18 @@ def test_bytes_that_are_no_text_and_absent_files_and_folders_are_refused(tmp_pat
 # ----------------------------------------------------------------------------------------------
 
 
+def drafting(method: str, num_tokens: int) -> dict:
+    return {"method": method, "num_tokens": num_tokens, "sampling": "greedy"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"parallel.tp": 16, "hardware.count": 16}, "cuts the shared expert to 192 columns"),
         ({"cache.index_dtype": "mxfp4"}, "mxfp4 index keys exist on compute capability 10.x only"),
-        ({"speculative.method": "dspark", "speculative.num_tokens": 5}, "pro carries a mtp draft, not dspark"),
-        (
-            {"checkpoint.id": "pro-0813", "speculative.method": "mtp", "speculative.num_tokens": 1},
-            "carries a dspark draft, not mtp",
-        ),
-        ({"speculative.method": "mtp"}, "speculative method mtp with 0 draft tokens"),
+        ({"speculative": drafting("dspark", 5)}, "pro carries a mtp draft, not dspark"),
+        ({"checkpoint.id": "pro-0813", "speculative": drafting("mtp", 1)}, "carries a dspark draft, not mtp"),
+        ({"speculative": drafting("mtp", 0)}, "speculative method mtp with 0 draft tokens"),
         ({"kernels.moe": "deep_gemm_mega_moe"}, "mega MoE needs compute capability 10.x"),
         ({"batching.max_num_seqs": 8192}, "exceeds max_num_batched_tokens 4096"),
         (
@@ -228,10 +232,7 @@ def test_bytes_that_are_no_text_and_absent_files_and_folders_are_refused(tmp_pat
         ({"parallel.ep": False, "kernels.all_to_all": "deepep_low_latency"}, "needs expert parallelism"),
         ({"hardware.nodes": 3}, "do not divide over 3 nodes"),
         ({"hardware.count": 16, "parallel.dp": 2}, "nodes have at most 8"),
-        (
-            {"hardware.gpu": "a100-80g", "speculative.method": "mtp", "speculative.num_tokens": 1},
-            "served by dsv4's plugin",
-        ),
+        ({"hardware.gpu": "a100-80g", "parallel.dp": 2, "parallel.tp": 4}, "plugin, which has no DP attention"),
     ],
 )
 def test_a_broken_rule_is_named(raw, changes, message):
@@ -367,3 +368,33 @@ def test_damaged_files_are_refused_or_read_never_worse(tmp_path, data):
     file.write_text("\n".join(lines))
     (report,) = check([file], [])
     assert all("\n" not in d for r in report.rungs for d in r.details)
+
+
+def test_the_plugins_drafts_are_planned_where_they_are_served():
+    """In vLLM both methods, on summaries or pages; in SGLang not every one."""
+    recipes = {r.id: r for r in shipped_recipes("a100-80g")}
+    for name in ("a100-80g-x8-flash-vllm-latency", "a100-80g-x8-flash-0731-vllm-latency"):
+        recipe = recipes[name]
+        with_drafts = recipe.deployment()
+        without = replace(with_drafts, speculation=Speculation())
+        proofs = [prove(d, 4) for d in (with_drafts, without)]
+        assert violations(with_drafts, recipe.env) == []
+        assert proofs[0].weights_bytes > proofs[1].weights_bytes
+        assert proofs[0].decoding_bytes >= proofs[1].decoding_bytes
+    for missing in {"mtp", "dspark"} - PLUGIN_DRAFTS["sglang"]:
+        drafts = Speculation(method=missing, num_tokens=5)
+        recipe = next(r for r in recipes.values() if r.engine.name == "sglang" and "0731" in r.id)
+        assert any("drafts with" in v for v in violations(replace(recipe.deployment(), speculation=drafts), {}))
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"method": "none", "num_tokens": 0}, "method none needs a why"),
+        ({"method": "mtp", "num_tokens": 1}, "method mtp needs sampling"),
+        ({"method": "mtp", "num_tokens": 1, "sampling": "greedy", "why": "none"}, "and no why"),
+    ],
+)
+def test_a_recipe_says_how_it_drafts_or_why_not(raw, section, says):
+    with pytest.raises(RecipeError, match=says):
+        parse_recipe(_set(raw, "speculative", section), "r.yaml")

@@ -131,8 +131,8 @@ def graph_range(d: Deployment) -> Range:
     """CUDA graphs of `d`, by who serves it."""
     if not d.gpu.needs_plugin:
         return overheads.graphs(d.max_num_seqs, d.decode_graphs_only)
-    mixed = d.max_capture_size or 0
-    return overheads.plugin_graphs(d.config, d.tp, d.max_model_len, min(d.max_num_seqs, mixed or d.max_num_seqs), mixed)
+    mixed, decode = d.max_capture_size or 0, d.max_num_seqs * (1 + d.speculation.num_tokens)
+    return overheads.plugin_graphs(d.config, d.tp, d.max_model_len, min(decode, mixed or decode), mixed)
 
 
 def exchange_terms(d: Deployment, suffix: str = "") -> list[Term]:

@@ -66,7 +66,7 @@ def activation(config: V4Config, max_num_batched_tokens: int) -> Range:
 
 
 def plugin_graphs(config: V4Config, tp: int, context: int, decodes: int, mixed_tokens: int) -> Range:
-    """CUDA graphs of dsv4's plugin. decodes: requests of the largest captured decode step;
+    """CUDA graphs of dsv4's plugin. decodes: tokens of the largest captured decode step;
     mixed_tokens: of the largest other one, 0 where only decode steps are captured.
 
     Nothing that a capture made stays alive, so the low end is what the largest holds at once, from

@@ -167,6 +167,18 @@ class CacheSection(_Section):
 class SpeculativeSection(_Section):
     method: Literal["none", "mtp", "dspark"]
     num_tokens: Annotated[StrictInt, Field(ge=0, le=16)]
+    sampling: Literal["greedy"] | None = Field(
+        default=None, description="how drafts are drawn; what is served follows the request's own sampling in any case"
+    )
+    why: StrictStr | None = Field(default=None, description="why no drafts, where the checkpoint carries some")
+
+    @model_validator(mode="after")
+    def _says_which_or_why(self) -> SpeculativeSection:
+        if self.method != "none" and (self.sampling is None or self.why is not None):
+            raise ValueError(f"method {self.method} needs sampling, and no why")
+        if self.method == "none" and (self.why is None or self.sampling is not None):
+            raise ValueError("method none needs a why, and no sampling")
+        return self
 
 
 class KernelsSection(_Section):
