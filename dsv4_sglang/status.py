@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sglang
@@ -11,7 +12,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 
 from dsv4.ops import registry
-from dsv4.proof.status import STATUS_ROUTE, ServedOp, WorkerStatus, answer, dotted
+from dsv4.proof.status import STATUS_ROUTE, Acceptance, ServedOp, WorkerStatus, answer, dotted
 
 _INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 _RUN_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
@@ -25,8 +26,9 @@ def install() -> None:
     HookRegistry.register(_INTERNAL_STATE, _add_workers, HookType.AFTER)
 
 
-def worker_status(runner: Any) -> WorkerStatus:
-    """What the worker of a model runner runs."""
+def worker_status(runner: Any, draft: Any = None, drafted: int = 0) -> WorkerStatus:
+    """What the worker of a model runner runs. draft: the model that drafts so many tokens a
+    step."""
     from dsv4_sglang.caches import V4Pool
     from dsv4_sglang.metadata import V4AttentionBackend
 
@@ -45,13 +47,15 @@ def worker_status(runner: Any) -> WorkerStatus:
         device=str(runner.device),
         dtype=str(runner.dtype).removeprefix("torch."),
         ops={op: ServedOp(**choice) for op, choice in registry.report().items()},
+        draft_class=None if draft is None else dotted(draft),
+        drafted=drafted,
     )
 
 
 def _add_workers(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     import torch
 
-    own = worker_status(scheduler.tp_worker.model_runner).to_json()
+    own = worker_status(scheduler.tp_worker.model_runner, *_draft(scheduler)).to_json()
     ranks = get_parallel().tp_size
     workers: list[Any] = [own]
     if ranks > 1:  # every rank answers the same request, in the same order
@@ -59,6 +63,21 @@ def _add_workers(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         torch.distributed.all_gather_object(workers, own, group=scheduler.tp_cpu_group)
     result.internal_state["dsv4"] = workers
     return result
+
+
+def _draft(scheduler: Any) -> tuple[Any, int]:
+    """The model that drafts, and how many tokens a step; (None, 0) without drafts."""
+    worker = scheduler.draft_worker
+    if worker is None:
+        return None, 0
+    runner = getattr(getattr(worker, "draft_worker", worker), "draft_runner", None)
+    return getattr(runner, "model", None), scheduler.server_args.speculative_num_draft_tokens - 1
+
+
+def _acceptance(states: Sequence[Mapping[str, Any]]) -> Acceptance | None:
+    """From SGLang's own count of tokens per verified step, which knows no positions."""
+    lengths = [state["avg_spec_accept_length"] for state in states if state.get("avg_spec_accept_length")]
+    return Acceptance(tokens_per_step=sum(lengths) / len(lengths), by_position=None) if lengths else None
 
 
 def _add_route(*args: Any, **kwargs: Any) -> None:
@@ -72,7 +91,7 @@ def _add_route(*args: Any, **kwargs: Any) -> None:
     async def dsv4_status() -> Any:
         states = await http_server._global_state.tokenizer_manager.get_internal_state()
         workers = [worker for state in states for worker in state.get("dsv4", [])]
-        return JSONResponse(answer("sglang", workers))
+        return JSONResponse(answer("sglang", workers, _acceptance(states)))
 
     dsv4_status.__annotations__ = {"return": JSONResponse}
     http_server.app.add_api_route(STATUS_ROUTE, dsv4_status, methods=["GET"], response_model=None)

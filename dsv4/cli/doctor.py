@@ -66,10 +66,16 @@ def _print_server(server: ServerReport) -> None:
     out.print(
         f"server    {server.url}: {verdict} ({status.engine} {status.engine_version}, dsv4 {status.dsv4_version})"
     )
+    if status.acceptance is not None:
+        kept = status.acceptance.by_position
+        places = "" if kept is None else f"; kept by position {', '.join(f'{part:.0%}' for part in kept)}"
+        out.print(f"  drafts: {status.acceptance.tokens_per_step:.2f} tokens a step{places}")
     for worker in status.workers:
         out.print(f"  rank {worker.rank}: {worker.model_class}, quantisation {worker.quant_method}")
         out.print(
             f"    attention {', '.join(worker.attention_backends)}; KV {worker.kv_format}, index {worker.index_format}"
         )
+        if worker.draft_class is not None:
+            out.print(f"    drafts {worker.drafted} tokens a step by {worker.draft_class}")
         for op, chosen in sorted(worker.ops.items()):
             out.print(f"    {op:<22} {chosen.impl}: {chosen.reason}")

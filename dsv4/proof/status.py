@@ -33,6 +33,7 @@ class WorkerStatus:
     kv_format, index_format: as in `dsv4.model.kv_layout`, None when the model is not dsv4's.
     quant_method: class of the checkpoint's quantisation.
     ops: by operator, those that have been called so far.
+    draft_class: dotted name of the model that drafts, None without; drafted: its tokens a step.
     """
 
     rank: int
@@ -48,6 +49,8 @@ class WorkerStatus:
     device: str
     dtype: str
     ops: Mapping[str, ServedOp]
+    draft_class: str | None
+    drafted: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -66,13 +69,40 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """How a server's drafts have fared since it started.
+
+    tokens_per_step: of a request, with the one that needs no draft
+    by_position: of each drafted token, the part of the steps that kept it; None where the engine
+    does not count it
+    """
+
+    tokens_per_step: float
+    by_position: tuple[float, ...] | None
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> Acceptance:
+        """Raises StatusError for what is malformed."""
+        try:
+            kept = raw["by_position"]
+            return Acceptance(
+                tokens_per_step=float(raw["tokens_per_step"]),
+                by_position=None if kept is None else tuple(float(x) for x in kept),
+            )
+        except (TypeError, KeyError, ValueError) as e:
+            raise StatusError(f"a server's acceptance of drafts is malformed ({e})") from e
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerStatus:
-    """A server and its workers."""
+    """A server and its workers. acceptance: None without drafts, and before the first are verified
+    or where the engine was told not to count."""
 
     engine: str
     engine_version: str
     dsv4_version: str
     workers: tuple[WorkerStatus, ...]
+    acceptance: Acceptance | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -83,8 +113,10 @@ class ServerStatus:
         """Raises StatusError naming what is missing. Workers that are no objects have not reported
         yet, and are left out."""
         known = _known(ServerStatus, raw)
-        workers = [w for w in raw["workers"] or [] if isinstance(w, Mapping)]
-        return ServerStatus(**known | {"workers": tuple(WorkerStatus.from_json(w) for w in workers)})
+        workers = tuple(WorkerStatus.from_json(w) for w in raw["workers"] or [] if isinstance(w, Mapping))
+        told = known["acceptance"]
+        acceptance = None if told is None else Acceptance.from_json(told)
+        return ServerStatus(**known | {"workers": workers, "acceptance": acceptance})
 
     @property
     def foreign(self) -> tuple[WorkerStatus, ...]:
@@ -92,11 +124,16 @@ class ServerStatus:
         return tuple(w for w in self.workers if not w.model_class.startswith(OUR_PACKAGES))
 
 
-def answer(engine: Engine, workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def answer(
+    engine: Engine, workers: Sequence[Mapping[str, Any]], acceptance: Acceptance | None = None
+) -> dict[str, Any]:
     """The body of the route. workers: what each worker's `WorkerStatus.to_json` gave."""
-    told = tuple(WorkerStatus.from_json(worker) for worker in workers)
     return ServerStatus(
-        engine=engine, engine_version=version(engine), dsv4_version=dsv4_version(), workers=told
+        engine=engine,
+        engine_version=version(engine),
+        dsv4_version=dsv4_version(),
+        workers=tuple(WorkerStatus.from_json(worker) for worker in workers),
+        acceptance=acceptance,
     ).to_json()
 
 

@@ -15,7 +15,7 @@ from dsv4.machine import compat, decide
 from dsv4.machine.decide import Device
 from dsv4.proof import doctor
 from dsv4.proof.doctor import ServerReport, diagnose
-from dsv4.proof.status import ServedOp, ServerStatus, WorkerStatus
+from dsv4.proof.status import Acceptance, ServedOp, ServerStatus, WorkerStatus
 
 WORKER = WorkerStatus(
     rank=0,
@@ -31,8 +31,10 @@ WORKER = WorkerStatus(
     device="cpu",
     dtype="float32",
     ops={"mhc.pre": ServedOp("reference", "no GPU")},
+    draft_class=None,
+    drafted=0,
 )
-STATUS = ServerStatus(engine="vllm", engine_version="0.32.0", dsv4_version="0.1.0", workers=(WORKER,))
+STATUS = ServerStatus(engine="vllm", engine_version="0.32.0", dsv4_version="0.1.0", workers=(WORKER,), acceptance=None)
 
 
 def body(status: ServerStatus = STATUS, **changed: object) -> bytes:
@@ -422,6 +424,25 @@ def test_command_exits_0_and_prints_what_serves(machine, server, capsys):
         "reference: no GPU",
     ):
         assert part in captured.out
+
+
+def test_a_server_that_drafts_says_how_many_are_kept(machine, server, capsys):
+    drafting = replace(WORKER, draft_class="dsv4_vllm.draft.DeepSeekV4MTP", drafted=3)
+    acceptance = Acceptance(tokens_per_step=1.84, by_position=(0.5, 0.25, 0.09))
+    url, routes = server
+    routes["/dsv4/status"] = (200, body(replace(STATUS, workers=(drafting,), acceptance=acceptance)))
+    code, captured = run(capsys, "--url", url)
+    assert code == 0
+    printed = " ".join(captured.out.split())
+    assert "drafts: 1.84 tokens a step; kept by position 50%, 25%, 9%" in printed
+    assert "drafts 3 tokens a step by dsv4_vllm.draft.DeepSeekV4MTP" in printed
+
+
+@pytest.mark.parametrize("acceptance", [{}, {"tokens_per_step": "many", "by_position": None}, [1]])
+def test_an_acceptance_that_is_none_is_a_problem(machine, server, acceptance):
+    url, routes = server
+    routes["/dsv4/status"] = (200, body(acceptance=acceptance))
+    assert any("acceptance of drafts is malformed" in p for p in diagnose(url).problems)
 
 
 def test_command_exits_1_and_prints_the_next_step(machine, server, capsys):
