@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dsv4.errors import Dsv4Error
 from dsv4.loading import ReleasedLoader
+from dsv4.machine import env
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -135,6 +136,12 @@ class V4Indexer(nn.Module):
             prefix=add_prefix("wq_b", prefix),
         )
         self.compressor = Compressor(layer, RMSNorm(self.dim, config.rms_norm_eps))
+        parallel, when = get_parallel(), cast(Any, env.get("DSV4_SHARE_INDEX"))
+        self.ranks = (
+            indexer.Ranks(parallel.tp_rank, parallel.tp_size, lambda x: get_tp_group().all_gather(x, dim=0), when)
+            if parallel.tp_size > 1
+            else None
+        )
 
     def forward(
         self, weights: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor
@@ -154,6 +161,7 @@ class V4Indexer(nn.Module):
             max_entries=plan.max_entries,
             k=self.topk,
             chosen_lens=plan.chosen_lens,
+            ranks=self.ranks,
         )
 
 

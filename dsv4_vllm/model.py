@@ -7,13 +7,18 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture, is_breakable_cudagraph_enabled
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
@@ -34,6 +39,7 @@ from vllm.sequence import IntermediateTensors
 
 from dsv4.errors import CompatError, DeploymentError
 from dsv4.loading import ReleasedLoader
+from dsv4.machine import env
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -142,6 +148,13 @@ class V4Indexer(nn.Module):
         )
         self.compressor = Compressor(layer, RMSNorm(self.dim, config.rms_norm_eps))
         self.keys = keys
+        tp = get_tp_group()
+        when = cast(Any, env.get("DSV4_SHARE_INDEX"))
+        self.ranks = (
+            indexer.Ranks(tp.rank_in_group, tp.world_size, lambda x: tp.all_gather(x, dim=0), when)
+            if tp.world_size > 1
+            else None
+        )
 
     def forward(
         self, inputs: IndexInputs, tokens: TokenPlan, plan: EntryPlan, entries: PageTable, cos_sin: Tensor
@@ -158,6 +171,7 @@ class V4Indexer(nn.Module):
             max_entries=plan.max_entries,
             k=self.topk,
             chosen_lens=plan.chosen_lens,
+            ranks=self.ranks,
         )
 
 

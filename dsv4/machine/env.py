@@ -62,6 +62,13 @@ VARIABLES = {
             " auto = on a GPU what holds more requests of max_model_len (paged with model runner V1), summary on a CPU",
         ),
         Variable(
+            "DSV4_SHARE_INDEX",
+            "auto",
+            ("auto", "on", "off"),
+            "tensor-parallel ranks score index keys for each other, a share of the tokens each: auto = in long steps"
+            " over long contexts, where it pays by arithmetic",
+        ),
+        Variable(
             "DSV4_CPU_PLATFORM",
             "auto",
             ("auto", "on", "off"),

@@ -63,6 +63,16 @@ def test_two_tensor_parallel_ranks_equal_one(
     assert_equal(result, flash_oracle)
 
 
+@pytest.mark.long
+def test_ranks_that_share_the_index_scan_equal_one_that_does_not(tiny_flash: Path, flash_text: list[int]) -> None:
+    """Over gloo, and to the last bit: each token is scored by one rank alone."""
+    engine = engine_args(tiny_flash, tensor_parallel_size=2, max_num_batched_tokens=128)
+    prompts = [request(flash_text[:n], 8) for n in (1, 5, 130, 700)]
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    each = [run(engine, [prompts], env=env | {"DSV4_SHARE_INDEX": share})["phases"] for share in ("on", "off")]
+    assert each[0] == each[1]
+
+
 def test_model_runner_v2_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
     """The runner GPU users get, here through the Triton interpreter."""
     prompts = [request(flash_text[:n], 6) for n in (1, 64, 129, 300, 520)]

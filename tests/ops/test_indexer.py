@@ -14,7 +14,7 @@ from dsv4.ops import indexer, registry
 from dsv4.ops.indexer import reference
 from dsv4.ops.indexer import topk_triton as topk_kernels
 from dsv4.ops.indexer.query import IndexQuery
-from dsv4.ops.pages import PageTable, load_rows
+from dsv4.ops.pages import PageTable, Selection, load_rows
 from dsv4.ops.quant.reference import dequantize_e2m1, hadamard, quantize_e2m1, quantize_e4m3
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import assert_within, fill_pages, make_pages
@@ -289,6 +289,49 @@ def test_selection_end_to_end() -> None:
     assert got.lens.tolist() == [32, 32, 5, 0]
     for a, b in zip(got.slots.tolist(), want.tolist(), strict=True):
         assert set(a) == set(b)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("bytes_at_once", [indexer.INDEX_SCORES_BYTES, 5 * 304 * 4])
+def test_ranks_that_share_the_tokens_choose_what_one_would(
+    monkeypatch: pytest.MonkeyPatch, size: int, bytes_at_once: int
+) -> None:
+    """Bit for bit, whatever the share, and the scores of a rank are those of its share alone."""
+    monkeypatch.setattr(indexer, "INDEX_SCORES_BYTES", bytes_at_once)
+    tokens = 21
+    lens = torch.arange(304 - tokens, 304, dtype=torch.int32)
+    request = torch.zeros(tokens, dtype=torch.int32)
+    keys, entries = keys_of(IndexFormat.FP8, [304]), entries_of(1, 304)
+    query = reference.prepare_query(*queries(tokens, 16), IndexFormat.FP8)
+    scored: list[int] = []
+
+    def watched(query: indexer.IndexQuery, *args: object) -> Tensor:
+        scored.append(query.weights.shape[0])
+        return registry.OPERATORS["indexer.logits"](query, *args)
+
+    monkeypatch.setattr(indexer, "logits", watched)
+
+    def choose(ranks: indexer.Ranks | None) -> Selection:
+        return indexer.select(query, keys, entries, request, lens, max_entries=304, k=32, ranks=ranks)
+
+    whole = choose(None)
+    told: list[Tensor] = []
+    for rank in range(size):
+        scored.clear()
+        choose(indexer.Ranks(rank, size, lambda x: (told.append(x), x.repeat(size, 1))[1], when="on"))
+        assert sum(scored) <= -(-tokens // (4 * size)) * 4
+    shared = choose(indexer.Ranks(0, size, lambda x: torch.cat(told), when="on"))
+    assert torch.equal(shared.slots, whole.slots)
+    assert torch.equal(shared.lens, whole.lens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "shared"),
+    [(8192, 131_072, True), (8192, 8192, False), (512, 1 << 20, False), (1024, 16_384, True), (600, 16_384, False)],
+)
+def test_ranks_share_where_it_pays(tokens: int, context: int, shared: bool) -> None:
+    """Not in a step that may have been captured, whose bound is the longest context."""
+    assert indexer.Ranks(0, 8, lambda x: x).share(tokens, context // 4) is shared
 
 
 def test_scores_are_taken_in_slices_no_larger_than_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from dsv4.model.kv_layout import INDEX_SCORES_BYTES
 from dsv4.ops.indexer import reference
 from dsv4.ops.indexer.query import IndexQuery
+from dsv4.ops.indexer.ranks import Ranks
 from dsv4.ops.pages import PageTable, Selection
 from dsv4.ops.registry import operator
 
@@ -31,6 +32,7 @@ def select(
     max_entries: int,
     k: int,
     chosen_lens: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Selection:
     """The `k` visible entries of largest score per token.
 
@@ -39,6 +41,7 @@ def select(
     entry_lens: [T] int32, visible entries; entry j of a request pools its tokens from 4j on
     max_entries: host bound on entry_lens
     chosen_lens: [T] int32, entry_lens or k where that is less; None: computed here
+    ranks: who may share the work
     """
     num_tokens = entry_lens.shape[0]
     step = max(1, INDEX_SCORES_BYTES // (LOGIT_BYTES * max(max_entries, 1)))
@@ -49,14 +52,23 @@ def select(
         scores = logits(query[part], keys, request_of_token[part], entry_lens[part], max_entries)
         return topk(scores, entry_lens[part], k, entries, request_of_token[part])
 
-    if num_tokens <= step:
-        slots = chosen(slice(None))
+    def chosen_of(start: int, stop: int, room: int) -> Tensor:
+        """Of some tokens, with room behind them: [room, k]."""
+        if start == 0 and stop == room == num_tokens <= step:
+            return chosen(slice(None))
+        slots = torch.empty(room, k, dtype=torch.int32, device=entry_lens.device)
+        for first in range(start, stop, step):
+            part = slice(first, min(first + step, stop))
+            slots[part.start - start : part.stop - start] = chosen(part)
+        return slots
+
+    if ranks is not None and ranks.share(num_tokens, max_entries):
+        share = -(-num_tokens // (ranks.size * SLICE_TOKENS)) * SLICE_TOKENS
+        start = min(ranks.rank * share, num_tokens)
+        slots = ranks.gather(chosen_of(start, min(start + share, num_tokens), share))[:num_tokens]
     else:
-        slots = torch.empty(num_tokens, k, dtype=torch.int32, device=entry_lens.device)
-        for start in range(0, num_tokens, step):
-            part = slice(start, start + step)
-            slots[part] = chosen(part)
+        slots = chosen_of(0, num_tokens, num_tokens)
     return Selection(entries.pages, slots, entry_lens.clamp(max=k) if chosen_lens is None else chosen_lens)
 
 
-__all__ = ["IndexQuery", "logits", "prepare_query", "select", "topk"]
+__all__ = ["IndexQuery", "Ranks", "logits", "prepare_query", "select", "topk"]
