@@ -119,6 +119,17 @@ def test_two_tensor_parallel_ranks_equal_one(
     assert_equal(result, pro_oracle)
 
 
+@pytest.mark.long
+def test_ranks_that_share_the_index_scan_equal_one_that_does_not(tiny_pro: Path, pro_text: list[int]) -> None:
+    """Over gloo, and to the last bit: each token is scored by one rank alone."""
+    prompts = [request(pro_text[:n], 8) for n in (1, 5, 130, 700)]
+    each = [
+        run(engine_args(tiny_pro, tp_size=2), [prompts], env={"DSV4_SHARE_INDEX": share})["phases"]
+        for share in ("on", "off")
+    ]
+    assert each[0] == each[1]
+
+
 def test_sglang_0_5_22_equals_hf(tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int]) -> None:
     """The oldest supported version, from its unpacked wheel in front of the installed one."""
     folder = ENV_DIR / "sglang-0.5.22"
