@@ -55,6 +55,7 @@ def test_variables() -> None:
         "DSV4_OPS",
         "DSV4_CHECK",
         "DSV4_STATE",
+        "DSV4_SHARE_INDEX",
         "DSV4_CPU_PLATFORM",
         "DSV4_ALLOW_UNTESTED",
     }
