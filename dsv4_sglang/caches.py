@@ -207,7 +207,7 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
                 else:
                     self.fixed_bytes += spec.page_bytes * ring_pages_per_owner(layer, drafted) * slots
         self.window_ratio = schedule.swa_full_tokens_ratio
-        self.sliding_window = config.sliding_window
+        self.sliding_window, self.drafted = config.sliding_window, drafted
         self.bytes_per_token = full + self.window_ratio * window
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
@@ -226,8 +226,9 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
     def _sizes(self, tokens: int, page_size: int) -> MemoryPoolConfig:
         full = tokens // page_size * page_size
         # The smallest pool that admits a request: a chunk page, and a window with a partly filled
-        # page at either end.
-        window = max(int(full * self.window_ratio) // page_size * page_size, 4 * page_size)
+        # page at either end; and a page that drafts are written ahead to.
+        least = 5 if self.drafted else 4
+        window = max(int(full * self.window_ratio) // page_size * page_size, least * page_size)
         self.validate_swa_pool_size(window, self.sliding_window, page_size)
         return MemoryPoolConfig(
             max_total_num_tokens=full, full_max_total_num_tokens=full, swa_max_total_num_tokens=window

@@ -6,15 +6,23 @@ Triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 _COMMON = "sglang.srt.speculative.eagle_worker_common"
 _ALLOCATION = "sglang.srt.mem_cache.allocation"
 _UTILS = "sglang.srt.speculative.eagle_utils"
+
+
+# Of the step whose drafts are being verified, where a request samples: its sampling parameters, and
+# the logits that SGLang then changes in place.
+_SAMPLED: list[tuple[Any, Tensor]] = []
 
 
 def install() -> None:
@@ -26,7 +34,8 @@ def install() -> None:
         places = ("assign_draft_cache_locs_contiguous", DraftPlacesKernel)  # 0.5.22 launches its kernel itself
     for target, own in (
         (f"{_UTILS}.build_tree_kernel_efficient", chain),
-        (f"{_UTILS}.verify_tree_greedy_func", verify_greedy),
+        (f"{_UTILS}.verify_tree_greedy_func", verify),
+        (f"{_UTILS}._verify_uses_greedy", always),
         (f"{_COMMON}.fill_bonus_tokens_func", last_kept),
         (f"{_COMMON}.{places[0]}", places[1]),
         (f"{_ALLOCATION}.get_last_loc", last_places),
@@ -34,6 +43,8 @@ def install() -> None:
     ):
         if target not in HookRegistry._patched:
             HookRegistry.register(target, own, HookType.REPLACE)
+    if (target := f"{_UTILS}.eagle_sample") not in HookRegistry._patched:
+        HookRegistry.register(target, sample, HookType.AROUND)
     HookRegistry.apply_hooks()
 
 
@@ -68,7 +79,44 @@ def chain(
     return torch.cat(masks), positions, index, following, torch.full_like(index, -1), tokens
 
 
-def verify_greedy(
+def always(**kwargs: Any) -> bool:
+    """SGLang's `_verify_uses_greedy`: whether `verify` takes the logits, which on a CPU it does
+    where requests sample, too."""
+    return True
+
+
+def sample(
+    original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, *args: Any, **kw: Any
+) -> Any:
+    """SGLang's `eagle_sample`, with what `verify` needs where a request samples."""
+    _SAMPLED.clear()
+    if not batch.forward_mode.is_idle() and not batch.sampling_info.is_all_greedy:
+        _SAMPLED.append((batch.sampling_info, logits_output.next_token_logits))
+    try:
+        return original(verify_input, batch, logits_output, *args, **kw)
+    finally:
+        _SAMPLED.clear()
+
+
+def draw(info: Any, logits: Tensor, rows: int) -> Tensor:
+    """A token of each row's distribution, by the parameters of its request, which has `rows` rows.
+
+    A draft is kept where it is the token drawn, so that whatever is drafted, each token is drawn
+    from the backbone's distribution behind the ones before it.
+    """
+    each = {
+        name: getattr(info, name).repeat_interleave(rows, 0) for name in ("temperatures", "top_ks", "top_ps", "min_ps")
+    }
+    probs = (logits.float() / each["temperatures"]).softmax(-1)
+    drawn: Tensor = top_k_top_p_min_p_sampling_from_probs_torch(
+        probs, each["top_ks"], each["top_ps"], each["min_ps"], info.need_min_p_sampling, None, torch.empty(0)
+    )
+    if get_parallel().tp_size > 1:
+        get_parallel().tp_group.broadcast(drawn, src=0)
+    return drawn.view(-1, rows)
+
+
+def verify(
     predicts: Tensor,
     accept_index: Tensor,
     accept_token_num: Tensor,
@@ -86,6 +134,8 @@ def verify_greedy(
     predicts: [R * n], accept_index: [R, n], accept_token_num: [R]; written
     """
     count, n = candidates.shape
+    if _SAMPLED:
+        target_predict = draw(*_SAMPLED[0], rows=n)
     right = (candidates[:, 1:] == target_predict[:, :-1]).int().cumprod(1).sum(1)
     at = torch.arange(n, device=candidates.device)
     kept = at <= right[:, None]

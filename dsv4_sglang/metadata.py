@@ -85,11 +85,10 @@ class V4AttentionBackend(AttentionBackend):
     def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepMetadata:
         batch, context = self._batch_view(fb, max_seq_len), max(self.context_len, max_seq_len)
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len, context)
+        drafted = self.pool.drafted
         rings = {
-            CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2, drafted=self.pool.drafted),
-            HCA_RATIO: Rings(
-                fb.req_pool_indices[:, None], context + 1, HCA_RATIO, windows=1, drafted=self.pool.drafted
-            ),
+            CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2, drafted=drafted),
+            HCA_RATIO: Rings(fb.req_pool_indices[:, None], context + 1, HCA_RATIO, windows=1, drafted=drafted),
         }
         chosen = {CSA_RATIO: self.index_topk, HCA_RATIO: None}
         single = [rings[m] for m in self.ratios] if fb.forward_mode.is_decode() else []

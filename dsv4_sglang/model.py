@@ -359,7 +359,8 @@ class DeepseekV4PluginForCausalLM(nn.Module):
             hidden_states_before_norm=streams.flatten(1) if self.has_draft else None,  # what a draft goes on from
         )
         if out.next_token_logits is not None:
-            check.finite("logits", out.next_token_logits, of_requests=True)
+            of_requests = not forward_batch.forward_mode.is_target_verify()
+            check.finite("logits", out.next_token_logits, of_requests=of_requests)
         return out
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -35,22 +35,4 @@ def validate(original: Callable[..., None], manager: Any, request: Any, input_id
         bad = [token for token in input_ids if not 0 <= token < size]
         if bad:
             raise ValueError(f"input_ids: {bad[0]} is no token of this model, which has 0 to {size - 1}")
-        if drafts_on_a_cpu(manager.server_args) and not is_greedy(request.sampling_params):
-            raise ValueError(
-                "temperature: drafts are verified greedily on a CPU; send temperature 0, or start the server without"
-                " --speculative-algorithm"
-            )
     original(manager, request, input_ids)
-
-
-def drafts_on_a_cpu(args: Any) -> bool:
-    """Whether drafts are verified by `cpu_drafts`, which has no sampling."""
-    return args.speculative_algorithm is not None and args.device == "cpu"
-
-
-def is_greedy(params: Any) -> bool:
-    """Whether a request's sampling parameters leave one token to choose. SGLang's default is to
-    sample."""
-    params = params or {}
-    get = params.get if isinstance(params, dict) else lambda name, default: getattr(params, name, default)
-    return get("temperature", 1.0) == 0 or get("top_k", -1) == 1
