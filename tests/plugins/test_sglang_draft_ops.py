@@ -78,7 +78,7 @@ def assert_drawn_from(tokens: Tensor, probs: Tensor) -> None:
 @pytest.mark.parametrize("drafts", [[0, 1], [5, 5], [2, 3]])
 def test_sampled_tokens_are_the_backbones_whatever_was_drafted(drafts: list[int]) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    logits = 0.5 * torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     probs = logits.softmax(-1)
     first, second = served(logits, drafts)
     assert_drawn_from(first, probs[0])
@@ -88,7 +88,7 @@ def test_sampled_tokens_are_the_backbones_whatever_was_drafted(drafts: list[int]
 
 def test_sampling_parameters_hold_for_each_row() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    logits = 0.5 * torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     order = logits[0].argsort(descending=True)
     first, _ = served(logits, [0, 1], top_ks=torch.full((DRAWS,), 2), temperatures=torch.full((DRAWS, 1), 0.5))
     probs = torch.zeros(6)
@@ -98,7 +98,7 @@ def test_sampling_parameters_hold_for_each_row() -> None:
 
 def test_a_greedy_request_beside_sampled_ones_is_greedy() -> None:
     """SGLang gives it top_k 1."""
-    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    logits = 0.5 * torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     best = logits.argmax(-1).tolist()
     first, second = served(logits, best[:2], top_ks=torch.ones(DRAWS, dtype=torch.long))
     assert (first == best[0]).all()
