@@ -79,12 +79,11 @@ def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"attention_backend": ATTENTION_BACKEND, "page_size": PAGE_TOKENS}
     if args.swa_full_tokens_ratio is None:
         found["swa_full_tokens_ratio"] = WINDOW_RATIO
-    if args.device != "cpu":
-        resolved["cuda_graph_config"] = captured_phases(
-            args.cuda_graph_config, drafts=args.speculative_algorithm is not None
-        )
-        if config.expert_dtype == "fp4":
-            found["moe_runner_backend"] = "marlin"
+    drafts = args.speculative_algorithm is not None
+    if args.device != "cpu" or drafts:  # 0.5.22 wants a draft's graphs on a CPU too
+        resolved["cuda_graph_config"] = captured_phases(args.cuda_graph_config, drafts=drafts)
+    if args.device != "cpu" and config.expert_dtype == "fp4":
+        found["moe_runner_backend"] = "marlin"
     if resolved:
         declare_resolution(server_args, "dsv4", **resolved)
     return found

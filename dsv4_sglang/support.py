@@ -23,19 +23,21 @@ MTP_ALGORITHMS = ("NEXTN", "EAGLE")  # of which the first is a name for the seco
 MOST_DRAFTED = 7  # tests go so far; a chained block loses its way sooner
 # Options of drafts, and the value of each that dsv4 is tested with, which is SGLang's own.
 _DRAFTED_SO_ONLY = {
-    "speculative_accept_threshold_acc": 1.0,
-    "speculative_accept_threshold_single": 1.0,
-    "speculative_adaptive": False,
-    "speculative_draft_attention_backend": None,
-    "speculative_draft_kv_cache_dtype": None,
-    "speculative_draft_load_format": None,
-    "speculative_draft_sink_size": None,
-    "speculative_draft_window_size": None,
-    "speculative_moe_a2a_backend": None,
-    "speculative_token_map": None,
-    "speculative_use_block_verification": False,
-    "speculative_use_rejection_sampling": False,
-    "enable_multi_layer_eagle": False,
+    "--speculative-accept-threshold-acc": 1.0,
+    "--speculative-accept-threshold-single": 1.0,
+    "--speculative-adaptive": False,
+    "--speculative-draft-attention-backend": None,
+    "--speculative-draft-kv-cache-dtype": None,
+    "--speculative-draft-load-format": None,
+    "--speculative-draft-model-quantization": None,
+    "--speculative-draft-sink-size": None,
+    "--speculative-draft-window-size": None,
+    "--speculative-moe-a2a-backend": None,
+    "--speculative-moe-runner-backend": None,
+    "--speculative-token-map": None,
+    "--speculative-use-block-verification": False,
+    "--speculative-use-rejection-sampling": False,
+    "--enable-multi-layer-eagle": False,
 }
 
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16}
@@ -202,12 +204,10 @@ def check_draft(args: Any, config: V4Config) -> None:
             f"--speculative-draft-model-path {args.speculative_draft_model_path}: the draft is in the checkpoint; leave"
             " it out"
         )
-    for name, only in _DRAFTED_SO_ONLY.items():
-        found = getattr(args, name)
+    for flag, only in _DRAFTED_SO_ONLY.items():
+        found = getattr(args, flag[2:].replace("-", "_"))
         if found != only:
-            raise DeploymentError(
-                f"--{name.replace('_', '-')} {found}: it is not tested with dsv4's drafts; leave it out"
-            )
+            raise DeploymentError(f"{flag} {found}: it is not tested with dsv4's drafts; leave it out")
 
 
 def drafted_steps(args: Any) -> int:

@@ -3,24 +3,26 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig
 from sglang.srt.server_args import ServerArgs
 
 from dsv4.errors import DeploymentError
 from dsv4.model.config import DraftKind, V4Config
 from dsv4.reference.tiny import tiny_config
 from dsv4_sglang.drafting import resolved
+from dsv4_sglang.hooks import captured_phases
 from dsv4_sglang.support import _DRAFTED_SO_ONLY, check_draft
 
 
 def asked(**given: Any) -> SimpleNamespace:
     """SGLang's arguments, as they are when nobody says anything else."""
-    nothing = {f.name: f.default for f in fields(ServerArgs)}
-    return SimpleNamespace(**nothing | {"model_path": "here", "speculative_algorithm": "EAGLE"} | given)
+    plain = ServerArgs(model_path="here")
+    nothing = {name: getattr(plain, name) for name in ServerArgs.__struct_fields__}
+    return SimpleNamespace(**nothing | {"speculative_algorithm": "EAGLE"} | given)
 
 
 def config(draft: DraftKind = "mtp") -> V4Config:
@@ -62,7 +64,13 @@ def test_a_method_that_does_not_fit_the_checkpoint(draft: DraftKind, carries: st
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", sorted(_DRAFTED_SO_ONLY))
-def test_an_option_that_is_not_tested(name: str) -> None:
-    with pytest.raises(DeploymentError, match=f"--{name.replace('_', '-')} other: .*; leave it out"):
-        check_draft(asked(**{name: "other"}), config())
+@pytest.mark.parametrize("flag", sorted(_DRAFTED_SO_ONLY))
+def test_an_option_that_is_not_tested(flag: str) -> None:
+    with pytest.raises(DeploymentError, match=f"{flag} other: .*; leave it out"):
+        check_draft(asked(**{flag[2:].replace("-", "_"): "other"}), config())
+
+
+def test_with_drafts_no_step_is_captured() -> None:
+    assert captured_phases(CudaGraphConfig()).decode.backend == Backend.FULL
+    phases = captured_phases(CudaGraphConfig(), drafts=True)
+    assert (phases.decode.backend, phases.prefill.backend) == (Backend.DISABLED, Backend.DISABLED)
