@@ -61,7 +61,7 @@ class ReferenceCpuPlatform(SRTPlatform):
         return algorithm == "EAGLE"
 
     def get_speculative_cache_locs_fn(self) -> Any:
-        from dsv4_sglang.cpu_drafts import verified_places
+        from dsv4_sglang.draft_ops import verified_places
 
         return verified_places
 

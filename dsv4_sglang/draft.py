@@ -80,9 +80,9 @@ class DeepseekV4PluginForCausalLMNextN(nn.Module):
     def __init__(self, config: Any, quant_config: Fp8Config | None = None, prefix: str = "") -> None:
         super().__init__()
         if on_cpu():
-            from dsv4_sglang import cpu_drafts
+            from dsv4_sglang import draft_ops
 
-            cpu_drafts.install()  # the worker that drafts with this model is in this process
+            draft_ops.install()  # the worker that drafts with this model is in this process
         self.config = config
         self.v4_config = released_config.read(config)
         self.quant_config = quant_config and V4QuantConfig.adopt(quant_config, self.v4_config.expert_dtype)

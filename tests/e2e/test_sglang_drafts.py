@@ -153,18 +153,34 @@ def test_retracted_requests_resume_exactly(folder: Path, oracle: Oracle, text: l
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["two ranks", "packed pages", "the previous SGLang"])
+@pytest.mark.parametrize("where", ["two ranks", "packed pages", "checked", "the previous SGLang"])
 def test_drafts_change_nothing_elsewhere(folder: Path, text: list[int], where: str) -> None:
     engine: dict[str, Any] = {
         "two ranks": {"tp_size": 2},
         "packed pages": {"kv_cache_dtype": "fp8_e4m3"},
     }.get(where, {})
-    env = {"PYTHONPATH": str(ENV_DIR / "sglang-0.5.22")} if where == "the previous SGLang" else {}
+    env = {
+        "the previous SGLang": {"PYTHONPATH": str(ENV_DIR / "sglang-0.5.22")},
+        "checked": {"DSV4_CHECK": "1"},
+    }.get(where, {})
     few = [prompts(text, FEW)]
     without = run(engine_args(folder, **engine), few, env)
     result = run(drafting(folder, 2, **engine), few, env, watch_drafts=True)
     assert tokens(result) == tokens(without)
     assert set(kept(result)) == {0, 1, 2}
+
+
+@pytest.mark.long
+def test_kernels_verify_drafts_too(folder: Path, oracle: Oracle, text: list[int]) -> None:
+    """In Triton's interpreter: steps of five tokens a request, on rings of three windows."""
+    engine = drafting(folder, 4, context_length=512, max_total_tokens=4096)
+    env = {"DSV4_OPS": "triton", "TRITON_INTERPRET": "1"}
+    asked = [request(text[:n], 8, prompt_logprobs=False) for n in (76, 9)]
+    result = run(engine, [asked], env=env, interpret=True, watch_drafts=True)
+    impls = {op: choice["impl"] for worker in result["workers"] for op, choice in worker["ops"].items()}
+    assert {impl for op, impl in impls.items() if op != "moe.experts"} == {"triton"}, impls
+    assert len(set(kept(result))) > 1
+    assert_equal(result, oracle, least=0.7)
 
 
 @pytest.mark.long

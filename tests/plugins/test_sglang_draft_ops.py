@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_sglang import cpu_drafts
+from dsv4_sglang import draft_ops
 from tests.support.comparison import ENV_DIR, ROOT
 from tests.support.sglang_engine import environment
 
@@ -23,7 +23,7 @@ DRAWS = 10_000
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank, as SGLang says it in an engine."""
-    monkeypatch.setattr(cpu_drafts, "get_parallel", lambda: SimpleNamespace(tp_size=1))
+    monkeypatch.setattr(draft_ops, "get_parallel", lambda: SimpleNamespace(tp_size=1))
 
 
 @pytest.mark.parametrize("version", ["installed", pytest.param("sglang-0.5.22", marks=pytest.mark.long)])
@@ -56,9 +56,9 @@ def served(logits: Tensor, drafts: list[int], **sampling: Tensor) -> tuple[Tenso
 
     def engine(*args: object) -> None:
         none = torch.empty(0)
-        cpu_drafts.verify(predicts, accepted, kept, tokens, index, none, none, torch.zeros_like(tokens))
+        draft_ops.verify(predicts, accepted, kept, tokens, index, none, none, torch.zeros_like(tokens))
 
-    cpu_drafts.sample(engine, None, batch, SimpleNamespace(next_token_logits=logits.repeat(DRAWS, 1)))
+    draft_ops.sample(engine, None, batch, SimpleNamespace(next_token_logits=logits.repeat(DRAWS, 1)))
     out = torch.where(accepted >= 0, predicts[accepted.clamp(min=0)], -1).long()
     return out[:, 0], out[:, 1]
 

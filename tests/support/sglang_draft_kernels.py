@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dsv4_sglang.cpu_drafts` beside SGLang's own kernels, in Triton's interpreter: run under
+"""`dsv4_sglang.draft_ops` beside SGLang's own kernels, in Triton's interpreter: run under
 TRITON_INTERPRET=1; prints how many batches were compared.
 """
 
@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.allocation import assign_req_to_token_pool
 from sglang.srt.speculative import eagle_utils
 from torch import Tensor
 
-from dsv4_sglang import cpu_drafts
+from dsv4_sglang import draft_ops
 
 TABLE = 64
 VOCAB = 3  # so that many drafts are right
@@ -42,7 +42,7 @@ def compare(count: int, k: int, rng: torch.Generator) -> None:
         parents, selected, lengths, mask, positions, index, following, sibling, topk=1, depth=k, draft_token_num=n
     )  # type: ignore[operator]
     tokens = torch.cat([bonus[:, None], drafts], 1)
-    own = cpu_drafts.chain(bonus, parents, selected, drafts, lengths, int(lengths.sum()), 1, k, n)
+    own = draft_ops.chain(bonus, parents, selected, drafts, lengths, int(lengths.sum()), 1, k, n)
     for mine, theirs in zip(own, (mask, positions, index, following, sibling, tokens.flatten()), strict=True):
         same(mine, theirs, "tree")
 
@@ -58,14 +58,14 @@ def compare(count: int, k: int, rng: torch.Generator) -> None:
 
     theirs, mine = outputs(), outputs()
     of("verify_tree_greedy_triton")(*theirs, tokens, index, following, sibling, target)  # type: ignore[operator]
-    cpu_drafts.verify(*mine, tokens, index, following, sibling, target)  # type: ignore[arg-type]
+    draft_ops.verify(*mine, tokens, index, following, sibling, target)  # type: ignore[arg-type]
     for a, b in zip(mine, theirs, strict=True):
         same(a, b, "verified")
     predicts, accepted, right = theirs
     chosen, lens = predicts[accepted], right + 1
     last, own_last = torch.empty(2, count, dtype=torch.int32)
     eagle.fill_bonus_tokens[(count,)](chosen, lens, last, n)
-    cpu_drafts.last_kept(chosen, lens, own_last, n, count)
+    draft_ops.last_kept(chosen, lens, own_last, n, count)
     same(own_last, last, "bonus")
 
     # Where the tokens are kept.
@@ -73,16 +73,16 @@ def compare(count: int, k: int, rng: torch.Generator) -> None:
     rows = torch.randperm(2 * count, generator=rng)[:count]
     places, own_places = torch.empty(2, count * n, dtype=torch.int64)
     cache_locs.assign_draft_cache_locs_contiguous[(count,)](rows, table, lengths, places, TABLE, 1, n)
-    cpu_drafts.DraftPlacesKernel[(count,)](rows, table, lengths, own_places, TABLE, 1, n, BS=count)
+    draft_ops.DraftPlacesKernel[(count,)](rows, table, lengths, own_places, TABLE, 1, n, BS=count)
     same(own_places, places, "drafted")
     cache_locs.assign_extend_cache_locs_uniform[(count,)](rows, table, lengths, places, TABLE, n)
-    same(cpu_drafts.verified_places(rows, table, lengths, lengths + n, count, n, "cpu"), places, "verified places")
-    same(cpu_drafts.last_places(table, rows, lengths), get_last_loc_triton(table, rows, lengths), "last place")
+    same(draft_ops.verified_places(rows, table, lengths, lengths + n, count, n, "cpu"), places, "verified places")
+    same(draft_ops.last_places(table, rows, lengths), get_last_loc_triton(table, rows, lengths), "last place")
     ends = lengths + torch.randint(0, 20, (count,), generator=rng)
     new = torch.randint(0, 1000, (int((ends - lengths).sum()),), generator=rng)
     kernel_table = table.clone()
     assign_req_to_token_pool[(count,)](rows, kernel_table, lengths, ends, new, TABLE, 1 << (count - 1).bit_length())
-    cpu_drafts.keep_places(rows, table, lengths, ends, new, count)
+    draft_ops.keep_places(rows, table, lengths, ends, new, count)
     same(table, kernel_table, "request table")
 
 
