@@ -104,12 +104,10 @@ def draw(info: Any, logits: Tensor, rows: int) -> Tensor:
     A draft is kept where it is the token drawn, so that whatever is drafted, each token is drawn
     from the backbone's distribution behind the ones before it.
     """
-    each = {
-        name: getattr(info, name).repeat_interleave(rows, 0) for name in ("temperatures", "top_ks", "top_ps", "min_ps")
-    }
-    probs = (logits.float() / each["temperatures"]).softmax(-1)
+    each = {name: getattr(info, name).repeat_interleave(rows, 0) for name in ("top_ks", "top_ps", "min_ps")}
+    probs = (logits.float() / info.temperatures.repeat_interleave(rows, 0)).softmax(-1)
     drawn: Tensor = top_k_top_p_min_p_sampling_from_probs_torch(
-        probs, each["top_ks"], each["top_ps"], each["min_ps"], info.need_min_p_sampling, None, torch.empty(0)
+        probs, **each, need_min_p_sampling=info.need_min_p_sampling, sampling_seed=None, positions=torch.empty(0)
     )
     if get_parallel().tp_size > 1:
         get_parallel().tp_group.broadcast(drawn, src=0)

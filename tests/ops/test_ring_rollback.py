@@ -142,7 +142,7 @@ def test_every_accepted_length_at_every_phase(ratio: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("half", ["short rings", "rows dropped"])
-@pytest.mark.parametrize(("ratio", "k"), CASES)
+@pytest.mark.parametrize(("ratio", "k"), [(ratio, k) for ratio, k in CASES if ratio == 4 or k in (1, 2, MOST)])
 def test_half_of_what_drafts_need_is_wrong(monkeypatch: pytest.MonkeyPatch, ratio: int, k: int, half: str) -> None:
     """Rings as long as without drafts hold one more row than an entry pools; and rows kept as if
     all were accepted leave out those before the last window's start, which is a CSA window more.
