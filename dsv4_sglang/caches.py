@@ -8,8 +8,10 @@ request's slot, so no allocator of our own is needed:
     window rows         window page
     compressed entries  full page: the entry of token t is row t // ratio of its page
     index keys          full page
-    CSA state           two ring pages per window page
-    HCA state           one ring page per request slot
+    CSA state           ring pages of a window page, two without drafts
+    HCA state           ring pages of a request slot, one without drafts
+
+A draft's pool has its layers' window rows alone, on the same window pages.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ from dsv4.model.kv_layout import (
     KvFormat,
     StateMapping,
     layer_caches,
-    state_ring_rows,
+    ring_pages,
 )
 from dsv4.ops.compressor.projected import EntryStep, Projected
 from dsv4.ops.compressor.ring import RingState, compress_step
 from dsv4.ops.pages import Pages, SlotMapping, row_storage, view_pages
 from dsv4_sglang import released_config
-from dsv4_sglang.options import deployed_formats
+from dsv4_sglang.options import deployed_formats, drafted_tokens
 from dsv4_sglang.step import StepMetadata
 
 logger = logging.getLogger(__name__)
@@ -51,18 +53,24 @@ logger = logging.getLogger(__name__)
 _STATE_ROLES = (CacheRole.STATE, CacheRole.INDEX_STATE)
 
 
-def ring_pages_per_owner(layer: LayerSpec) -> int:
+def ring_pages_per_owner(layer: LayerSpec, drafted: int) -> int:
     """State pages per window page (CSA) or request slot (HCA)."""
-    return state_ring_rows(layer, speculative=False) // layer.compress_ratio
+    return ring_pages(layer.overlap, layer.compress_ratio, drafted)
 
 
 class V4Pool(BaseSWAKVPool):
-    """Every cache of every layer, as `Pages` by layer and role."""
+    """Every cache of every layer, as `Pages` by layer and role.
+
+    served: the layers, which are the backbone's or a draft's; drafted: tokens of a step that may be
+    rejected
+    """
 
     def __init__(
         self,
         *,
         config: V4Config,
+        served: tuple[LayerSpec, ...],
+        drafted: int,
         formats: CacheFormats,
         dtype: torch.dtype,
         full_tokens: int,
@@ -76,25 +84,23 @@ class V4Pool(BaseSWAKVPool):
             size=full_tokens,
             page_size=PAGE_TOKENS,
             dtype=dtype,
-            layer_num=config.num_hidden_layers,
+            layer_num=len(served),
             device=device,
             enable_memory_saver=enable_memory_saver,
         )
         self.size_swa, self.num_slots = window_tokens, num_slots
         self.full_kv_pool = self.swa_kv_pool = None
         self.full_to_swa_index_mapping: Tensor | None = None
-        self.config, self.formats = config, formats
+        self.config, self.served, self.drafted, self.formats = config, served, drafted, formats
         # One page more than there are tokens for: SGLang gives page 0 to padding.
         self._pages_of = {"full": full_tokens // PAGE_TOKENS + 1, "window": window_tokens // PAGE_TOKENS + 1}
-        self.layers: list[dict[CacheRole, Pages]] = []
+        self.layers: dict[int, dict[CacheRole, Pages]] = {}  # a draft's are numbered behind the backbone's
         with self.memory_saver_adapter.region("kv_cache"):
-            for layer in config.layers:
-                self.layers.append(
-                    {
-                        spec.role: self._allocate(layer, spec)
-                        for spec in layer_caches(config, layer, formats, StateMapping.RING)
-                    }
-                )
+            for layer in served:
+                self.layers[layer.index] = {
+                    spec.role: self._allocate(layer, spec)
+                    for spec in layer_caches(config, layer, formats, StateMapping.RING)
+                }
         self._scratch: dict[int, Tensor] = {}
 
     def _allocate(self, layer: LayerSpec, spec: CacheSpec) -> Pages:
@@ -108,7 +114,7 @@ class V4Pool(BaseSWAKVPool):
     def _num_pages(self, layer: LayerSpec, role: CacheRole) -> int:
         if role in _STATE_ROLES:
             owners = self._pages_of["window"] if layer.kind is LayerKind.CSA else self.num_slots
-            return owners * ring_pages_per_owner(layer)
+            return owners * ring_pages_per_owner(layer, self.drafted)
         return self._pages_of["window" if role is CacheRole.WINDOW else "full"]
 
     def scratch(self, like: Pages, num_pages: int) -> Pages:
@@ -134,7 +140,7 @@ class V4Pool(BaseSWAKVPool):
         return self.full_to_swa_index_mapping[kv_indices]
 
     def get_kv_size_bytes(self) -> int:
-        return sum(pages.data.nbytes for layer in self.layers for pages in layer.values())
+        return sum(pages.data.nbytes for layer in self.layers.values() for pages in layer.values())
 
     def get_key_buffer(self, layer_id: int) -> Tensor:
         return self.layers[layer_id][CacheRole.WINDOW].data
@@ -188,20 +194,20 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
         formats = deployed_formats(kvc)
         schedule = get_schedule()
         self.max_requests = schedule.max_running_requests or 0
-        slots = self.max_requests + 1
+        slots, drafted = self.max_requests + 1, drafted_tokens()
         full, window, self.fixed_bytes = 0.0, 0.0, 0
-        for layer in config.layers:
+        for layer in config.layers + (config.draft_layers if drafted else ()):
             for spec in layer_caches(config, layer, formats, StateMapping.RING):
                 if spec.role is CacheRole.WINDOW:
                     window += spec.page_bytes / PAGE_TOKENS
                 elif spec.role not in _STATE_ROLES:
                     full += spec.page_bytes / PAGE_TOKENS
                 elif layer.compress_ratio == CSA_RATIO:
-                    window += spec.page_bytes * ring_pages_per_owner(layer) / PAGE_TOKENS
+                    window += spec.page_bytes * ring_pages_per_owner(layer, drafted) / PAGE_TOKENS
                 else:
-                    self.fixed_bytes += spec.page_bytes * ring_pages_per_owner(layer) * slots
+                    self.fixed_bytes += spec.page_bytes * ring_pages_per_owner(layer, drafted) * slots
         self.window_ratio = schedule.swa_full_tokens_ratio
-        self.sliding_window = config.sliding_window
+        self.sliding_window, self.drafted = config.sliding_window, drafted
         self.bytes_per_token = full + self.window_ratio * window
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
@@ -220,8 +226,9 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
     def _sizes(self, tokens: int, page_size: int) -> MemoryPoolConfig:
         full = tokens // page_size * page_size
         # The smallest pool that admits a request: a chunk page, and a window with a partly filled
-        # page at either end.
-        window = max(int(full * self.window_ratio) // page_size * page_size, 4 * page_size)
+        # page at either end; and a page that drafts are written ahead to.
+        least = 5 if self.drafted else 4
+        window = max(int(full * self.window_ratio) // page_size * page_size, least * page_size)
         self.validate_swa_pool_size(window, self.sliding_window, page_size)
         return MemoryPoolConfig(
             max_total_num_tokens=full, full_max_total_num_tokens=full, swa_max_total_num_tokens=window
@@ -229,11 +236,13 @@ class V4PoolConfigurator(MemoryPoolConfigurator):
 
 
 def build_pool(kvc: Any, sizes: Any, req_to_token_pool: Any) -> V4Pool:
-    """The pool that SGLang asks for at start."""
-    formats = deployed_formats(kvc)
+    """The pool that SGLang asks for at start, of the backbone or of its draft."""
+    formats, config = deployed_formats(kvc), released_config.read(kvc.model_config.hf_config)
     logger.info("dsv4: --kv-cache-dtype %s stores %s", kvc.kv_cache_dtype_str, formats.described())
     pool = V4Pool(
-        config=released_config.read(kvc.model_config.hf_config),
+        config=config,
+        served=config.draft_layers if kvc.is_draft_worker else config.layers,
+        drafted=drafted_tokens(),
         formats=formats,
         dtype=kvc.model_config.dtype,
         full_tokens=sizes.full_max_total_num_tokens,

@@ -57,6 +57,14 @@ class ReferenceCpuPlatform(SRTPlatform):
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([cores] * ranks))
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "EAGLE"
+
+    def get_speculative_cache_locs_fn(self) -> Any:
+        from dsv4_sglang.draft_ops import verified_places
+
+        return verified_places
+
     def get_quantization_config(self, quantization: str) -> type[Any] | None:
         from dsv4_sglang.quant import V4QuantConfig
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything dsv4 changes in a running SGLang: three hooks on functions, a provider of defaults,
-two for the status, five on updates of weights, one on requests."""
+four on the making of a draft, two for the status, five on updates of weights, one on requests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dsv4.model.config import MODEL_TYPE, LayerKind
 from dsv4.model.kv_layout import PAGE_TOKENS
-from dsv4_sglang import released_config, reload, requests, status
-from dsv4_sglang.names import ARCHITECTURE, ATTENTION_BACKEND
+from dsv4_sglang import drafting, released_config, reload, requests, status
+from dsv4_sglang.names import ARCHITECTURE, ATTENTION_BACKEND, DRAFT_ARCHITECTURE
 from dsv4_sglang.refusal import PARSE
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def install() -> None:
     HookRegistry.register(POOL_SIZES, pool_configurator, HookType.AROUND)
     HookRegistry.register(POOL, build_pool, HookType.AROUND)
     register_model_override(ARCHITECTURE)(overrides)
+    drafting.install()
     status.install()
     reload.install()
     requests.install()
@@ -46,6 +47,7 @@ def parse_config(original: Callable[..., Any], parser: Any, model: Any, *args: A
     name its window layers."""
     from sglang.srt.models.registry import ModelRegistry
 
+    from dsv4_sglang.draft import DeepseekV4PluginForCausalLMNextN
     from dsv4_sglang.model import DeepseekV4PluginForCausalLM
 
     released_config.check_folder(model)
@@ -54,6 +56,7 @@ def parse_config(original: Callable[..., Any], parser: Any, model: Any, *args: A
         return config
     v4 = released_config.attach(config, model, kwargs.get("revision"))
     ModelRegistry.models.setdefault(ARCHITECTURE, DeepseekV4PluginForCausalLM)
+    ModelRegistry.models.setdefault(DRAFT_ARCHITECTURE, DeepseekV4PluginForCausalLMNextN)
     config.architectures = [ARCHITECTURE]
     config.is_hybrid_swa = True
     config.hybrid_layer_pattern = [int(layer.kind is LayerKind.SWA) for layer in v4.layers]
@@ -70,22 +73,23 @@ def overrides(server_args: Any, hf_config: Any) -> dict[str, Any]:
     check_deployment(server_args, args, config)
     check_checkpoint(args.model_path, args.load_format, config)
     # Not open to providers; SGLang's own V4 sets them the same way.
-    resolved: dict[str, Any] = {}
+    resolved: dict[str, Any] = drafting.resolved(args)
     if args.max_running_requests is None:
         resolved["max_running_requests"] = MAX_RUNNING_REQUESTS
     found: dict[str, Any] = {"attention_backend": ATTENTION_BACKEND, "page_size": PAGE_TOKENS}
     if args.swa_full_tokens_ratio is None:
         found["swa_full_tokens_ratio"] = WINDOW_RATIO
-    if args.device != "cpu":
-        resolved["cuda_graph_config"] = captured_phases(args.cuda_graph_config)
-        if config.expert_dtype == "fp4":
-            found["moe_runner_backend"] = "marlin"
+    drafts = args.speculative_algorithm is not None
+    if args.device != "cpu" or drafts:  # 0.5.22 wants a draft's graphs on a CPU too
+        resolved["cuda_graph_config"] = captured_phases(args.cuda_graph_config, drafts=drafts)
+    if args.device != "cpu" and config.expert_dtype == "fp4":
+        found["moe_runner_backend"] = "marlin"
     if resolved:
         declare_resolution(server_args, "dsv4", **resolved)
     return found
 
 
-def captured_phases(config: CudaGraphConfig) -> CudaGraphConfig:
+def captured_phases(config: CudaGraphConfig, *, drafts: bool = False) -> CudaGraphConfig:
     """SGLang's choice of graphs, without the phases that dsv4 cannot capture.
 
     A prefill graph would keep the metadata of the step that was captured. Decode graphs read
@@ -97,14 +101,16 @@ def captured_phases(config: CudaGraphConfig) -> CudaGraphConfig:
 
     config = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
     logger.info("dsv4: prefill steps are not captured: a graph would keep the metadata of the step it was made from")
-    if has_host_reads():
+    if drafts:
+        logger.info("dsv4: with drafts decode steps are not captured: neither verifying nor drafting is tested so")
+    if drafts or has_host_reads():
         config = with_phase(config, Phase.DECODE, backend=Backend.DISABLED)
     return config
 
 
 def is_v4(kvc: Any) -> bool:
-    """Whether a pool is being built for our model."""
-    return list(kvc.model_config.hf_config.architectures) == [ARCHITECTURE]
+    """Whether a pool is being built for our model, or for its draft."""
+    return list(kvc.model_config.hf_config.architectures) in ([ARCHITECTURE], [DRAFT_ARCHITECTURE])
 
 
 def pool_configurator(original: Callable[..., Any], kvc: Any) -> Any:

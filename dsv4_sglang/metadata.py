@@ -31,8 +31,10 @@ class V4AttentionBackend(AttentionBackend):
     """Builds the plan of each step. Layers read `plan` and `pool`, and call the operators
     themselves."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, ahead: int = 0) -> None:
+        """ahead: tokens of one step per request that SGLang does not count in its lengths."""
         super().__init__()
+        self.ahead = ahead
         pool = runner.token_to_kv_pool
         if not isinstance(pool, V4Pool):
             raise CompatError(
@@ -47,7 +49,7 @@ class V4AttentionBackend(AttentionBackend):
         self.index_topk = pool.config.index_topk
         # Where each request's tokens end in a step of one token per request.
         self.ends = torch.arange(self.req_to_token.shape[0] + 1, dtype=torch.int32, device=self.req_to_token.device)
-        self.ratios = sorted({layer.compress_ratio for layer in pool.config.layers} - {0})
+        self.ratios = sorted({layer.compress_ratio for layer in pool.served} - {0})
         self.plan: StepMetadata | None = None
 
     # ---- SGLang's interface -----------------------------------------------------------------
@@ -57,7 +59,7 @@ class V4AttentionBackend(AttentionBackend):
             self.plan = None
             return
         lens = forward_batch.seq_lens_cpu if forward_batch.seq_lens_cpu is not None else forward_batch.seq_lens
-        self.plan = self._plan(forward_batch, int(lens.max()))
+        self.plan = self._plan(forward_batch, int(lens.max()) + self._ahead(forward_batch))
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Nothing is kept outside the graphs."""
@@ -83,9 +85,10 @@ class V4AttentionBackend(AttentionBackend):
     def _plan(self, fb: ForwardBatch, max_seq_len: int) -> StepMetadata:
         batch, context = self._batch_view(fb, max_seq_len), max(self.context_len, max_seq_len)
         block_table, window_table = self._tables(fb.req_pool_indices, max_seq_len, context)
+        drafted = self.pool.drafted
         rings = {
-            CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2),
-            HCA_RATIO: Rings(fb.req_pool_indices[:, None], context + 1, HCA_RATIO, windows=1),
+            CSA_RATIO: Rings(window_table, PAGE_TOKENS, CSA_RATIO, windows=2, drafted=drafted),
+            HCA_RATIO: Rings(fb.req_pool_indices[:, None], context + 1, HCA_RATIO, windows=1, drafted=drafted),
         }
         chosen = {CSA_RATIO: self.index_topk, HCA_RATIO: None}
         single = [rings[m] for m in self.ratios] if fb.forward_mode.is_decode() else []
@@ -128,14 +131,37 @@ class V4AttentionBackend(AttentionBackend):
         )
         return full, window
 
+    def _ahead(self, fb: ForwardBatch) -> int:
+        """Tokens of a step that SGLang does not count in its lengths: drafted ones, to be verified
+        or gone on from."""
+        return int(fb.spec_info.draft_token_num) if fb.forward_mode.is_target_verify() else self.ahead
+
     def _batch_view(self, fb: ForwardBatch, max_seq_len: int) -> BatchView:
         """The step for the core."""
         num_reqs, device = fb.batch_size, fb.seq_lens.device
+        ahead, ends = self._ahead(fb), self.ends[: num_reqs + 1]
+        if fb.forward_mode.is_target_verify():
+            return BatchView(ends * ahead, fb.seq_lens + ahead, num_reqs * ahead, num_reqs, max_seq_len, ahead)
         if fb.forward_mode.is_decode():
-            return BatchView(self.ends[: num_reqs + 1], fb.seq_lens, num_reqs, num_reqs, max_seq_len, 1)
+            return BatchView(ends, fb.seq_lens + ahead if ahead else fb.seq_lens, num_reqs, num_reqs, max_seq_len, 1)
         starts = torch.zeros(num_reqs + 1, dtype=torch.int32, device=device)
         starts[1:] = fb.extend_seq_lens.cumsum(0)
         return BatchView(starts, fb.seq_lens, fb.input_ids.shape[0], num_reqs, max_seq_len, max(fb.extend_seq_lens_cpu))
+
+
+class V4DraftBackend(V4AttentionBackend):
+    """Plans all steps of a chain of drafts before the first: SGLang counts none of their tokens.
+
+    attn_backends: SGLang's name, one for each step
+    """
+
+    def __init__(self, runner: ModelRunner, steps: int) -> None:
+        super().__init__(runner)
+        self.attn_backends = [V4AttentionBackend(runner, ahead=1 + step) for step in range(steps)]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        for backend in self.attn_backends[:-1]:  # the last draft is made by the step before
+            backend.init_forward_metadata(forward_batch)
 
 
 def pages_of(tokens: int) -> int:

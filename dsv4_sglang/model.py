@@ -41,8 +41,9 @@ from dsv4.ops.plan import EntryPlan, RopeTables, TokenPlan, rope_tables
 from dsv4.ops.rope import inv_freq
 from dsv4_sglang import released_config
 from dsv4_sglang.caches import LayerState, V4Pool
-from dsv4_sglang.loading import ON_A_GPU, loader_of
+from dsv4_sglang.loading import ON_A_GPU, WITH_A_DRAFT, loader_of
 from dsv4_sglang.metadata import V4AttentionBackend
+from dsv4_sglang.options import drafted_tokens
 from dsv4_sglang.quant import V4QuantConfig, on_cpu
 from dsv4_sglang.step import StepMetadata
 from dsv4_sglang.warm_up import compile_kernels
@@ -307,7 +308,8 @@ class V4Model(nn.Module):
         self.register_buffer("window_freq", inv_freq(config, compressed=False), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True), persistent=False)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads, [T, D], and the streams that it is made of, [T, n, D]."""
         c = self.config
         streams: Tensor | mhc.PendingPost = self.embed_tokens(input_ids)[:, None].repeat(1, c.hc_mult, 1)  # [T, 4, D]
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
@@ -315,7 +317,7 @@ class V4Model(nn.Module):
             streams = layer(streams, rope, input_ids)
         if isinstance(streams, mhc.PendingPost):
             streams = mhc.post(streams)
-        return mhc.head(streams, self.hc_head.site(self.norm.weight))
+        return mhc.head(streams, self.hc_head.site(self.norm.weight)), streams
 
 
 class DeepseekV4PluginForCausalLM(nn.Module):
@@ -332,10 +334,16 @@ class DeepseekV4PluginForCausalLM(nn.Module):
         )
         self.logits_processor = LogitsProcessor(config)
         self.released: ReleasedLoader | None = None  # once all is loaded
-        self._derived_weight_cache_error = None if on_cpu() else ON_A_GPU  # SGLang's name: why no update is taken
+        self.has_draft = drafted_tokens() > 0
+        reason = WITH_A_DRAFT if self.has_draft else None if on_cpu() else ON_A_GPU
+        self._derived_weight_cache_error = reason  # SGLang's name: why no update is taken
 
     def get_attention_sliding_window_size(self) -> int:
         return self.v4_config.sliding_window
+
+    def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
+        """What a draft shares."""
+        return self.model.embed_tokens.weight, self.lm_head.weight
 
     @torch.no_grad()
     def prepare_before_cuda_graph_capture(self, model_runner: ModelRunner) -> None:
@@ -350,10 +358,17 @@ class DeepseekV4PluginForCausalLM(nn.Module):
             raise Dsv4Error(
                 "embeddings as input cannot be routed: V4 chooses the experts of its first layers by token id"
             )
-        hidden = self.model(input_ids, positions)
-        out = self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
+        hidden, streams = self.model(input_ids, positions)
+        out = self.logits_processor(
+            input_ids,
+            hidden,
+            self.lm_head,
+            forward_batch,
+            hidden_states_before_norm=streams.flatten(1) if self.has_draft else None,  # what a draft goes on from
+        )
         if out.next_token_logits is not None:
-            check.finite("logits", out.next_token_logits, of_requests=True)
+            of_requests = not forward_batch.forward_mode.is_target_verify()
+            check.finite("logits", out.next_token_logits, of_requests=of_requests)
         return out
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -5,4 +5,5 @@ them."""
 # Not V4's own name, so that none of SGLang's branches for its native V4 is taken; with "DeepseekV4"
 # in it, which selects V4's chat encoding.
 ARCHITECTURE = "DeepseekV4PluginForCausalLM"
+DRAFT_ARCHITECTURE = "DeepseekV4PluginForCausalLMNextN"
 ATTENTION_BACKEND = "dsv4_plugin"

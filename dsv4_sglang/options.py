@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_exec
+from sglang.srt.runtime_context import get_exec, get_spec
 
 from dsv4.errors import Dsv4Error
 from dsv4.machine import env
@@ -37,6 +37,13 @@ def has_host_reads() -> bool:
     """Whether references or DSV4_CHECK are asked for, which read lengths on the host: no step that
     they serve can be captured, and no kernel needs to be compiled ahead."""
     return env.get("DSV4_OPS") == "reference" or env.flag("DSV4_CHECK")
+
+
+def drafted_tokens() -> int:
+    """How many tokens the running engine drafts for each one that it is sure of; 0 without a
+    draft."""
+    spec = get_spec()
+    return 0 if spec.speculative_algorithm is None else int(spec.speculative_num_steps)
 
 
 def deployed_formats(kvc: Any) -> CacheFormats:

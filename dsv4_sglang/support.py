@@ -19,6 +19,27 @@ from dsv4.model.kv_layout import PAGE_TOKENS
 from dsv4_sglang.names import ATTENTION_BACKEND
 from dsv4_sglang.options import cache_formats
 
+MTP_ALGORITHMS = ("NEXTN", "EAGLE")  # of which the first is a name for the second
+MOST_DRAFTED = 7  # tests go so far; a chained block loses its way sooner
+# Options of drafts, and the value of each that dsv4 is tested with, which is SGLang's own.
+_DRAFTED_SO_ONLY = {
+    "--speculative-accept-threshold-acc": 1.0,
+    "--speculative-accept-threshold-single": 1.0,
+    "--speculative-adaptive": False,
+    "--speculative-draft-attention-backend": None,
+    "--speculative-draft-kv-cache-dtype": None,
+    "--speculative-draft-load-format": None,
+    "--speculative-draft-model-quantization": None,
+    "--speculative-draft-sink-size": None,
+    "--speculative-draft-window-size": None,
+    "--speculative-moe-a2a-backend": None,
+    "--speculative-moe-runner-backend": None,
+    "--speculative-token-map": None,
+    "--speculative-use-block-verification": False,
+    "--speculative-use-rejection-sampling": False,
+    "--enable-multi-layer-eagle": False,
+}
+
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16}
 
 
@@ -29,7 +50,6 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
     Raises Dsv4Error with the flag and the way out.
     """
     refusals = (
-        (args.speculative_algorithm is not None, "--speculative-algorithm", "dsv4 0.1 has no draft model"),
         (args.disaggregation_mode != "null", "--disaggregation-mode", "dsv4's caches cannot be transferred"),
         (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "dsv4's caches have no host pool"),
         (args.enable_lmcache, "--enable-lmcache", "dsv4's caches cannot be transferred"),
@@ -114,6 +134,7 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             raise DeploymentError(
                 f"{flag}: {reason}; leave it out, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4"
             )
+    check_draft(args, config)
     if config.expert_dtype == "fp4" and asked.moe_runner_backend not in ("auto", "marlin"):
         raise DeploymentError(
             f"--moe-runner-backend {asked.moe_runner_backend}: dsv4 runs FP4 experts with marlin alone; leave it out"
@@ -123,7 +144,13 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
             f"--dtype {args.dtype}: dsv4 runs V4 in bfloat16, and in float32 on a CPU; use one of them"
         )
     if args.device != "cpu":
-        check_gpu(config, _DTYPES[args.dtype], weakest(detect_devices()))
+        gpu = weakest(detect_devices())
+        check_gpu(config, _DTYPES[args.dtype], gpu)
+        if args.speculative_algorithm is not None and gpu.kind == "rocm":
+            raise DeploymentError(
+                "--speculative-algorithm on ROCm: SGLang verifies drafts by another kernel there, which is not tested"
+                " with dsv4; leave it out"
+            )
         if config.expert_dtype == "fp4":
             check_compilers()
     if why_not := config.why_not_sharded(args.tp_size):
@@ -142,6 +169,50 @@ def check_deployment(asked: Any, args: Any, config: V4Config) -> None:
         )
     on_cpu = args.device == "cpu"
     cache_formats(args.kv_cache_dtype, _DTYPES[args.dtype], args.enable_deepseek_v4_fp4_indexer, on_cpu=on_cpu)
+
+
+def check_draft(args: Any, config: V4Config) -> None:
+    """Refuse a way to draft that the checkpoint does not carry or dsv4 does not have. Raises
+    DeploymentError."""
+    algorithm = args.speculative_algorithm
+    if algorithm is None:
+        return
+    carries = {"mtp": "an MTP block", "dspark": "a DSpark draft", "none": "no draft"}[config.draft]
+    way_out = f"use {MTP_ALGORITHMS[0]}" if config.draft == "mtp" else "leave it out"
+    if algorithm.upper() not in MTP_ALGORITHMS or config.draft != "mtp":
+        raise DeploymentError(
+            f"--speculative-algorithm {algorithm}: the checkpoint carries {carries}, and dsv4 drafts with MTP alone in"
+            f" SGLang; {way_out}, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4"
+        )
+    k = drafted_steps(args)
+    if not 1 <= k <= MOST_DRAFTED:
+        raise DeploymentError(f"--speculative-num-steps {k}: use 1 to {MOST_DRAFTED}")
+    given = (
+        ("--speculative-eagle-topk", args.speculative_eagle_topk, 1, "one token is drafted after each"),
+        (
+            "--speculative-num-draft-tokens",
+            args.speculative_num_draft_tokens,
+            k + 1,
+            f"a step verifies the {k} drafted and the one before them",
+        ),
+    )
+    for flag, found, wanted, reason in given:
+        if found not in (None, wanted):
+            raise DeploymentError(f"{flag} {found}: {reason}; use {wanted}, or leave it out")
+    if args.speculative_draft_model_path not in (None, args.model_path):
+        raise DeploymentError(
+            f"--speculative-draft-model-path {args.speculative_draft_model_path}: the draft is in the checkpoint; leave"
+            " it out"
+        )
+    for flag, only in _DRAFTED_SO_ONLY.items():
+        found = getattr(args, flag[2:].replace("-", "_"))
+        if found != only:
+            raise DeploymentError(f"{flag} {found}: it is not tested with dsv4's drafts; leave it out")
+
+
+def drafted_steps(args: Any) -> int:
+    """Tokens to draft: as asked, or as many as SGLang drafts for its own V4."""
+    return 3 if args.speculative_num_steps is None else int(args.speculative_num_steps)
 
 
 def check_compilers() -> None:

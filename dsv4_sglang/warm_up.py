@@ -38,5 +38,5 @@ def compile_kernels(config: V4Config, runner: ModelRunner) -> None:
         max_context=runner.model_config.context_len,
         routed_ids=torch.int64,
     )
-    layers = [ServedLayer(layer, pages) for layer, pages in zip(config.layers, pool.layers, strict=True)]
+    layers = [ServedLayer(layer, pages) for layer, pages in zip(config.layers, pool.layers.values(), strict=True)]
     logger.info("dsv4: kernels of %d layers compiled in %.1f s", len(layers), warm_up(model, layers))

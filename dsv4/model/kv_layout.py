@@ -176,10 +176,17 @@ def state_window(layer: LayerSpec) -> int:
 
 
 def state_ring_rows(layer: LayerSpec, speculative: bool) -> int:
-    """Rows of one ring of raw state: the window that an entry needs, twice where drafted tokens may
-    be rejected.
+    """Rows of one ring of raw state in SGLang's own pool: the window that an entry needs, twice
+    where drafted tokens may be rejected.
     """
     return state_window(layer) * (2 if speculative else 1)
+
+
+def ring_pages(overlap: int, ratio: int, drafted: int) -> int:
+    """Pages of one window of `ratio` rows in a ring of ours: the `overlap` windows that an entry
+    needs, and what the rows of up to `drafted` rejected tokens overwrite beyond them.
+    """
+    return overlap + -(-drafted // ratio)
 
 
 def summary_bytes(head_dim: int) -> int:
@@ -205,8 +212,8 @@ def layer_caches(
     INDEX_KEY and INDEX_STATE.
 
     drafted: rows that a step of SUMMARY may have to take back.
-    mapping: PAGED and RING keep raw rows. A ring has `state_ring_rows` rows in pages of one window
-    of `compress_ratio`; beside rings, window pages are as long as the others, and only packed KV
+    mapping: PAGED and RING keep raw rows. A ring has `ring_pages` pages of one window of
+    `compress_ratio` rows; beside rings, window pages are as long as the others, and only packed KV
     pages are aligned. SUMMARY keeps one state row per request and, because a prefix hit resumes at
     a page end, the previous CSA window's summary in each CSA and index page.
     """

@@ -44,7 +44,26 @@ def configure(args):
         ({"kv_cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype fp8_e5m2", "fp8_e4m3"]),
         ({"chunked_prefill_size": 48}, ["--chunked-prefill-size 48", "256"]),
         ({"attention_backend": "triton"}, ["--attention-backend triton", "dsv4_plugin"]),
-        ({"speculative_algorithm": "EAGLE"}, ["--speculative-algorithm"]),
+        ({"speculative_algorithm": "DSPARK"}, ["--speculative-algorithm DSPARK", "an MTP block", "use NEXTN"]),
+        ({"speculative_algorithm": "NGRAM"}, ["--speculative-algorithm NGRAM", "use NEXTN"]),
+        ({"speculative_algorithm": "EAGLE3"}, ["--speculative-algorithm EAGLE3", "use NEXTN"]),
+        ({"speculative_algorithm": "NEXTN", "speculative_num_steps": 8}, ["--speculative-num-steps 8", "1 to 7"]),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_num_steps": 2, "speculative_eagle_topk": 2},
+            ["--speculative-eagle-topk 2", "use 1"],
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_num_steps": 2, "speculative_num_draft_tokens": 4},
+            ["--speculative-num-draft-tokens 4", "use 3"],
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": "/elsewhere"},
+            ["--speculative-draft-model-path /elsewhere", "leave it out"],
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_accept_threshold_acc": 0.5},
+            ["--speculative-accept-threshold-acc 0.5", "leave it out"],
+        ),
         ({"disaggregation_mode": "prefill"}, ["--disaggregation-mode"]),
         ({"enable_hierarchical_cache": True}, ["--enable-hierarchical-cache"]),
         ({"attn_cp_size": 2, "tp_size": 2}, ["--attn-cp-size"]),

@@ -43,7 +43,7 @@ def tables(requests: int, page_tokens: int, context: int, generator: torch.Gener
 
 def caches_of(batch: BatchView, seed: int = 0, context: int = CONTEXT) -> list[plan.Cache]:
     """Two groups of windows, the entries and keys of CSA, those of HCA, rows of both states, and,
-    for one token per request, rings of both kinds."""
+    for one token per request, rings of both kinds, and longer ones."""
     generator, r = torch.Generator().manual_seed(seed), batch.num_reqs
 
     def table(page_tokens: int) -> Tensor:
@@ -59,7 +59,9 @@ def caches_of(batch: BatchView, seed: int = 0, context: int = CONTEXT) -> list[p
     ]
     if batch.max_query_len == 1:
         found.append(plan.Rings(table(PAGE), PAGE, 4, 2))
-        found.append(plan.Rings(torch.randperm(r, generator=generator).int()[:, None], context + 1, 128, 1))
+        owners = torch.randperm(r, generator=generator).int()[:, None]
+        found.append(plan.Rings(owners, context + 1, 128, 1))
+        found.append(plan.Rings(table(PAGE), PAGE, 4, 2, drafted=3))
     return found
 
 

@@ -23,6 +23,8 @@ CAPTURED = (1, 2, 4, 8, 12)
 class Pool:
     """Window pages are the full ones in reverse order; page 0 stays nobody's."""
 
+    drafted = 0
+
     def __init__(self, num_pages: int) -> None:
         loc = torch.arange(num_pages * PAGE)
         self.full_to_swa_index_mapping = torch.where(loc < PAGE, loc, (num_pages - loc // PAGE) * PAGE + loc % PAGE)
@@ -36,7 +38,7 @@ def backend(num_slots: int) -> V4AttentionBackend:
     made.req_to_token = (starts + torch.arange(CONTEXT)).clamp(min=0)
     made.req_to_token[0] = 0
     made.pool = Pool(num_slots * pages + 1)
-    made.window, made.context_len, made.ratios = 128, CONTEXT, [4, 128]
+    made.window, made.context_len, made.ratios, made.ahead = 128, CONTEXT, [4, 128], 0
     made.index_topk, made.ends, made.plan = 16, torch.arange(num_slots + 1, dtype=torch.int32), None
     return made
 

@@ -57,7 +57,7 @@ class Graphs:
         """Every cache's bytes, by layer and role."""
         return {
             f"{layer} {role.value}": pages.data.view(torch.uint8)
-            for layer, caches in enumerate(self.runner.token_to_kv_pool.layers)
+            for layer, caches in self.runner.token_to_kv_pool.layers.items()
             for role, pages in caches.items()
         }
 

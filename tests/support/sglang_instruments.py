@@ -8,6 +8,8 @@ old, new], break a module's source; "chunk": prefill chunks of that many tokens,
 end in; "skip_hook": a hook target that silently does not apply; "allow_fp4_indexer": mxfp4 index
 keys on any device;
 "graphs": sizes of decode graphs, replayed from tapes;
+"drafts": texts, whose tokens are put in the place of drafted ones, right up to a random depth, or
+none; "watch_drafts": report what was drafted and how much of it was kept;
 "mapping": report where tensors were loaded; "launches": report the kernels that each layer
 launched, "variants" those that the warm-up would not have compiled. Under TRITON_INTERPRET=1 the
 interpreter computes in bf16 as GPUs do.
@@ -28,6 +30,7 @@ RUN_BATCH = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 COUNTS: dict[str, Any] = {"poisoned_pages": 0, "prefill_steps": 0, "largest_prefill": 0}
 RECORDED: list[dict[str, list[Any]]] = []
 GRAPHS: list[Any] = []
+DRAFTS: list[Any] = []
 VARIANTS: list[Any] = []
 MAPPED: list[dict[tuple[Any, ...], None]] = []
 
@@ -58,6 +61,10 @@ def register() -> None:
         from tests.support.mapping import record_mapping
 
         MAPPED.append(record_mapping())
+    if "drafts" in PLAN or PLAN.get("watch_drafts"):
+        from tests.support.sglang_drafts import Drafts
+
+        DRAFTS.append(Drafts(PLAN.get("drafts")))
     HookRegistry.register(RUN_BATCH, before_batch, HookType.BEFORE)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_counts, HookType.AFTER)
 
@@ -95,7 +102,7 @@ def before_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         layers = scheduler.tp_worker.model_runner.token_to_kv_pool.layers
         names = {
             id(pages): f"model.layers.{i}.attn.{role.value}_cache"
-            for i, layer in enumerate(layers)
+            for i, layer in layers.items()
             for role, pages in layer.items()
         }
         RECORDED.append(record_quantised(names))
@@ -112,19 +119,28 @@ def poison(scheduler: Any) -> int:
     import torch
 
     from dsv4.model.kv_layout import CacheRole
+    from dsv4_sglang.caches import ring_pages_per_owner
 
-    pool, allocator = scheduler.tp_worker.model_runner.token_to_kv_pool, scheduler.token_to_kv_pool_allocator
+    allocator = scheduler.token_to_kv_pool_allocator
+    runners = [scheduler.tp_worker.model_runner]
+    if scheduler.draft_worker is not None:
+        runners.append(scheduler.draft_worker.draft_worker.draft_runner)
     full, window = (_free(side) for side in (allocator.full_attn_allocator, allocator.swa_attn_allocator))
     slots = torch.tensor([0, *scheduler.req_to_token_pool.free_slots], dtype=torch.long)
-    for layer, caches in zip(pool.config.layers, pool.layers, strict=True):
-        for role, pages in caches.items():
-            if role in (CacheRole.STATE, CacheRole.INDEX_STATE):
-                where = torch.cat([2 * window, 2 * window + 1]) if layer.compress_ratio == 4 else slots
-            else:
-                where = window if role is CacheRole.WINDOW else full
-            pages.data.flatten(1).view(torch.uint8)[where] = 0xFF
-    for memory in pool._scratch.values():
-        memory.fill_(float("nan"))
+    for pool in (runner.token_to_kv_pool for runner in runners):
+        for layer in pool.served:
+            for role, pages in pool.layers[layer.index].items():
+                if role in (CacheRole.STATE, CacheRole.INDEX_STATE):
+                    owners, ring = (
+                        (window if layer.compress_ratio == 4 else slots),
+                        ring_pages_per_owner(layer, pool.drafted),
+                    )
+                    where = (owners[:, None] * ring + torch.arange(ring)).flatten()
+                else:
+                    where = window if role is CacheRole.WINDOW else full
+                pages.data.flatten(1).view(torch.uint8)[where] = 0xFF
+        for memory in pool._scratch.values():
+            memory.fill_(float("nan"))
     return len(full) + len(window) - 2
 
 
@@ -144,6 +160,8 @@ def add_counts(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         result.internal_state["dsv4_test"] = COUNTS | found
     if GRAPHS:
         result.internal_state["dsv4_test"] = COUNTS | {"graphs": GRAPHS[0].report()}
+    if DRAFTS:
+        result.internal_state["dsv4_test"] = COUNTS | {"drafts": DRAFTS[0].report()}
     if VARIANTS:
         runner = scheduler.tp_worker.model_runner
         report = VARIANTS[0].report(lambda: runner.model.prepare_before_cuda_graph_capture(runner))

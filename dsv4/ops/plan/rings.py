@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4.model.kv_layout import round_up
+from dsv4.model.kv_layout import ring_pages, round_up
 from dsv4.ops.pages import BatchView
 from dsv4.ops.plan.room import Room
 from dsv4.ops.plan.tokens import TokenPlan
@@ -19,20 +19,29 @@ class Rings:
     """Where the state row of a position lives.
 
     owner_table: [R, n] int32; the ring of request r's position p belongs to owner_table[r, p //
-    owner_tokens] owner_tokens: tokens of one owner
-    ratio: rows of a ring page
-    windows: pages of a ring
+    owner_tokens]
+    owner_tokens: tokens of one owner
+    ratio: rows of a ring page, a window
+    windows: that an entry is pooled from
+    drafted: a step's last rows that may be rejected, which the next step then starts before; it
+    makes the ring longer
     """
 
     owner_table: Tensor
     owner_tokens: int
     ratio: int
     windows: int
+    drafted: int = 0
+
+    @property
+    def length(self) -> int:
+        """Pages of a ring."""
+        return ring_pages(self.windows, self.ratio, self.drafted)
 
     def pages(self, request: Tensor, positions: Tensor) -> Tensor:
         """Ring pages of positions >= 0: request, positions [...] int; [...] int32."""
         owner = self.owner_table[request.long(), positions // self.owner_tokens]
-        return (owner * self.windows + (positions // self.ratio) % self.windows).int()
+        return (owner * self.length + (positions // self.ratio) % self.length).int()
 
     def slots(self, request: Tensor, positions: Tensor) -> Tensor:
         """Flat row slots of positions >= 0: [...] int32."""
@@ -131,9 +140,9 @@ def plan_many(rings: Rings, tokens: TokenPlan, batch: BatchView) -> RingPlan:
 def _outlives(rings: Rings, positions: Tensor, seq_lens: Tensor) -> Tensor:
     """Whether a later step may need a position's row.
 
-    It may be of an open window of the sequence, or of the last window of an owner, from which
-    another request may go on after a prefix hit.
+    It may be of an open window of the sequence, however much of the step is rejected, or of the
+    last window of an owner, from which another request may go on after a prefix hit.
     """
-    open_window = positions >= rings.first_needed(seq_lens)
+    open_window = positions >= rings.first_needed((seq_lens - rings.drafted).clamp(min=0))
     last_windows = (rings.windows - 1) * rings.ratio
     return open_window | (positions % rings.owner_tokens >= rings.owner_tokens - last_windows)

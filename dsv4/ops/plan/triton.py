@@ -38,7 +38,8 @@ class CacheGroup(NamedTuple):
     table, table_stride, table_width: of pages by request, or of the owners of rings
     PAGE: tokens of a page, or of an owner
     SIZE: tokens of a window, of an entry, or rows of a ring page
-    COUNT: of entries that an indexer chooses, or of pages of a ring
+    COUNT: of entries that an indexer chooses, or of windows that an entry is pooled from
+    LENGTH: pages of a ring
     """
 
     KIND: Any
@@ -48,6 +49,7 @@ class CacheGroup(NamedTuple):
     PAGE: Any
     SIZE: Any
     COUNT: Any
+    LENGTH: Any
     slot_mapping: Any
     lens: Any
     chosen_lens: Any
@@ -71,7 +73,7 @@ def _slot(page, row, ROWS_OF_PAGE: tl.constexpr):
 @triton.jit
 def _ring_page(group, request, position, mask):
     owner = _page(group, request, position // group.PAGE, mask)
-    return tl.where(owner >= 0, owner * group.COUNT + (position // group.SIZE) % group.COUNT, -1)
+    return tl.where(owner >= 0, owner * group.LENGTH + (position // group.SIZE) % group.LENGTH, -1)
 
 
 @triton.jit
@@ -185,6 +187,7 @@ def _group(cache: Cache, plan: CachePlan) -> CacheGroup:
             PAGE=tl.constexpr(cache.owner_tokens),
             SIZE=tl.constexpr(cache.ratio),
             COUNT=tl.constexpr(cache.windows),
+            LENGTH=tl.constexpr(cache.length),
             slot_mapping=plan.slot_mapping,
             lists=plan.block_table,
             positions=plan.positions,
