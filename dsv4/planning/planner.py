@@ -355,7 +355,9 @@ def _whole_experts(q: Question, tp: int) -> bool:
 def _speculations(q: Question, engine: Engine, pp: int) -> list[Speculation]:
     draft = q.checkpoint.config.draft
     plugin = q.gpu.needs_plugin or q.state is StateMapping.SUMMARY
-    if draft == "none" or pp > 1 or (plugin and draft not in PLUGIN_DRAFTS[engine]):
+    # SGLang's steps with the plugin's drafts are not captured in graphs, which may cost more than
+    # drafts give: served where asked for, not proposed.
+    if draft == "none" or pp > 1 or (plugin and (engine == "sglang" or draft not in PLUGIN_DRAFTS[engine])):
         return [Speculation()]
     return [Speculation(), Speculation(method=draft, num_tokens=_DRAFT_TOKENS[draft])]
 
