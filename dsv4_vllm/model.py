@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3, SupportsPP
 from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_prefix
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 from vllm.platforms import current_platform
@@ -47,7 +47,7 @@ from dsv4.ops.rope import inv_freq
 from dsv4_vllm.caches import V4Cache, layer_state
 from dsv4_vllm.loading import load_weights, loader_of
 from dsv4_vllm.metadata import WindowMetadata
-from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
+from dsv4_vllm.options import cache_formats, draft_method, state_mapping
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.rehearsal import stage
 from dsv4_vllm.support import check_deployment
@@ -411,7 +411,14 @@ class V4DecoderLayer(nn.Module):
         )
 
 
-class V4Model(nn.Module):
+class V4Model(nn.Module, EagleModelMixin):
+    """The backbone. vLLM's mixin holds the layers whose output a DSpark draft reads, counted from
+    1, and hands those of earlier pipeline stages on."""
+
+    supports_aux_hidden_states_over_pp: ClassVar[bool] = True
+    aux_hidden_state_layers: tuple[int, ...]
+    pack_local_aux_hidden_states: Callable[[list[Tensor]], dict[str, Tensor]]
+    collect_remote_aux_hidden_states: Callable[[IntermediateTensors | None], list[Tensor]]
     window_freq: Tensor
     compressed_freq: Tensor
 
@@ -426,7 +433,7 @@ class V4Model(nn.Module):
             prefix=f"{prefix}.layers",
         )
         self.streams = None  # [max_num_batched_tokens, 4 * D], what an MTP draft goes on from
-        if last and num_drafted(vllm_config):
+        if last and draft_method(vllm_config) == "mtp":
             rows, width = vllm_config.scheduler_config.max_num_batched_tokens, config.hc_mult * config.hidden_size
             self.streams = torch.zeros(
                 rows, width, dtype=vllm_config.model_config.dtype, device=vllm_config.device_config.device
@@ -443,7 +450,7 @@ class V4Model(nn.Module):
         positions: Tensor,
         intermediate: IntermediateTensors | None,
         inputs_embeds: Tensor | None,
-    ) -> Tensor | IntermediateTensors:
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | IntermediateTensors:
         c = self.config
         if get_pp_group().is_first_rank:
             x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -453,19 +460,25 @@ class V4Model(nn.Module):
             streams = intermediate["hidden_states"].unflatten(-1, (c.hc_mult, c.hidden_size))
             input_ids = intermediate["input_ids"] if self.routes_by_id(self.start_layer) else None
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
-        for layer in islice(self.layers, self.start_layer, self.end_layer):
+        outputs = []  # what DSpark reads; the streams go on as without it
+        for number, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer + 1):
             streams = layer(streams, rope, input_ids)
+            if number in self.aux_hidden_state_layers:
+                outputs.append(mhc.post(streams).mean(1))
         if isinstance(streams, mhc.PendingPost):
             streams = mhc.post(streams)
         if not get_pp_group().is_last_rank:
-            handed = {"hidden_states": streams.flatten(1)}
+            handed = {"hidden_states": streams.flatten(1)} | self.pack_local_aux_hidden_states(outputs)
             if self.routes_by_id(self.end_layer):
                 assert input_ids is not None
                 handed["input_ids"] = input_ids.int()
             return IntermediateTensors(handed)
         if self.streams is not None:
             self.streams[: streams.shape[0]] = streams.flatten(1)
-        return mhc.head(streams, self.hc_head.site(self.norm.weight))
+        hidden = mhc.head(streams, self.hc_head.site(self.norm.weight))
+        if not self.aux_hidden_state_layers:
+            return hidden
+        return hidden, [*self.collect_remote_aux_hidden_states(intermediate), *outputs]
 
     def routes_by_id(self, first: int) -> bool:
         """Whether a layer from `first` on chooses experts by token id.
@@ -490,7 +503,7 @@ def check_breaks(model: nn.Module) -> None:
         )
 
 
-class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
+class DeepseekV4ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
     """DeepSeek-V4-Flash and -Pro in vLLM."""
 
     packed_modules_mapping: ClassVar = {
@@ -546,12 +559,12 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | IntermediateTensors:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def get_mtp_target_hidden_states(self) -> Tensor | None:
-        """The last step's streams, of all rows that a step may have: [.., 4 * D]; None without a
-        draft. vLLM asks by this name.
+        """The last step's streams, of all rows that a step may have: [.., 4 * D]; None without an
+        MTP draft. vLLM asks by this name.
         """
         return self.model.streams
 

@@ -5,7 +5,7 @@ read."""
 from __future__ import annotations
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 
 from dsv4.errors import DeploymentError
@@ -123,15 +123,21 @@ def check_draft(config: V4Config, vllm_config: VllmConfig) -> None:
     if asked is None:
         return
     carries = {"mtp": "an MTP block", "dspark": "a DSpark draft", "none": "no draft"}[config.draft]
-    way_out = '"method": "mtp"' if config.draft == "mtp" else "no --speculative-config"
-    if asked.method != "mtp" or config.draft != "mtp":
+    way_out = "no --speculative-config" if config.draft == "none" else f'"method": "{config.draft}"'
+    if asked.method != config.draft:
         raise DeploymentError(
-            f"--speculative-config: method {asked.method}, but the checkpoint carries {carries} and dsv4 drafts with MTP"
+            f"--speculative-config: method {asked.method}, but the checkpoint carries {carries} and dsv4 drafts with that"
             f" alone; use {way_out}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4"
         )
     k, scheduler = asked.num_speculative_tokens, vllm_config.scheduler_config
+    if config.draft == "dspark" and k != config.dspark_block_size:
+        raise DeploymentError(
+            f"--speculative-config: num_speculative_tokens {k}, but this DSpark draft was trained on blocks of"
+            f" {config.dspark_block_size} and is rarely right with others; use {config.dspark_block_size}"
+        )
     if not 1 <= k <= MOST_DRAFTED:
         raise DeploymentError(f"--speculative-config: num_speculative_tokens {k}; use 1 to {MOST_DRAFTED}")
+    _check_draft_options(asked)
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs * (1 + k):
         raise DeploymentError(
             f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: a step of --max-num-seqs"
@@ -142,6 +148,26 @@ def check_draft(config: V4Config, vllm_config: VllmConfig) -> None:
         raise DeploymentError(
             "--speculative-config with --pipeline-parallel-size: drafts over pipeline stages are not tested; leave one out"
         )
+
+
+def _check_draft_options(asked: SpeculativeConfig) -> None:
+    refusals = (
+        (
+            asked.rejection_sample_method != "standard",
+            "rejection_sample_method",
+            "it keeps tokens that the model would not say",
+        ),
+        (asked.kv_cache_dtype is not None, "kv_cache_dtype", "all layers store one format"),
+        (asked.enable_adaptive_verification, "enable_adaptive_verification", "it is not tested"),
+        (
+            asked.num_speculative_tokens_per_batch_size is not None,
+            "num_speculative_tokens_per_batch_size",
+            "it is not tested",
+        ),
+    )
+    for refused, option, reason in refusals:
+        if refused:
+            raise DeploymentError(f"--speculative-config: {option}: {reason} with dsv4; leave it out")
 
 
 def check_stages(config: V4Config, size: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 from dsv4.reference.draft import ReferenceDraft
 from dsv4.reference.tiny import write_tiny
 from tests.support.comparison import ENV_DIR, LENGTHS, Oracle, assert_equal
+from tests.support.draft_checks import compare_proposals, prompts, tokens, whole
 from tests.support.hf_oracle import load_hf
 from tests.support.vllm_engine import RUNNER_V2, engine_args, request, run, start
 
@@ -41,16 +42,8 @@ def text() -> list[int]:
     return torch.randint(3, 512, (1100,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
-def prompts(text: list[int], lengths: tuple[int, ...]) -> list[dict[str, Any]]:
-    return [request(text[-n:], NEW, prompt_logprobs=False) for n in lengths]
-
-
 def drafting(folder: Path, k: int, **overrides: Any) -> dict[str, Any]:
     return engine_args(folder, speculative_config={"method": "mtp", "num_speculative_tokens": k}, **overrides)
-
-
-def tokens(result: dict[str, Any]) -> list[list[int]]:
-    return [r["tokens"] for phase in result["phases"] for r in phase]
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +52,9 @@ def alone(folder: Path, text: list[int]) -> Alone:
 
     @functools.cache
     def served(lengths: tuple[int, ...]) -> dict[str, Any]:
-        return run(engine_args(folder), [prompts(text, lengths)], {"DSV4_STATE": "paged"})
+        return run(engine_args(folder), [prompts(text, lengths, NEW)], {"DSV4_STATE": "paged"})
 
     return served
-
-
-def whole(result: dict[str, Any]) -> list[list[int]]:
-    return [r["prompt"] + r["tokens"] for phase in result["phases"] for r in phase]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +65,7 @@ def test_greedy_tokens_are_those_without_drafts(
     folder: Path, oracle: Oracle, text: list[int], alone: Alone, k: int, lengths: tuple[int, ...]
 ) -> None:
     """Drafts that are right up to every depth, at lengths around a boundary."""
-    result = run(drafting(folder, k), [prompts(text, lengths)], drafts=whole(alone(lengths)))
+    result = run(drafting(folder, k), [prompts(text, lengths, NEW)], drafts=whole(alone(lengths)))
     assert tokens(result) == tokens(alone(lengths))
     assert_equal(result, oracle, least=0.7)  # sequences end at their first near-tie
     kept = result["accepted"]
@@ -89,18 +78,11 @@ def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int],
     """Whole prompts alone: vLLM's first runner drafts after a chunk from the token at the prompt's
     end. A draft is compared where the reference's choice is no tie.
     """
-    few = [r for r in prompts(text, FEW) if len(r["prompt"]) in (2, 5, 127, 129, 257)]
+    few = [r for r in prompts(text, FEW, NEW) if len(r["prompt"]) in (2, 5, 127, 129, 257)]
     result = run(drafting(folder, 2, max_num_batched_tokens=2048), [few], drafts=whole(alone(FEW)))
-    reference, compared = ReferenceDraft.from_folder(folder), 0
-    for row in result["drafts"]:
-        if row["before"] is None:  # a request that has ended
-            continue
-        want = reference.propose(row["before"], 2)
-        gaps = want.logits.topk(2).values.diff(dim=-1).abs()[:, 0]
-        if bool((gaps > 1e-3).all()):
-            assert row["own"] == want.tokens
-            compared += 1
-    assert compared > 40
+    found = compare_proposals(result, ReferenceDraft.from_folder(folder), 2)
+    assert found.other == []
+    assert found.same > 40
 
 
 def test_drafts_survive_hits_and_poison(folder: Path, text: list[int], alone: Alone) -> None:
@@ -108,7 +90,7 @@ def test_drafts_survive_hits_and_poison(folder: Path, text: list[int], alone: Al
     shorter than without drafts, whose rows depend on the token after them.
     """
     lengths = (63, 129, 511, 800)
-    again = prompts(text, lengths)
+    again = prompts(text, lengths, NEW)
     engine = drafting(folder, 3, max_num_batched_tokens=128, prefix_cache_retention_interval=256)
     result = run(engine, [again, again], drafts=whole(alone(lengths)), poison=True)
     assert tokens(result) == tokens(alone(lengths)) * 2
@@ -124,7 +106,7 @@ def test_drafts_change_nothing_elsewhere(folder: Path, text: list[int], where: s
         "packed pages": {"kv_cache_dtype": "fp8_ds_mla"},
     }.get(where, {})
     env = {"PYTHONPATH": str(ENV_DIR / "vllm-0.33.0")} if where == "the next vLLM" else {}
-    few = [prompts(text, FEW)]
+    few = [prompts(text, FEW, NEW)]
     without = run(engine_args(folder, **engine), few, env | {"DSV4_STATE": "paged"})
     result = run(drafting(folder, 2, **engine), few, env)
     assert tokens(result) == tokens(without)

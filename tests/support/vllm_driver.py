@@ -10,7 +10,7 @@ new], break a module's source on purpose; "updates": {"1": arguments of `replace
 that phase}; "launches": report the kernels that each layer launched; "variants": those that the
 warm-up would not have compiled; "graphs": {"sizes", "mode"}, capture and replay steps; "memory":
 report what attention takes; "drafts": report what was drafted, and draft what "drafts" says comes
-next, wrong from a random depth on.
+next, wrong from a random depth on; without such a sequence, what the draft itself does.
 """
 
 from __future__ import annotations
