@@ -32,8 +32,6 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 # Of those, the ones that read what `validate` looks at.
 RELOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 
-EMBEDDING = "embed.weight"
-
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 _EXPERT = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.(weight|scale)$")
@@ -173,17 +171,13 @@ class ReleasedLoader:
     ) -> None:
         """params: by the names that `parameter_name` gives, routed experts as `{layer}.w13_weight`
 
-        draft: load the draft instead of the backbone; its blocks are layers after the backbone's,
-        and an embedding of its own is the backbone's
+        draft: load the draft instead of the backbone; its blocks are layers after the backbone's
 
         owns: whether this rank has that parameter and, of a routed expert's, that expert; others
         are another pipeline stage's or expert-parallel rank's
         """
         self.params, self.config, self.tp_rank, self.draft = params, config, tp_rank, draft
-        specs = tensor_specs(config)
-        self.specs = {name: s for name, s in specs.items() if s.is_draft is draft}
-        if draft and parameter_name(EMBEDDING)[0] in params:
-            self.specs[EMBEDDING] = specs[EMBEDDING]
+        self.specs = {name: s for name, s in tensor_specs(config).items() if s.is_draft is draft}
         self.ours: dict[str, str] = {}  # the parameter of each released tensor that is expected here
         for name in self.specs:
             local = self._as_layer(name)
@@ -203,7 +197,7 @@ class ReleasedLoader:
 
     def _as_layer(self, name: str) -> str:
         """A tensor's name with the draft's blocks numbered on from the backbone's."""
-        if not name.startswith(DRAFT_PREFIX):
+        if not self.draft:
             return name
         _, block, rest = name.split(".", 2)
         return f"layers.{self.config.num_hidden_layers + int(block)}.{rest}"
@@ -261,7 +255,7 @@ class ReleasedLoader:
     def _admits(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor is ours and fits; what was given is remembered, but for what is of the
         draft while the backbone is loaded, or the reverse."""
-        if name.startswith(DRAFT_PREFIX) is not self.draft and name not in self.specs:
+        if name.startswith(DRAFT_PREFIX) is not self.draft:
             return False
         self.given[name] = header = _header(tensor)
         spec = self.specs.get(name)

@@ -2,8 +2,7 @@
 """What V4's drafts are in vLLM, and the MTP draft of the April checkpoints: one block over the
 backbone's streams and the next token. Source: docs/model.md, 3.9.
 
-A draft's head is the backbone's, which vLLM puts in once both are loaded; so is its embedding, but
-where the backbone's is on another pipeline stage.
+A draft's embedding and head are the backbone's, which vLLM puts in once both are loaded.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import maybe_prefix
 
 from dsv4.errors import DeploymentError
@@ -35,7 +33,10 @@ MakeBlock = Callable[[V4Config, LayerSpec, VllmConfig, str], V4DecoderLayer]
 
 
 class V4DraftModel(nn.Module):
-    """The blocks of a draft, by their number behind the backbone's."""
+    """The blocks of a draft, by their number behind the backbone's.
+
+    embed_tokens: the backbone's
+    """
 
     window_freq: Tensor
     compressed_freq: Tensor
@@ -47,8 +48,6 @@ class V4DraftModel(nn.Module):
         self.layers = nn.ModuleDict(
             {name: make(config, layer, vllm_config, f"{prefix}.layers.{name}") for name, layer in blocks.items()}
         )
-        if get_pp_group().world_size > 1:
-            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         device = vllm_config.device_config.device
         self.register_buffer("window_freq", inv_freq(config, compressed=False, device=device), persistent=False)
         self.register_buffer("compressed_freq", inv_freq(config, compressed=True, device=device), persistent=False)

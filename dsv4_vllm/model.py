@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -412,13 +412,12 @@ class V4DecoderLayer(nn.Module):
 
 
 class V4Model(nn.Module, EagleModelMixin):
-    """The backbone. vLLM's mixin holds the layers whose output a DSpark draft reads, counted from
-    1, and hands those of earlier pipeline stages on."""
+    """The backbone.
 
-    supports_aux_hidden_states_over_pp: ClassVar[bool] = True
+    aux_hidden_state_layers: whose output a DSpark draft reads, counted from 1; vLLM's mixin sets it
+    """
+
     aux_hidden_state_layers: tuple[int, ...]
-    pack_local_aux_hidden_states: Callable[[list[Tensor]], dict[str, Tensor]]
-    collect_remote_aux_hidden_states: Callable[[IntermediateTensors | None], list[Tensor]]
     window_freq: Tensor
     compressed_freq: Tensor
 
@@ -468,7 +467,7 @@ class V4Model(nn.Module, EagleModelMixin):
         if isinstance(streams, mhc.PendingPost):
             streams = mhc.post(streams)
         if not get_pp_group().is_last_rank:
-            handed = {"hidden_states": streams.flatten(1)} | self.pack_local_aux_hidden_states(outputs)
+            handed = {"hidden_states": streams.flatten(1)}
             if self.routes_by_id(self.end_layer):
                 assert input_ids is not None
                 handed["input_ids"] = input_ids.int()
@@ -476,9 +475,7 @@ class V4Model(nn.Module, EagleModelMixin):
         if self.streams is not None:
             self.streams[: streams.shape[0]] = streams.flatten(1)
         hidden = mhc.head(streams, self.hc_head.site(self.norm.weight))
-        if not self.aux_hidden_state_layers:
-            return hidden
-        return hidden, [*self.collect_remote_aux_hidden_states(intermediate), *outputs]
+        return (hidden, outputs) if outputs else hidden
 
     def routes_by_id(self, first: int) -> bool:
         """Whether a layer from `first` on chooses experts by token id.

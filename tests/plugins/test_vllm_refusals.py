@@ -133,6 +133,13 @@ def test_drafts_that_cannot_be_served_are_refused(
         support.check_deployment(drafting(with_draft[carried], **asked))
 
 
+def test_drafts_over_pipeline_stages_are_refused(with_draft: dict[str, Path]) -> None:
+    asked = drafting(with_draft["mtp"], method="mtp", num_speculative_tokens=1)
+    asked.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(DeploymentError, match=r"^--speculative-config with --pipeline-parallel-size: without async"):
+        support.check_deployment(asked)
+
+
 @pytest.mark.parametrize(("method", "tokens"), [("mtp", 4), ("dspark", 5)])
 def test_drafts_that_the_checkpoint_carries_are_served(with_draft: dict[str, Path], method: str, tokens: int) -> None:
     asked = drafting(with_draft[method], method=method, num_speculative_tokens=tokens)
