@@ -91,7 +91,7 @@ def _card(d: Deployment) -> Iterator[str]:
         yield f"mxfp4 index keys exist on compute capability 10.x only; {d.gpu.id} is {d.gpu.cc}: use fp8"
     if d.gpu.needs_plugin and (d.dp > 1 or d.has_draft or (d.pp > 1 and d.engine == "sglang")):
         yield (
-            f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, whose drafts (MTP in vLLM alone) are not planned yet,"
+            f"{d.gpu.id} (cc {d.gpu.cc}) is served by dsv4's plugin, whose drafts (in vLLM alone) are not planned yet,"
             " which has no DP attention, and pipeline stages in vLLM alone"
         )
     if d.gpu.needs_plugin and d.checkpoint.unserved:
