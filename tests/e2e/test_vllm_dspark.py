@@ -82,7 +82,7 @@ def lengths_kept(result: dict[str, Any]) -> list[tuple[int, int]]:
     """How many drafts each verifying step kept, and the length of the sequence before it."""
     found, last = [], {}
     for row in result["drafts"]:
-        key = tuple(row["before"][:1])
+        key = row["request"]
         if key in last and len(row["before"]) > last[key]:
             found.append((len(row["before"]) - last[key] - 1, last[key]))
         last[key] = len(row["before"])

@@ -38,9 +38,11 @@ class Proposals:
 
 
 def compare_proposals(result: dict[str, Any], reference: ReferenceDraft, k: int) -> Proposals:
-    found = Proposals(0, 0, [])
+    found, served = Proposals(0, 0, []), whole(result)
     for row in result["drafts"]:
-        if row["before"] is None or len(row["before"]) < 2:  # of a request that has ended
+        before = row["before"]
+        # What ends with a step goes through the next one too, from pages that may be another's.
+        if before is None or not any(before == ids[: len(before)] for ids in served):
             continue
         want = reference.propose(row["before"], k)
         gaps = want.logits.topk(2).values.diff(dim=-1).abs()[:, 0]

@@ -77,7 +77,9 @@ class Drafts:
             known = self._known(name)
             if ids is not None and known is not None and len(ids) > len(self.requests[name].prompt_token_ids):
                 forced[row] = torch.tensor(self._continued(known, len(ids) - 1, forced.shape[1]))
-            self.rows.append({"before": ids, "own": drafted[row].tolist(), "given": forced[row].tolist()})
+            self.rows.append(
+                {"request": name, "before": ids, "own": drafted[row].tolist(), "given": forced[row].tolist()}
+            )
         return forced
 
     def _continued(self, known: list[int], length: int, k: int) -> list[int]:
