@@ -4,14 +4,14 @@ tests.support.vllm_driver < plan.json > result.json`.
 
 The plan is {"engine": LLM arguments, "phases": [[request, ...], ...]} and options; a request is
 {"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}, greedy but for "temperature" and
-"seed". The requests of a phase are submitted
-together, phases one after another. Options: "poison": NaN in unowned pages; "record": a file for
-every row that was quantised, for replay through the reference model; "mutation": [module, old,
-new], break a module's source on purpose; "updates": {"1": arguments of `replace_weights` before
-that phase}; "launches": report the kernels that each layer launched; "variants": those that the
-warm-up would not have compiled; "graphs": {"sizes", "mode"}, capture and replay steps; "memory":
-report what attention takes; "drafts": report what was drafted, and draft what "drafts" says comes
-next, wrong from a random depth on; without such a sequence, what the draft itself does.
+"seed". The requests of a phase are submitted together, phases one after another. Options:
+"poison": NaN in unowned pages; "record": a file for every row that was quantised, for replay
+through the reference model; "mutation": [module, old, new], break a module's source on purpose;
+"updates": {"1": arguments of `replace_weights` before that phase}; "launches": report the kernels
+that each layer launched; "variants": those that the warm-up would not have compiled; "graphs":
+{"sizes", "mode"}, capture and replay steps; "memory": report what attention takes; "drafts": report
+what was drafted, and draft what "drafts" says comes next, wrong from a random depth on; without
+such a sequence, what the draft itself does.
 """
 
 from __future__ import annotations
