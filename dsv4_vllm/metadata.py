@@ -29,7 +29,7 @@ from dsv4.model.config import HCA_RATIO
 from dsv4.model.kv_layout import PAGE_TOKENS, StateMapping
 from dsv4.ops import plan, registry
 from dsv4.ops.pages import BatchView
-from dsv4_vllm.options import state_mapping
+from dsv4_vllm.options import num_drafted, state_mapping
 
 
 @dataclass
@@ -82,7 +82,7 @@ class PlannedStep:
         """Launch; the metadata of each builder, by its id."""
         first = self.tables[0][0]
         tokens = plan.TokenPlan.empty(first.token_buffers.room(batch))
-        caches = [builder.cache(table) for builder, table in self.tables]
+        caches = self.caches()
         rooms = [builder.buffers.room(batch) for builder, _ in self.tables]
         made = [None if c is None else c.empty(batch, room) for c, room in zip(caches, rooms, strict=True)]
         kept = [(c, m) for c, m in zip(caches, made, strict=True) if c is not None and m is not None]
@@ -92,6 +92,21 @@ class PlannedStep:
             id(builder): builder.described(batch, table, tokens, each)
             for (builder, table), each in zip(self.tables, made, strict=True)
         }
+
+    def caches(self) -> list[plan.Cache | None]:
+        """What is planned, of each group."""
+        return [builder.cache(table) for builder, table in self.tables]
+
+
+class BlockStep(PlannedStep):
+    """A step of a DSpark draft, whose requests have one block of tokens each.
+
+    vLLM ends the last block at the longest context, so that the drafts of a request's last few
+    tokens are planned a little too early: fewer of them are right.
+    """
+
+    def caches(self) -> list[plan.Cache | None]:
+        return [builder.block_cache(table) for builder, table in self.tables if isinstance(builder, WindowBuilder)]
 
 
 def _batch_view(common: CommonAttentionMetadata) -> BatchView:
@@ -139,7 +154,8 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any], ABC):
         if step is None:
             # Model runner V1 may leave -1 behind a request's blocks; clamping keeps address
             # arithmetic inside the pool.
-            step = PlannedStep([(self, common_attn_metadata.block_table_tensor.clamp_(min=0))])
+            planned = PlannedStep if common_attn_metadata.causal else BlockStep
+            step = planned([(self, common_attn_metadata.block_table_tensor.clamp_(min=0))])
         return step.metadata(self, common_attn_metadata)
 
     @abstractmethod
@@ -152,8 +168,18 @@ class V4MetadataBuilder(AttentionMetadataBuilder[Any], ABC):
 
 
 class WindowBuilder(V4MetadataBuilder):
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.num_drafted = num_drafted(vllm_config)
+
     def cache(self, block_table: Tensor) -> plan.WindowCache:
         return plan.WindowCache(block_table, self.kv_cache_spec.block_size, self.kv_cache_spec.sliding_window)
+
+    def block_cache(self, block_table: Tensor) -> plan.BlockCache:
+        spec = self.kv_cache_spec
+        return plan.BlockCache(block_table, spec.block_size, spec.sliding_window, self.num_drafted)
 
     def described(self, batch: BatchView, block_table: Tensor, tokens: plan.TokenPlan, made: Any) -> WindowMetadata:
         return WindowMetadata(tokens, made)

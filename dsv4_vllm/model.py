@@ -31,7 +31,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3, SupportsPP
 from vllm.model_executor.models.utils import PPMissingLayer, make_layers, maybe_prefix
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 from vllm.platforms import current_platform
@@ -53,7 +53,7 @@ from dsv4.ops.rope import inv_freq
 from dsv4_vllm.caches import V4Cache, layer_caches
 from dsv4_vllm.loading import load_weights, loader_of
 from dsv4_vllm.metadata import WindowMetadata
-from dsv4_vllm.options import cache_formats, num_drafted
+from dsv4_vllm.options import cache_formats, draft_method
 from dsv4_vllm.quant import V4Router
 from dsv4_vllm.rehearsal import stage
 from dsv4_vllm.support import check_deployment
@@ -417,7 +417,13 @@ class V4DecoderLayer(nn.Module):
         )
 
 
-class V4Model(nn.Module):
+class V4Model(nn.Module, EagleModelMixin):
+    """The backbone.
+
+    aux_hidden_state_layers: whose output a DSpark draft reads, counted from 1; vLLM's mixin sets it
+    """
+
+    aux_hidden_state_layers: tuple[int, ...]
     window_freq: Tensor
     compressed_freq: Tensor
 
@@ -432,7 +438,7 @@ class V4Model(nn.Module):
             prefix=f"{prefix}.layers",
         )
         self.streams = None  # [max_num_batched_tokens, 4 * D], what an MTP draft goes on from
-        if last and num_drafted(vllm_config):
+        if last and draft_method(vllm_config) == "mtp":
             rows, width = vllm_config.scheduler_config.max_num_batched_tokens, config.hc_mult * config.hidden_size
             self.streams = torch.zeros(
                 rows, width, dtype=vllm_config.model_config.dtype, device=vllm_config.device_config.device
@@ -449,7 +455,7 @@ class V4Model(nn.Module):
         positions: Tensor,
         intermediate: IntermediateTensors | None,
         inputs_embeds: Tensor | None,
-    ) -> Tensor | IntermediateTensors:
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | IntermediateTensors:
         c = self.config
         if get_pp_group().is_first_rank:
             x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -459,8 +465,11 @@ class V4Model(nn.Module):
             streams = intermediate["hidden_states"].unflatten(-1, (c.hc_mult, c.hidden_size))
             input_ids = intermediate["input_ids"] if self.routes_by_id(self.start_layer) else None
         rope = rope_tables(positions, self.window_freq, self.compressed_freq)
-        for layer in islice(self.layers, self.start_layer, self.end_layer):
+        outputs = []  # what DSpark reads; the streams go on as without it
+        for number, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer + 1):
             streams = layer(streams, rope, input_ids)
+            if number in self.aux_hidden_state_layers:
+                outputs.append(mhc.post(streams).mean(1))
         if isinstance(streams, mhc.PendingPost):
             streams = mhc.post(streams)
         if not get_pp_group().is_last_rank:
@@ -471,7 +480,8 @@ class V4Model(nn.Module):
             return IntermediateTensors(handed)
         if self.streams is not None:
             self.streams[: streams.shape[0]] = streams.flatten(1)
-        return mhc.head(streams, self.hc_head.site(self.norm.weight))
+        hidden = mhc.head(streams, self.hc_head.site(self.norm.weight))
+        return (hidden, outputs) if outputs else hidden
 
     def routes_by_id(self, first: int) -> bool:
         """Whether a layer from `first` on chooses experts by token id.
@@ -496,7 +506,7 @@ def check_breaks(model: nn.Module) -> None:
         )
 
 
-class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
+class DeepseekV4ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
     """DeepSeek-V4-Flash and -Pro in vLLM."""
 
     packed_modules_mapping: ClassVar = {
@@ -552,12 +562,12 @@ class DeepseekV4ForCausalLM(nn.Module, SupportsPP):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | IntermediateTensors:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def get_mtp_target_hidden_states(self) -> Tensor | None:
-        """The last step's streams, of all rows that a step may have: [.., 4 * D]; None without a
-        draft. vLLM asks by this name.
+        """The last step's streams, of all rows that a step may have: [.., 4 * D]; None without an
+        MTP draft. vLLM asks by this name.
         """
         return self.model.streams
 

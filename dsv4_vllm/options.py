@@ -47,6 +47,12 @@ def num_drafted(vllm_config: VllmConfig) -> int:
     return 0 if asked is None else asked.num_speculative_tokens
 
 
+def draft_method(vllm_config: VllmConfig) -> str | None:
+    """What --speculative-config drafts with."""
+    asked = vllm_config.speculative_config
+    return None if asked is None else asked.method
+
+
 def state_mapping(vllm_config: VllmConfig) -> StateMapping:
     """How compressor state is kept: DSV4_STATE, where auto is what `choose_state` has entered in
     the config, and summaries where it has not and they are possible; asks no device.

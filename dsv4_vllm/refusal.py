@@ -11,7 +11,12 @@ from vllm.model_executor.models import config as model_configs
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration", "DeepSeekV4MTPModel")
+ARCHITECTURES = (
+    "DeepseekV4ForCausalLM",
+    "DeepseekV4ForConditionalGeneration",
+    "DeepSeekV4MTPModel",
+    "DSparkDraftModel",
+)
 
 
 class RefusedError(RuntimeError):

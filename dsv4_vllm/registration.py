@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 VISION_ARCHITECTURE = "DeepseekV4ForConditionalGeneration"
 MODEL = "dsv4_vllm.model:DeepseekV4ForCausalLM"
-DRAFTS = {"DeepSeekV4MTPModel": "dsv4_vllm.draft:DeepSeekV4MTP"}  # vLLM's names of a target's draft
+DRAFTS = {  # by vLLM's names of a target's draft
+    "DeepSeekV4MTPModel": "dsv4_vllm.draft:DeepSeekV4MTP",
+    "DSparkDraftModel": "dsv4_vllm.dspark:DSparkDeepseekV4ForCausalLM",
+}
 
 
 def register_model() -> None:

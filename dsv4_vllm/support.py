@@ -5,13 +5,14 @@ read."""
 from __future__ import annotations
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.distributed.utils import get_pp_indices
 
 from dsv4.errors import DeploymentError
 from dsv4.loading import LOAD_FORMATS
-from dsv4.model.config import LayerKind, V4Config
-from dsv4_vllm.options import cache_formats, state_mapping
+from dsv4.model.config import V4Config
+from dsv4.planning.memory.vllm import stage_with_draft, vllm_pool
+from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
 
 MOST_DRAFTED = 7  # tests go so far; a chained block loses its way sooner
 
@@ -103,9 +104,9 @@ def check_deployment(vllm_config: VllmConfig) -> V4Config:
         if refused:
             raise DeploymentError(f"{flag}: {advice}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4")
     check_draft(config, vllm_config)
-    check_stages(config, parallel.pipeline_parallel_size)
     cache_formats(vllm_config)
     state_mapping(vllm_config)
+    check_stages(config, vllm_config)
     return config
 
 
@@ -123,15 +124,21 @@ def check_draft(config: V4Config, vllm_config: VllmConfig) -> None:
     if asked is None:
         return
     carries = {"mtp": "an MTP block", "dspark": "a DSpark draft", "none": "no draft"}[config.draft]
-    way_out = '"method": "mtp"' if config.draft == "mtp" else "no --speculative-config"
-    if asked.method != "mtp" or config.draft != "mtp":
+    way_out = "no --speculative-config" if config.draft == "none" else f'"method": "{config.draft}"'
+    if asked.method != config.draft:
         raise DeploymentError(
-            f"--speculative-config: method {asked.method}, but the checkpoint carries {carries} and dsv4 drafts with MTP"
+            f"--speculative-config: method {asked.method}, but the checkpoint carries {carries} and dsv4 drafts with that"
             f" alone; use {way_out}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4"
         )
     k, scheduler = asked.num_speculative_tokens, vllm_config.scheduler_config
+    if config.draft == "dspark" and k != config.dspark_block_size:
+        raise DeploymentError(
+            f"--speculative-config: num_speculative_tokens {k}, but this DSpark draft was trained on blocks of"
+            f" {config.dspark_block_size} and is rarely right with others; use {config.dspark_block_size}"
+        )
     if not 1 <= k <= MOST_DRAFTED:
         raise DeploymentError(f"--speculative-config: num_speculative_tokens {k}; use 1 to {MOST_DRAFTED}")
+    _check_draft_options(asked)
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs * (1 + k):
         raise DeploymentError(
             f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: a step of --max-num-seqs"
@@ -140,24 +147,52 @@ def check_draft(config: V4Config, vllm_config: VllmConfig) -> None:
         )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise DeploymentError(
-            "--speculative-config with --pipeline-parallel-size: drafts over pipeline stages are not tested; leave one out"
+            "--speculative-config with --pipeline-parallel-size: without async scheduling vLLM gives a step more drafted"
+            " tokens than it has, and its workers stop; with it, which a CPU has not, this is not tested; leave one out"
         )
 
 
-def check_stages(config: V4Config, size: int) -> None:
+def _check_draft_options(asked: SpeculativeConfig) -> None:
+    refusals = (
+        (
+            asked.rejection_sample_method != "standard",
+            "rejection_sample_method",
+            "it keeps tokens that the model would not say",
+        ),
+        (asked.kv_cache_dtype is not None, "kv_cache_dtype", "all layers store one format"),
+        (asked.enable_adaptive_verification, "enable_adaptive_verification", "it is not tested"),
+        (
+            asked.num_speculative_tokens_per_batch_size is not None,
+            "num_speculative_tokens_per_batch_size",
+            "it is not tested",
+        ),
+    )
+    for refused, option, reason in refusals:
+        if refused:
+            raise DeploymentError(f"--speculative-config: {option}: {reason} with dsv4; leave it out")
+
+
+def check_stages(config: V4Config, vllm_config: VllmConfig) -> None:
     """Refuse cuts into pipeline stages that vLLM cannot run. Raises DeploymentError.
 
-    vLLM fails to allocate the caches of a stage that has no layer with entries; of those cuts, the
-    ones with CSA everywhere are run. Layers that route by token id may be on any stage.
+    vLLM fails to allocate the caches of a stage that has none of a group's layers. Layers that
+    route by token id may be on any stage.
     """
+    size = vllm_config.parallel_config.pipeline_parallel_size
     if size == 1:
         return
-    stages = [config.layers[slice(*get_pp_indices(config.num_hidden_layers, rank, size))] for rank in range(size)]
-    cut = ",".join(str(len(stage)) for stage in stages)
+    cuts = [range(*get_pp_indices(config.num_hidden_layers, rank, size)) for rank in range(size)]
+    cut = ",".join(str(len(stage)) for stage in cuts)
     where = f"--pipeline-parallel-size {size}, layers cut {cut}"
-    for number, stage in enumerate(stages):
-        if not any(layer.kind is LayerKind.CSA for layer in stage):
-            raise DeploymentError(
-                f"{where}: stage {number} has no CSA layer, and vLLM allocates no caches for such a stage; use fewer"
-                " stages, or another VLLM_PP_LAYER_PARTITION"
-            )
+    drafted = len(config.draft_layers) if num_drafted(vllm_config) else 0
+    pool = vllm_pool(config, cache_formats(vllm_config), drafted, None, state_mapping(vllm_config))
+    for number, stage in enumerate(cuts):
+        own = stage_with_draft(stage, config, drafted)
+        for group in pool.groups:
+            layers = sorted({layer for cache in group.caches for layer in cache.layers})
+            if not set(own).intersection(layers):
+                raise DeploymentError(
+                    f"{where}: stage {number} has none of the layers {', '.join(map(str, layers))}, whose caches vLLM keeps"
+                    " in one group, and it allocates no caches for such a stage; use fewer stages, or another"
+                    " VLLM_PP_LAYER_PARTITION"
+                )

@@ -18,7 +18,7 @@ from dsv4.ops.registry import all_kernels
 from dsv4.ops.warm_up import ServedLayer, ServedModel, warm_up
 from dsv4_vllm.caches import LayerCaches
 from dsv4_vllm.metadata import PlannedStep, V4MetadataBuilder, unused_ops
-from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
+from dsv4_vllm.options import cache_formats, draft_method, num_drafted, state_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class KernelWarmUp:
             index_format=cache_formats(self.vllm_config).index,
             max_context=self.vllm_config.model_config.max_model_len,
             drafted=num_drafted(self.vllm_config),
+            block=num_drafted(self.vllm_config) if draft_method(self.vllm_config) == "dspark" else 0,
             routed_ids=torch.int32 if device.type == "cpu" else None,  # vLLM has a router of its own on a GPU
         )
         layers = [self._layer(index, attention) for index, attention in self.attentions.items()]

@@ -98,3 +98,16 @@ def test_reliabilitys_figures_are_those_of_their_records() -> None:
         name, exits = {"arguments": "command lines"}.get(kind, kind), found["exits"]
         codes = " | ".join(f"{exits[code]:,}" for code in "012")
         assert f"| {name} | {codes} | {found['bad']} | {found['slowest_s']:.1f} s | {found['grown_mib']} MiB |" in page
+
+
+def test_the_speed_of_drafts_is_that_of_its_record() -> None:
+    page = " ".join((DOCS / "reliability.md").read_text(encoding="utf-8").split())
+    record = json.loads((ROOT / "benchmarks" / "results" / "vllm_drafts.json").read_text())
+    assert (
+        f"With {record['num_speculative_tokens']} drafted, a step yields {record['acceptance']['tokens_per_step']} tokens"
+        in page
+    )
+    for batch in (1, 8):
+        found = record[f"decode_batch_{batch}"]
+        both = f"{found['with_tokens_per_s']} tokens/s instead of {found['without_tokens_per_s']} at batch {batch}"
+        assert both in page

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsv4.errors import CheckpointError, CompatError
 from dsv4.loading import DTYPES, ExpertTensor, ReleasedLoader, expert_tensor, hand_over, parameter_name
-from dsv4.model.config import LayerSpec, V4Config
+from dsv4.model.config import DraftKind, LayerSpec, V4Config
 from dsv4.model.tensors import Component, TensorSpec, tensor_specs
 from dsv4.ops.compressor.projected import EntryInputs, entry_widths
 from dsv4.ops.quant.reference import dequantize_expert
@@ -205,3 +205,29 @@ def test_a_plain_parameter_gets_a_weight_with_its_scale_as_often_as_they_come(
         assert torch.equal(seen[-1], want)
     assert len(seen) == 2
     assert not one.waiting
+
+
+@pytest.mark.parametrize("draft", ["mtp", "dspark"])
+def test_every_tensor_of_a_draft_is_loaded_once(draft: DraftKind) -> None:
+    """Also the shared experts' w1, whose name the Markov head's resembles; what is missing or no
+    tensor of the draft is named."""
+    config = V4Config.from_dict(tiny_config("flash", num_layers=4, draft=draft))
+    specs = {name: spec for name, spec in tensor_specs(config).items() if spec.is_draft}
+    taken: list[str] = []
+    found: dict[str, nn.Parameter] = {}
+    for name in specs:
+        _, stage, rest = name.split(".", 2)
+        local = f"layers.{4 + int(stage)}.{rest}"
+        parameter = target(local).replace("_scale", "_weight_scale_inv") if ".experts." in local else target(local)
+        found[parameter] = param = nn.Parameter(torch.empty(0), requires_grad=False)
+        param.weight_loader = lambda *args, parameter=parameter, **kwargs: taken.append(parameter)
+    one = ReleasedLoader(found, config, 0, draft=True)
+    given = [(name, stored(spec)) for name, spec in specs.items()]
+    assert one.load([("norm.weight", torch.ones(2)), *given]) == set(found)
+    one.finish("here")
+    assert len(taken) == len(specs)
+    gone = "mtp.0.ffn.shared_experts.w1.weight"
+    lacking = ReleasedLoader(found, config, 0, draft=True)
+    lacking.load([each for each in given if each[0] != gone] + [("mtp.0.markov_w1", torch.ones(2))])
+    with pytest.raises(CheckpointError, match=rf"(?s)1 missing.*{re.escape(gone)} is missing"):
+        lacking.finish("here")

@@ -45,6 +45,7 @@ class ServedModel:
     max_context: tokens of the longest request
     routed_ids: dtype of the token ids where the engine leaves routing to us, else None
     drafted: tokens that a step may have to take back
+    block: tokens that a DSpark draft proposes at once; 0 without one
     """
 
     config: V4Config
@@ -56,6 +57,7 @@ class ServedModel:
     max_context: int
     routed_ids: torch.dtype | None
     drafted: int = 0
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def warm_up(model: ServedModel, layers: Sequence[ServedLayer]) -> float:
         plan_step(model, layers, step)
         for layer in layers:
             attend(model, layer, step)
+    if model.block:
+        draft_block(model, layers[0].pages[CacheRole.WINDOW])
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.monotonic() - start
@@ -152,6 +156,18 @@ def plan_step(model: ServedModel, served: Sequence[ServedLayer], step: NullStep)
         rows = {of.pages[role].rows for of in served for role, _ in _PAIRS if role in of.pages}
         caches += [plan.RowCache(table, n) for n in sorted(rows)]
     plan.planned(batch, caches, homes)
+
+
+def draft_block(model: ServedModel, window: Pages) -> None:
+    """What a DSpark draft launches that the backbone does not: a block's plan, and rows of the
+    context without queries."""
+    c, device, tokens = model.config, model.device, model.block
+    batch = _batch(model, NullStep(tokens, 1, model.max_context, tokens))
+    table = _int32(1, _columns(model.max_context), device=device)
+    plan.planned(batch, [plan.BlockCache(table, window.rows, c.sliding_window, model.block)])
+    kv, nowhere = _zeros(model, tokens, c.head_dim), torch.full((tokens,), -1, dtype=torch.int32, device=device)
+    angles, mapping = torch.zeros(tokens, c.qk_rope_head_dim, device=device), SlotMapping(window, nowhere)
+    attention.norm_rope_store(kv[:, None], kv, _zeros(model, c.head_dim), c.rms_norm_eps, angles, mapping)
 
 
 # ---- what one layer launches ---------------------------------------------------------------

@@ -52,10 +52,11 @@ def configure(args):
     def test_cuts_into_stages_that_cannot_run_are_refused(
         self, tiny_flash: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """All 31 of six layers: 0 and 1 have a window alone, 2 and 4 are CSA, 3 and 5 HCA. What is
-        not refused is served by test_vllm_paths."""
+        """All 31 of six layers: 0 and 1 have a window alone, 2 and 4 are CSA, 3 and 5 HCA; windows
+        lie in three groups. What is not refused is served by test_vllm_paths."""
         from dsv4.errors import DeploymentError
         from dsv4_vllm.support import check_stages
+        from tests.plugins.test_vllm_refusals import deployment
 
         config = V4Config.from_path(tiny_flash)
         taken = set()
@@ -63,8 +64,8 @@ def configure(args):
             sizes = [b - a for a, b in pairwise((0, *cuts, 6))]
             monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", ",".join(map(str, sizes)))
             try:
-                check_stages(config, len(sizes))
+                check_stages(config, deployment(tiny_flash, pipeline_parallel_size=len(sizes)))
                 taken.add(tuple(sizes))
             except DeploymentError as error:
-                assert "has no CSA layer" in str(error)  # noqa: PT017
-        assert taken == {(3, 3), (4, 2)}
+                assert "whose caches vLLM keeps in one group" in str(error)  # noqa: PT017
+        assert taken == {(3, 3)}

@@ -17,7 +17,7 @@ from dsv4.ops.pages import BatchView
 from dsv4.ops.plan import reference
 from dsv4.ops.rope import cos_sin
 
-PAGE, WINDOW, TOPK, CONTEXT = 256, 128, 16, 2048
+PAGE, WINDOW, BLOCK, TOPK, CONTEXT = 256, 128, 5, 16, 2048
 
 
 def batch_of(steps: list[tuple[int, int]], padding: int = 0, padded_requests: int = 0) -> BatchView:
@@ -57,6 +57,8 @@ def caches_of(batch: BatchView, seed: int = 0, context: int = CONTEXT) -> list[p
         plan.RowCache(table(8), 8),
         plan.RowCache(table(4), 4),
     ]
+    if batch.max_query_len <= BLOCK:
+        found.append(plan.BlockCache(table(64), 64, WINDOW, BLOCK))
     if batch.max_query_len == 1:
         found.append(plan.Rings(table(PAGE), PAGE, 4, 2))
         owners = torch.randperm(r, generator=generator).int()[:, None]
@@ -100,6 +102,7 @@ STEPS: dict[str, BatchView] = {
     "a request without tokens": batch_of([(0, 0), (300, 3), (40, 0), (8, 1)]),
     "only padding": batch_of([(0, 0), (0, 0)], padding=3),
     "fewer tokens than entries need": batch_of([(0, 2), (1, 1)]),
+    "blocks": batch_of([(n, 5) for n in (0, 1, 59, 62, 127, 128, 129, 255, 2040)], padding=5, padded_requests=2),
 }
 
 
@@ -192,6 +195,27 @@ def test_slots_are_where_a_count_of_the_pages_says() -> None:
                     assert int(each[t]) == slot(position)
             t += 1
     assert not made.tokens.valid[t:].any()
+
+
+def test_a_block_attends_itself_in_both_directions_and_the_window_before_it() -> None:
+    """Token by token, without either implementation; a request may have fewer tokens than the
+    block."""
+    steps = [(0, 5), (3, 5), (127, 5), (128, 4), (129, 5), (700, 1)]
+    batch = batch_of(steps, padding=3)
+    (cache,) = [c for c in caches_of(batch, seed=2) if isinstance(c, plan.BlockCache)]
+    (made,) = plan.planned(batch, [cache]).of(plan.WindowPlan)
+    t = 0
+    for request, (before, new) in enumerate(steps):
+        table = cache.block_table[request].tolist()
+        rows = [table[p // 64] * 64 + p % 64 for p in range(before + new)]
+        attended = rows[max(0, before - WINDOW) :]
+        for position in range(before, before + new):
+            assert made.slots[t].tolist() == attended + [-1] * (WINDOW + BLOCK - len(attended))
+            assert int(made.lens[t]) == len(attended)
+            assert int(made.slot_mapping[t]) == rows[position]
+            t += 1
+    assert made.lens[t:].tolist() == [0] * 3
+    assert made.slot_mapping[t:].tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("columns", [1, 3, 300])

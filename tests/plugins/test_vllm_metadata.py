@@ -33,6 +33,7 @@ def described(starts: list[int], lens: list[int], table: torch.Tensor) -> Any:
         num_reqs=2,
         max_seq_len=max(lens),
         max_query_len=int(torch.tensor(starts).diff().max()),
+        causal=True,
     )
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from dsv4.errors import DeploymentError
-from dsv4.model.config import V4Config
+from dsv4.model.config import DraftKind, V4Config
+from dsv4.reference.tiny import tiny_config
 from dsv4_vllm import support
 
 PRO = Path(__file__).parents[1] / "golden" / "configs" / "DeepSeek-V4-Pro.json"
@@ -76,6 +77,74 @@ def test_the_deployment_itself_is_served(tiny_flash: Path) -> None:
 def test_what_is_not_tested_is_refused(tiny_flash: Path, change: dict[str, Any], flag: str) -> None:
     with pytest.raises(DeploymentError, match=rf"^{flag}.*DSV4_MODE=off"):
         support.check_deployment(deployment(tiny_flash, **change))
+
+
+def drafting(folder: Path, **asked: Any) -> Any:
+    """A deployment that asks for drafts, four requests a step."""
+    found = deployment(folder)
+    options: dict[str, Any] = {
+        "rejection_sample_method": "standard",
+        "kv_cache_dtype": None,
+        "enable_adaptive_verification": False,
+        "num_speculative_tokens_per_batch_size": None,
+    }
+    found.speculative_config = SimpleNamespace(**(options | asked))
+    found.scheduler_config = SimpleNamespace(max_num_batched_tokens=20, max_num_seqs=4)
+    return found
+
+
+@pytest.fixture(scope="module")
+def with_draft(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """config.json of checkpoints with each draft."""
+    folders = {}
+    for draft in get_args(DraftKind):
+        folders[draft] = folder = tmp_path_factory.mktemp(draft)
+        (folder / "config.json").write_text(json.dumps(tiny_config(draft=draft)))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("carried", "asked", "says"),
+    [
+        ("mtp", {"method": "dspark", "num_speculative_tokens": 5}, 'carries an MTP block .* use "method": "mtp"'),
+        ("dspark", {"method": "mtp", "num_speculative_tokens": 1}, 'carries a DSpark draft .* use "method": "dspark"'),
+        ("none", {"method": "mtp", "num_speculative_tokens": 1}, "carries no draft .* use no --speculative-config"),
+        ("mtp", {"method": "ngram", "num_speculative_tokens": 1}, 'method ngram, .* use "method": "mtp"'),
+        ("dspark", {"method": "dspark", "num_speculative_tokens": 4}, "tokens 4, .* trained on blocks of 5 .* use 5$"),
+        ("mtp", {"method": "mtp", "num_speculative_tokens": 8}, "num_speculative_tokens 8; use 1 to 7"),
+        ("mtp", {"method": "mtp", "num_speculative_tokens": 5}, "^--max-num-batched-tokens 20: .* takes 24"),
+        (
+            "mtp",
+            {"method": "mtp", "num_speculative_tokens": 1, "rejection_sample_method": "synthetic"},
+            "rejection_sample_method: it keeps tokens that the model would not say",
+        ),
+        ("mtp", {"method": "mtp", "num_speculative_tokens": 1, "kv_cache_dtype": "fp8"}, "kv_cache_dtype: all layers"),
+        (
+            "dspark",
+            {"method": "dspark", "num_speculative_tokens": 5, "enable_adaptive_verification": True},
+            "enable_adaptive_verification: it is not tested",
+        ),
+    ],
+)
+def test_drafts_that_cannot_be_served_are_refused(
+    with_draft: dict[str, Path], carried: str, asked: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(DeploymentError, match=says):
+        support.check_deployment(drafting(with_draft[carried], **asked))
+
+
+def test_drafts_over_pipeline_stages_are_refused(with_draft: dict[str, Path]) -> None:
+    asked = drafting(with_draft["mtp"], method="mtp", num_speculative_tokens=1)
+    asked.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(DeploymentError, match=r"^--speculative-config with --pipeline-parallel-size: without async"):
+        support.check_deployment(asked)
+
+
+@pytest.mark.parametrize(("method", "tokens"), [("mtp", 4), ("dspark", 5)])
+def test_drafts_that_the_checkpoint_carries_are_served(with_draft: dict[str, Path], method: str, tokens: int) -> None:
+    asked = drafting(with_draft[method], method=method, num_speculative_tokens=tokens)
+    asked.scheduler_config.max_num_batched_tokens = 24
+    assert support.check_deployment(asked).draft == method
 
 
 def test_batch_invariance_is_refused(tiny_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:

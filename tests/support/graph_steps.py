@@ -22,16 +22,16 @@ class GraphSteps:
         self.replayed: Counter[str] = Counter()
         self.different: list[str] = []
 
-    def compare(self, what: str, real: int, graph: Callable[[], Tensor], eager: Callable[[], Tensor]) -> Tensor:
+    def compare(self, what: str, real: int, graph: Callable[[], Any], eager: Callable[[], Any]) -> Any:
         """Run both; what the graph computed goes on, or the other where the graph fails.
 
-        real: rows of the result that are no padding's, which come first
+        real: rows of the result's tensors that are no padding's, which come first
         """
         self.replayed[what] += 1
         caches = self.caches()
         before = copies(caches)
         try:
-            got = graph().clone()
+            got = each_tensor(torch.clone, graph())
         except (RuntimeError, IndexError) as error:  # a launch that no longer fits its own tensors
             self.different.append(f"{what}: {error}")
             got = None
@@ -40,7 +40,7 @@ class GraphSteps:
         want = eager()
         if got is None:
             return want
-        if not same(got[:real], want[:real]):
+        if not all(same(a[:real], b[:real]) for a, b in zip(tensors(got), tensors(want), strict=True)):
             self.different.append(f"{what}: the result's {real} rows")
         self.different += [f"{what}: {name}" for name, cache in caches.items() if not same(after[name], cache)]
         restore(caches, after)
@@ -60,6 +60,20 @@ class GraphSteps:
             "held": sum(pool.held for pool in pools),
             "peak": sum(pool.peak for pool in pools),
         }
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A model's output with all its tensors changed."""
+    if isinstance(value, tuple | list):
+        return type(value)(each_tensor(change, each) for each in value)
+    return change(value)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Those of a model's output."""
+    found: list[Tensor] = []
+    each_tensor(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
+    return found
 
 
 def counted(plan: Callable[..., Any], counts: dict[int, int], size: Callable[[Any], int]) -> Callable[..., Any]:

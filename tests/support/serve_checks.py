@@ -149,7 +149,7 @@ class ServeChecks:
         response.read(200)
         response.close()
         connection.close()
-        assert _eventually(lambda: _gauge(server, self.running_requests) == 0)
+        assert _eventually(lambda: gauge(server, self.running_requests) == 0)
         assert (
             server.post("/v1/completions", {"model": "tiny", "prompt": "next", "max_tokens": 2})["usage"][
                 "completion_tokens"
@@ -165,7 +165,8 @@ def _events(server: Server, path: str, body: dict) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _gauge(server: Server, name: str) -> float:
+def gauge(server: Server, name: str) -> float:
+    """A metric of the server, over all its labels."""
     connection = http.client.HTTPConnection(HOST, server.port, timeout=60)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()

@@ -3,14 +3,15 @@
 tests.support.vllm_driver < plan.json > result.json`.
 
 The plan is {"engine": LLM arguments, "phases": [[request, ...], ...]} and options; a request is
-{"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}. The requests of a phase are submitted
-together, phases one after another. Options: "poison": NaN in unowned pages; "record": a file for
-every row that was quantised, for replay through the reference model; "mutation": [module, old,
-new], break a module's source on purpose; "updates": {"1": arguments of `replace_weights` before
-that phase}; "launches": report the kernels that each layer launched; "variants": those that the
-warm-up would not have compiled; "graphs": {"sizes", "mode"}, capture and replay steps; "memory":
-report what attention takes; "drafts": report what was drafted, and draft what "drafts" says comes
-next, wrong from a random depth on.
+{"prompt": [ids], "max_tokens": n, "prompt_logprobs": bool}, greedy but for "temperature" and
+"seed". The requests of a phase are submitted together, phases one after another. Options:
+"poison": NaN in unowned pages; "record": a file for every row that was quantised, for replay
+through the reference model; "mutation": [module, old, new], break a module's source on purpose;
+"updates": {"1": arguments of `replace_weights` before that phase}; "launches": report the kernels
+that each layer launched; "variants": those that the warm-up would not have compiled; "graphs":
+{"sizes", "mode"}, capture and replay steps; "memory": report what attention takes; "drafts": report
+what was drafted, and draft what "drafts" says comes next, wrong from a random depth on; without
+such a sequence, what the draft itself does.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def poison_unowned_pages(llm: Any) -> dict[str, int]:
     core = llm.llm_engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
     runner = core.model_executor.driver_worker.worker.model_runner
-    caches = [m.kv_cache for m in runner.get_model().modules() if isinstance(m, V4Cache)]
+    caches = [m.kv_cache for model in models(runner) for m in model.modules() if isinstance(m, V4Cache)]
     execute, count = runner.execute_model, {"pages": 0}
     already: set[int] = set()
 
@@ -58,6 +59,12 @@ def poison_unowned_pages(llm: Any) -> dict[str, int]:
 
     runner.execute_model = poisoned
     return count
+
+
+def models(runner: Any) -> list[Any]:
+    """The served one, and its draft."""
+    drafter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+    return [runner.get_model(), *([] if drafter is None else [drafter.model])]
 
 
 def record_quantised(llm: Any) -> dict[str, list[Any]]:
@@ -176,8 +183,8 @@ def main() -> None:
             updates.append(replace_weights(llm, **update))
         params = [
             SamplingParams(
-                max_tokens=r["max_tokens"], temperature=0, detokenize=False, ignore_eos=True, logprobs=0,
-                prompt_logprobs=0 if r.get("prompt_logprobs") else None,
+                max_tokens=r["max_tokens"], temperature=r.get("temperature", 0), seed=r.get("seed"), detokenize=False,
+                ignore_eos=True, logprobs=0, prompt_logprobs=0 if r.get("prompt_logprobs") else None,
             )
             for r in phase
         ]  # fmt: skip

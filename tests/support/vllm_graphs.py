@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv4.ops.plan import EntryPlan
 from tests.support import tape
-from tests.support.graph_steps import GraphSteps, counted
+from tests.support.graph_steps import GraphSteps, counted, each_tensor
 
 
 def install(sizes: list[int], mode: str) -> None:
@@ -29,8 +29,7 @@ def install(sizes: list[int], mode: str) -> None:
     tape.install()
     metadata._captures = lambda vllm_config: True
     breakable_cudagraph.weak_ref_tensor = tape.weak_ref_tensor
-    # A model's output is one tensor here.
-    breakable_cudagraph.weak_ref_tensors = tape.weak_ref_tensor
+    breakable_cudagraph.weak_ref_tensors = lambda output: each_tensor(tape.weak_ref_tensor, output)
     type(current_platform).graph_pool_handle = lambda self: (0, 1)
     tape.Graph.owner = staticmethod(breakable_cudagraph.BreakableCUDAGraphCapture.current)
     for module in (breakable_cudagraph, cudagraph_utils):
@@ -39,15 +38,23 @@ def install(sizes: list[int], mode: str) -> None:
     cudagraph_utils.current_stream = lambda: None
     torch.accelerator.empty_cache = torch.accelerator.synchronize = lambda *args: None
     torch.accelerator.get_memory_info = lambda *args: (0, 0)
-    start = model_runner.GPUModelRunner.__init__
+    runner = model_runner.GPUModelRunner
+    start, load = runner.__init__, runner.load_model
 
-    def started(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def ask(vllm_config: Any) -> None:
         compilation = vllm_config.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode[mode]
         compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, max(sizes)
+
+    def started(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        ask(vllm_config)
         start(self, vllm_config, *args, **kwargs)
 
-    model_runner.GPUModelRunner.__init__ = started
+    def loaded(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        ask(self.vllm_config)  # which a draft's own config has set back, as --enforce-eager says
+
+    runner.__init__, runner.load_model = started, loaded
 
 
 @contextmanager

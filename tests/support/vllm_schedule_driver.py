@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-from tests.support.vllm_driver import poison_unowned_pages
+from tests.support.vllm_driver import accepted, poison_unowned_pages
 
 
 def run_schedule(engine: Any, schedule: list[dict[str, Any]], serial: int) -> list[dict[str, Any]]:
@@ -63,16 +63,16 @@ def main() -> None:
     os.dup2(2, 1)
     from vllm import LLM
 
-    llm = LLM(enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, **json.loads(sys.stdin.readline()))
+    engine = json.loads(sys.stdin.readline())
+    llm = LLM(enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, **engine)
     poisoned = poison_unowned_pages(llm)
     for serial, line in enumerate(sys.stdin):
         outputs = run_schedule(llm.llm_engine, json.loads(line), serial)
         preemptions = next((m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"), 0)
-        print(
-            json.dumps({"outputs": outputs, "preemptions": preemptions, "poisoned": poisoned["pages"]}),
-            file=out,
-            flush=True,
-        )
+        told = {"outputs": outputs, "preemptions": preemptions, "poisoned": poisoned["pages"], "accepted": {}}
+        if engine.get("speculative_config"):
+            told["accepted"] = accepted(llm)
+        print(json.dumps(told), file=out, flush=True)
 
 
 if __name__ == "__main__":

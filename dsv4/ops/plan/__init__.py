@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from dsv4.ops.pages import BatchView
 from dsv4.ops.plan import reference
-from dsv4.ops.plan.caches import EntryCache, EntryPlan, RowCache, WindowCache, WindowPlan
+from dsv4.ops.plan.caches import BlockCache, EntryCache, EntryPlan, RowCache, WindowCache, WindowPlan
 from dsv4.ops.plan.reference import Cache, CachePlan, RopeTables, StepPlan
 from dsv4.ops.plan.rings import RingPlan, Rings, plan_many
 from dsv4.ops.plan.room import GraphBuffers, Room
@@ -33,6 +33,7 @@ def planned(batch: BatchView, caches: Sequence[Cache], homes: Homes | None = Non
 
 
 __all__ = [
+    "BlockCache",
     "Cache",
     "CachePlan",
     "EntryCache",

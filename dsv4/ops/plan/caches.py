@@ -57,11 +57,51 @@ class WindowCache:
 
 
 @dataclass(frozen=True)
+class BlockCache:
+    """One row per token of a draft's block: a request's tokens of the step, all of which each of
+    them attends, in both directions, and the `window` rows before them. Source: docs/model.md,
+    3.10.
+
+    block: most tokens of a request in the step
+    """
+
+    block_table: Tensor
+    page_tokens: int
+    window: int
+    block: int
+
+    @property
+    def width(self) -> int:
+        """Rows that a token attends, at most."""
+        return self.window + self.block
+
+    def empty(self, batch: BatchView, room: Room) -> WindowPlan:
+        slots = room.per_token("block_slots", self.width)
+        return WindowPlan(room.per_token("slot_mapping"), slots, room.per_token("lens"))
+
+    def fill(self, plan: WindowPlan, tokens: TokenPlan) -> None:
+        plan.slot_mapping[:] = token_slots(self.block_table, tokens, self.page_tokens)
+        request, before = tokens.request_of_token.long(), torch.where(tokens.valid, tokens.positions, 1 << 40)
+        after = torch.where(tokens.valid, tokens.positions + 1, 0)
+        requests = self.block_table.shape[0]
+        start = before.new_full((requests,), 1 << 40).scatter_reduce(0, request, before, "amin")[request]
+        end = after.new_zeros(requests).scatter_reduce(0, request, after, "amax")[request]
+        first = (start - self.window).clamp(min=0)
+        plan.lens[:] = torch.where(tokens.valid, end - first, 0)
+        place = torch.arange(self.width, device=first.device)
+        inside = place < plan.lens[:, None]
+        at = torch.where(inside, first[:, None] + place, 0)
+        page = self.block_table[request[:, None], at // self.page_tokens]
+        plan.slots[:] = torch.where(inside, _slots(page, at % self.page_tokens, self.page_tokens), -1)
+
+
+@dataclass(frozen=True)
 class WindowPlan:
     """A step's windows.
 
     slot_mapping: [T] int32, where each token's row goes
-    slots, lens: [T, 128] and [T] int32, what each token attends, see `window_slots`
+    slots, lens: [T, 128] and [T] int32, what each token attends, see `window_slots`; of a
+    `BlockCache` as many more as its block has
     """
 
     slot_mapping: Tensor

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dsv4.model.config import CSA_RATIO, HCA_RATIO
 from dsv4.ops.pages import BatchView
-from dsv4.ops.plan.caches import EntryCache, EntryPlan, RowCache, WindowCache, WindowPlan
+from dsv4.ops.plan.caches import BlockCache, EntryCache, EntryPlan, RowCache, WindowCache, WindowPlan
 from dsv4.ops.plan.rings import RingPlan, Rings
 from dsv4.ops.plan.tokens import Homes, TokenPlan, plan_tokens
 from dsv4.ops.rope import cos_sin
 
 Kind = TypeVar("Kind")
-Cache = WindowCache | EntryCache | RowCache | Rings
+Cache = WindowCache | BlockCache | EntryCache | RowCache | Rings
 CachePlan = WindowPlan | EntryPlan | RingPlan | Tensor
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv4.model.config import CSA_RATIO, HCA_RATIO
 from dsv4.ops.pages import BatchView
-from dsv4.ops.plan.caches import EntryPlan, RowCache, WindowCache, WindowPlan
+from dsv4.ops.plan.caches import BlockCache, EntryPlan, RowCache, WindowCache, WindowPlan
 from dsv4.ops.plan.reference import Cache, CachePlan, RopeTables, StepPlan
 from dsv4.ops.plan.rings import RingPlan, Rings
 from dsv4.ops.plan.tokens import Homes
@@ -30,6 +30,7 @@ ROWS: tl.constexpr = tl.constexpr(0)
 WINDOW: tl.constexpr = tl.constexpr(1)
 ENTRY: tl.constexpr = tl.constexpr(2)
 RING: tl.constexpr = tl.constexpr(3)
+BLOCK: tl.constexpr = tl.constexpr(4)
 
 
 class CacheGroup(NamedTuple):
@@ -38,7 +39,8 @@ class CacheGroup(NamedTuple):
     table, table_stride, table_width: of pages by request, or of the owners of rings
     PAGE: tokens of a page, or of an owner
     SIZE: tokens of a window, of an entry, or rows of a ring page
-    COUNT: of entries that an indexer chooses, or of windows that an entry is pooled from
+    COUNT: of entries that an indexer chooses, of windows that an entry is pooled from, or of tokens
+    of a draft's block
     LENGTH: pages of a ring
     """
 
@@ -94,7 +96,7 @@ def _tokens(query_start_loc, seq_lens, homes, first_home, index, num_tokens, num
 
 
 @triton.jit
-def _plan(group, index, here, request, position, valid):
+def _plan(group, index, here, request, position, valid, query_start_loc, seq_lens):
     """What the tokens `here` write and read in one cache."""
     if group.KIND == RING:
         base = tl.maximum(position // group.SIZE - (group.COUNT - 1), 0) * group.SIZE
@@ -125,6 +127,18 @@ def _plan(group, index, here, request, position, valid):
             page = _page(group, request[:, None], at // group.PAGE, place < lens[:, None])
             slots = group.lists + index.to(tl.int64)[:, None] * group.SIZE + place
             tl.store(slots, _slot(page, at % group.PAGE, group.PAGE), mask=here[:, None] & (place >= 0))
+        elif group.KIND == BLOCK:
+            end = tl.load(seq_lens + request).to(tl.int32)
+            new = tl.load(query_start_loc + 1 + request) - tl.load(query_start_loc + request)
+            first = tl.maximum(end - new - group.SIZE, 0)
+            lens = tl.where(valid, end - first, 0)
+            tl.store(group.lens + index, lens, mask=here)
+            WIDTH: tl.constexpr = group.SIZE + group.COUNT
+            place = tl.arange(0, 2 * group.SIZE)[None, :]
+            at = first[:, None] + place
+            page = _page(group, request[:, None], at // group.PAGE, place < lens[:, None])
+            slots = group.lists + index.to(tl.int64)[:, None] * WIDTH + place
+            tl.store(slots, _slot(page, at % group.PAGE, group.PAGE), mask=here[:, None] & (place < WIDTH))
 
 
 @triton.jit
@@ -165,7 +179,7 @@ def step_kernel(
             tl.store(valid_of_token + index, valid.to(tl.uint8), mask=here)
         for at in tl.static_range(GROUPS):
             if program // blocks == at + 1:
-                _plan(groups[at], index, here, request, position, valid)
+                _plan(groups[at], index, here, request, position, valid, query_start_loc, seq_lens)
     else:
         program -= blocks * (1 + GROUPS)
         lists = num_reqs * tl.cdiv(max_entries, BE)
@@ -197,10 +211,14 @@ def _group(cache: Cache, plan: CachePlan) -> CacheGroup:
     if isinstance(cache, RowCache):
         assert isinstance(plan, Tensor)
         return found._replace(KIND=ROWS, slot_mapping=plan)
-    if isinstance(cache, WindowCache):
+    if isinstance(cache, WindowCache | BlockCache):
         assert isinstance(plan, WindowPlan)
+        if isinstance(cache, BlockCache):
+            if cache.block > cache.window:
+                raise ValueError(f"a block of {cache.block} tokens is longer than its window of {cache.window}")
+            found = found._replace(COUNT=tl.constexpr(cache.block))
         return found._replace(
-            KIND=WINDOW,
+            KIND=BLOCK if isinstance(cache, BlockCache) else WINDOW,
             SIZE=tl.constexpr(cache.window),
             slot_mapping=plan.slot_mapping,
             lens=plan.lens,
