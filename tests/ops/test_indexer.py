@@ -106,6 +106,16 @@ def test_decode_scores(index_format: IndexFormat, num_heads: int) -> None:
 
 
 @pytest.mark.parametrize("index_format", list(IndexFormat))
+@pytest.mark.parametrize("rows", [2, 32, 128])
+def test_scores_of_pages_of_any_size(index_format: IndexFormat, rows: int) -> None:
+    """A tile of keys is several pages, or part of one."""
+    lens = torch.tensor([129, 130, 64, 1], dtype=torch.int32)
+    request = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    keys = keys_of(index_format, [130, 64], rows)
+    check_scores(reference.prepare_query(*queries(4, 16), index_format), keys, request, lens, 130)
+
+
+@pytest.mark.parametrize("index_format", list(IndexFormat))
 def test_prefill_scores_share_keys_between_neighbours(index_format: IndexFormat) -> None:
     """Blocks of tokens inside one request and across three, with a last block that is not full."""
     counts = [30, 1, 18]
