@@ -410,6 +410,7 @@ def sparse_attention(
             SPLITS=max(MAX_SPLITS, triton.next_power_of_2(num_splits)),
             TOGETHER=PARTS_TOGETHER,
             num_warps=4,
+            **register_limit(q.device, 4),
         )
     return out, lse
 
