@@ -6,10 +6,11 @@ bound its resources.
 
 What is compiled is what engines launch to warm up, recorded on a GPU that is not here: types,
 constants, divisibility and options are those of the launch, by Triton's own rules. Prints
-registers, spilled bytes per lane and shared memory. Fails when a kernel does not compile, does not
-fit the device, spills more than its budget, is an empty stub, names an fp8 type, or is launched by
-nobody. That something compiles is no proof that it loads: Triton checks shared and tensor memory
-only on the GPU, so both are checked here.
+registers, spilled bytes per lane, shared memory and, where a kernel walks keys, the instructions
+that all warps of a program execute for each of them. Fails when a kernel does not compile, does not
+fit the device, spills or executes more than its budget, leaves matrix units unused, is an empty
+stub, names an fp8 type, or is launched by nobody. That something compiles is no proof that it
+loads: Triton checks shared and tensor memory only on the GPU, so both are checked here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ os.environ["DSV4_OPS"] = "triton"
 
 import torch
 import triton
+from generated_code import Code, Program, read_amdgcn, read_sass
 from triton import knobs
 
 from dsv4.model.config import V4Config
@@ -56,12 +58,19 @@ STUB_INSTRUCTIONS = 24  # Triton emits a stub of about 16 instead of a kernel th
 
 # Bytes a lane may spill, by kernel and target; what was measured, not a wish.
 SPILLS: dict[str, dict[str, int]] = {
-    "attend": {"sm90": 16, "sm100": 20, "sm120": 120},
     "compress_store": {"sm86": 4},
-    "prefill_logits": {"sm80": 20, "sm86": 12, "sm120": 24},
     "summary": {"sm80": 16},
-    "topk": {"sm80": 8, "sm120": 24},
 }
+
+# The most instructions of a loop, times the warps that execute it, for each of its keys, by kernel
+# and what its heads and keys are; prefill_logits: for each token as well. Those of NVIDIA targets.
+INSTRUCTIONS_PER_KEY = {
+    "attend fp8 H8": 135, "attend fp8 H16": 135, "attend bf16 H16": 135, "attend fp8 H64": 215,
+    "decode_logits fp8-keys": 45, "decode_logits mxfp4-keys": 60, "decode_logits bf16": 45,
+    "prefill_logits fp8-keys": 30, "prefill_logits mxfp4-keys": 32, "prefill_logits bf16": 25,
+}  # fmt: skip
+MORE_FROM_SM100 = 5  # instructions per key
+LOADS_AHEAD = {"attend fp8 H8", "attend fp8 H16", "attend bf16 H16"}  # by asynchronous copies, in the loop
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 
@@ -94,6 +103,7 @@ FP8, MXFP4, BF16 = CacheFormats.packed(2, False), CacheFormats.packed(2, True), 
 DEPLOYMENTS = (
     Deployment("Flash", 1, StateMapping.SUMMARY, FP8),
     Deployment("Flash", 8, StateMapping.PAGED, FP8),
+    Deployment("Flash", 4, StateMapping.PAGED, FP8),
     Deployment("Pro", 8, StateMapping.RING, BF16),
     Deployment("Pro", 2, StateMapping.SUMMARY, MXFP4),
     Deployment("Flash", 8, StateMapping.SUMMARY, FP8, drafted=3),
@@ -110,8 +120,22 @@ class Row:
     spill: int = 0
     shared: int = 0
     instructions: int = 0
+    warps: int = 0
+    keys: int | None = None
+    code: Program | None = None
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+
+    def loops(self) -> list[Code]:
+        """Those that walk keys: where there are matrix products, they have some."""
+        assert self.code is not None
+        return [loop for loop in self.code.loops if loop.matrix] or [*self.code.loops]
+
+    def per_key(self) -> int | None:
+        """Instructions that a program's warps execute for each key of its longest loop."""
+        if not self.keys or not self.loops():
+            return None
+        return round(max(loop.instructions for loop in self.loops()) * self.warps / self.keys)
 
 
 def compile_one(variant: Variant, name: str, target: str) -> Row:
@@ -127,7 +151,8 @@ def compile_one(variant: Variant, name: str, target: str) -> Row:
             e = e.__cause__
         row.problems.append(f"does not compile: {type(e).__name__}: {' '.join(str(e).split())[-300:]}")
         return row
-    row.shared = compiled.metadata.shared
+    row.shared, row.warps = compiled.metadata.shared, variant.options.num_warps
+    row.keys = _constants(variant).get("BN")
     if nvidia:
         _read_cubin(row, compiled.asm["cubin"], compiled.asm["ptx"], capability)
         tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -147,12 +172,28 @@ def _judge(row: Row, variant: Variant, ttir: str) -> None:
         )
     if 0 < row.instructions < STUB_INSTRUCTIONS:
         row.problems.append(f"a stub of {row.instructions} instructions, not a kernel")
+    _judge_loop(row)
     budget = SPILLS.get(variant.name.removesuffix("_kernel"), {}).get(LIKE.get(row.target, row.target), 0)
     if row.spill > budget:
         row.problems.append(f"spills {row.spill} bytes a lane, the kernel's budget is {budget}")
     fp8 = set(re.findall(r"f8E\d\w+", ttir))
     if fp8:
         row.problems.append(f"uses {', '.join(sorted(fp8))}, which sm80 and sm86 do not have")
+
+
+def _judge_loop(row: Row) -> None:
+    """Only NVIDIA's instructions have budgets."""
+    budget = next((name for name in INSTRUCTIONS_PER_KEY if set(name.split()) <= set(row.kernel.split())), None)
+    per_key = row.per_key()
+    if budget is None or per_key is None or not row.target.startswith("sm"):
+        return
+    most = INSTRUCTIONS_PER_KEY[budget] + (MORE_FROM_SM100 if int(row.target[2:]) >= 100 else 0)
+    if per_key > most:
+        row.problems.append(f"{per_key} instructions per key, the budget is {most}")
+    if not all(loop.matrix for loop in row.loops()):
+        row.problems.append("a loop over keys without matrix products")
+    if budget in LOADS_AHEAD and not all(loop.async_copies for loop in row.loops()):
+        row.problems.append("a loop over keys that loads nothing ahead")
 
 
 def _read_cubin(row: Row, cubin: bytes, ptx: str, capability: int) -> None:
@@ -171,13 +212,15 @@ def _read_cubin(row: Row, cubin: bytes, ptx: str, capability: int) -> None:
         ).stdout
     row.registers = _number(r"Used (\d+) registers", said)
     row.spill = _number(r"(\d+) bytes spill stores", said)
-    row.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE))
+    row.code = read_sass(sass)
+    row.instructions = row.code.whole.instructions
 
 
 def _read_amdgcn(row: Row, text: str) -> None:
     row.registers = _number(r"\.vgpr_count:\s+(\d+)", text)
     row.spill = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-    row.instructions = len(re.findall(r"^\s+[a-z][a-z0-9]*_\w+ ", text, re.MULTILINE))
+    row.code = read_amdgcn(text)
+    row.instructions = row.code.whole.instructions
 
 
 def _number(pattern: str, text: str) -> int:
@@ -258,6 +301,15 @@ def _constants(variant: Variant) -> dict[str, Any]:
     return found
 
 
+def _loop(row: Row) -> str:
+    """What its longest loop over keys has: instructions per key, barriers, matrix products,
+    asynchronous copies, narrow accesses of shared memory."""
+    if row.code is None or row.per_key() is None:
+        return ""
+    loop = max(row.loops(), key=lambda each: each.instructions)
+    return f" [{row.per_key()} {loop.barriers} {loop.matrix} {loop.async_copies} {loop.narrow_shared}]"
+
+
 _queue: dict[str, list[tuple[str, Variant]]] = {}  # what forked workers compile from: kernels cannot be pickled
 
 
@@ -287,13 +339,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         print(f"triton {triton.__version__}; registers / spilled bytes per lane / shared KiB", flush=True)
+        print("[instructions per key, in its loop: barriers, matrix products, async copies, narrow shared]", flush=True)
         pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("fork"))
         for name in sorted({name for queue in _queue.values() for name, _ in queue}):
             wanted = [(t, i) for t in targets for i, (queued, _) in enumerate(_queue[t]) if queued == name]
             found = list(pool.map(_compile_queued, *zip(*wanted, strict=True)))
             rows += found
             cells = (
-                f"{r.target} {r.registers}/{r.spill}/{r.shared / KIB:.0f}{' FAIL' if r.problems else ''}" for r in found
+                f"{r.target} {r.registers}/{r.spill}/{r.shared / KIB:.0f}{_loop(r)}{' FAIL' if r.problems else ''}"
+                for r in found
             )
             print(f"{name:34s} {'  '.join(cells)}", flush=True)
     pool.shutdown()

@@ -42,7 +42,7 @@ class Kind:
 KINDS = {
     "summary": Kind(7 << 20, {"DSV4_STATE": "summary"}),
     "paged": Kind(16 << 20, {"DSV4_STATE": "paged"}),
-    "mtp": Kind(20 << 20, {}, {"method": "mtp", "num_speculative_tokens": 3}),
+    "mtp": Kind(9 << 20, {}, {"method": "mtp", "num_speculative_tokens": 3}),
     # In the Triton interpreter, which takes three times as long.
     "dspark": Kind(22 << 20, RUNNER_V2, {"method": "dspark", "num_speculative_tokens": 5}, 0.3),
 }

@@ -156,10 +156,13 @@ def test_a_decode_layer_launches_no_more_than_its_limit(
     assert len(launches) <= LIMIT[kind]
 
 
-@pytest.mark.parametrize("k", [512, 1024])
-@pytest.mark.parametrize(("entries", "count"), [(8192, 1), (8193, 2), (131_073, 2), (262_144, 2)])
-def test_top_k_takes_a_second_launch_from_8193_entries_and_never_a_third(
-    entries: int, count: int, k: int, launches: list[str]
+@pytest.mark.parametrize(
+    ("k", "entries", "count"),
+    [(512, 8192, 1), (512, 8193, 2), (1024, 16_384, 1), (1024, 16_385, 2)]
+    + [(k, n, 2) for k in (512, 1024) for n in (131_073, 262_144)],
+)
+def test_top_k_takes_a_second_launch_for_more_than_a_chunk_and_never_a_third(
+    k: int, entries: int, count: int, launches: list[str]
 ) -> None:
     """262,144 entries are those of 1,048,576 tokens."""
     topk(torch.randn(1, entries), torch.tensor([1500], dtype=torch.int32), k)

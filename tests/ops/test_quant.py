@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -186,38 +189,107 @@ def test_a_nan_or_infinity_stays_visible_in_its_group_and_nowhere_else(
     )
 
 
-# ---- the packed decodes, whose PTX no interpreter runs: its four instructions, on every code in
+# ---- the packed decodes, whose PTX no interpreter runs: what their text says, on every code in
 # every lane ---
 
 
-def _prmt(a: np.ndarray, selector: int) -> np.ndarray:
-    """prmt.b32 d, a, 0, selector: byte i of d is byte number (nibble i of selector) of {0, a}."""
-    sources = [(a >> (8 * i)) & 0xFF for i in range(4)] + [np.zeros_like(a)] * 4
-    return sum(sources[(selector >> (4 * i)) & 7] << (8 * i) for i in range(4))
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Byte i of the result is byte number (nibble i of selector) of {b, a}."""
+    sources = [(half >> (8 * i)) & 0xFF for half in (a, b) for i in range(4)]
+    nibbles = [(int(selector[0]) >> (4 * i)) & 7 for i in range(4)]
+    return sum((sources[n] << (8 * i) for i, n in enumerate(nibbles)), np.zeros_like(a))
 
 
-def _lop3_ea(a: np.ndarray, b: int, c: np.ndarray) -> np.ndarray:
-    return (a & b) | c  # the truth table 0xea
+def _halves(word: np.ndarray) -> Tensor:
+    """The two bf16 of words, as fp64."""
+    both = np.stack([word & 0xFFFF, word >> 16]).astype(np.uint16)
+    return torch.from_numpy(both).view(torch.bfloat16).double()
 
 
-@pytest.mark.parametrize(
-    ("shift", "mask", "kind", "factor"),
-    [(1, 0x3F803F80, torch.float16, 2.0**8), (4, 0x07F007F0, torch.bfloat16, 2.0**120)],
-)
-def test_the_packed_decode_is_exact_for_every_code_in_every_lane(
-    shift: int, mask: int, kind: torch.dtype, factor: float
-) -> None:
-    codes = np.arange(256, dtype=np.uint64)
-    for lane in range(4):
-        others = [(codes * 7 + 31 * i) % 256 for i in range(4)]
-        others[lane] = codes
-        word = sum(o << (8 * i) for i, o in enumerate(others))
-        halves = []
-        for selector in (0x1404, 0x3424):
-            spread = _prmt(word, selector)
-            both = _lop3_ea(spread, 0x80008000, (spread >> shift) & mask)
-            halves += [both & 0xFFFF, both >> 16]
-        got = torch.from_numpy(halves[lane].astype(np.uint16)).view(kind).double() * factor
-        expected = CODES.view(torch.float8_e4m3fn).double()
-        finite = ~expected.isnan()
-        assert torch.equal(got[finite], expected[finite])
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """fma.rn.bf16x2, for an addend of -0. Products of codes and powers of two are exact in fp64,
+    and in fp32 unless they leave its range."""
+    assert (c == 0x80008000).all()
+    x, y = _halves(a), _halves(b)
+    low, high = (x * y).bfloat16().view(torch.uint16).numpy().astype(np.uint64)
+    return low | high << 16
+
+
+PTX = {
+    "mov.b32": lambda a: a,
+    "prmt.b32": _prmt,
+    "shl.b32": lambda a, n: (a << n) & 0xFFFFFFFF,
+    "shr.b32": lambda a, n: a >> n,
+    "and.b32": lambda a, b: a & b,
+    "lop3.b32": lambda a, b, c, table: (a & b) | c if (table == 0xEA).all() else 1 / 0,
+    "fma.rn.bf16x2": _fma,
+}
+
+
+def execute(kernel: Any, *registers: np.ndarray) -> list[np.ndarray]:
+    """What the inline assembly of a kernel's function leaves in its outputs, given its input
+    registers, instruction by instruction."""
+    source = inspect.getsource(kernel.fn)
+    text = source.split('"""')[1].strip("{}\n ")
+    outputs = source.split('"""')[2].count("=r") + source.split('"""')[2].count("=&r")
+    values = {f"${outputs + i}": r.astype(np.uint64) for i, r in enumerate(registers)}
+
+    def value(name: str) -> np.ndarray:
+        return values[name] if name in values else np.full_like(registers[0], int(name, 0), dtype=np.uint64)
+
+    for line in text.split(";"):
+        if line.strip() and not line.strip().startswith(".reg"):
+            instruction, operands = line.split(None, 1)
+            to, *given = (o.strip() for o in operands.split(","))
+            values[to] = PTX[instruction](*map(value, given))
+    return [values[f"${i}"] for i in range(outputs)]
+
+
+def words(lane: int) -> np.ndarray:
+    """Four codes to a word, every code in this lane, others beside it."""
+    others = [(np.arange(256, dtype=np.uint64) * 7 + 31 * i) % 256 for i in range(4)]
+    others[lane] = np.arange(256, dtype=np.uint64)
+    return sum(o << (8 * i) for i, o in enumerate(others))
+
+
+def lanes(*outputs: np.ndarray) -> list[np.ndarray]:
+    return [half.astype(np.uint16) for word in outputs for half in (word & 0xFFFF, word >> 16)]
+
+
+@pytest.mark.parametrize("lane", range(4))
+def test_the_packed_decode_of_e4m3_is_exact_for_every_code_in_every_lane(lane: int) -> None:
+    halves = lanes(*execute(quant._decode_e4m3_f16_ptx, words(lane)))
+    got = torch.from_numpy(halves[lane]).view(torch.float16).double() * 2.0**8
+    expected = CODES.view(torch.float8_e4m3fn).double()
+    finite = ~expected.isnan()
+    assert torch.equal(got[finite], expected[finite])
+    assert torch.equal(got.signbit()[finite], expected.signbit()[finite])
+
+
+def bf16_scales() -> Tensor:
+    return reference.ue8m0_value(CODES).bfloat16()
+
+
+@pytest.mark.parametrize("lane", range(4))
+def test_the_packed_dequantisation_of_e4m3_is_exact_for_every_code_and_scale_in_every_lane(lane: int) -> None:
+    finite = ~CODES.view(torch.float8_e4m3fn).float().isnan()
+    for scale in bf16_scales():
+        both = np.full(256, int(scale.view(torch.uint16)) * 0x10001, dtype=np.uint64)
+        halves = lanes(*execute(quant._dequantize_e4m3_bf16_ptx, words(lane), both, both))
+        got = torch.from_numpy(halves[lane]).view(torch.bfloat16)
+        expected = (CODES.view(torch.float8_e4m3fn).float() * scale.float()).bfloat16()
+        torch.testing.assert_close(got[finite], expected[finite], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got.signbit()[finite], expected.signbit()[finite]) or scale.isnan()
+
+
+@pytest.mark.parametrize("lane", range(4))
+def test_the_packed_dequantisation_of_e2m1_is_exact_for_every_byte_and_scale_in_every_lane(lane: int) -> None:
+    table = torch.tensor(reference._E2M1)
+    for scale in bf16_scales():
+        both = np.full(256, int(scale.view(torch.uint16)) * 0x10001, dtype=np.uint64)
+        halves = lanes(*execute(quant._dequantize_e2m1_ptx, words(lane), both, both))
+        for nibble, codes in ((0, CODES & 15), (1, CODES >> 4)):
+            got = torch.from_numpy(halves[4 * nibble + lane]).view(torch.bfloat16)
+            expected = (table[codes.int()] * scale.float()).bfloat16()
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(got.signbit(), expected.signbit()) or scale.isnan()

@@ -13,7 +13,8 @@ from torch import Tensor
 from dsv4.model.kv_layout import KvFormat
 from dsv4.ops import attention
 from dsv4.ops.attention import reference
-from dsv4.ops.attention.split_kv import sparse_attention
+from dsv4.ops.attention.split_kv import sparse_attention, splits_for
+from dsv4.ops.kernels import pretending
 from dsv4.ops.pages import Pages, Selection, load_rows
 from dsv4.ops.rope import apply_rope, cos_sin
 from tests.support.kernel_cases import assert_within, fill_pages, make_pages
@@ -222,6 +223,23 @@ def test_infinite_sinks(num_splits: int) -> None:
     assert_within(want[:, ::2], exact[:, ::2], low[:, ::2])
     assert (o[1] == 0).all()
     assert (want[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "parts"),
+    [
+        (1, 128, 1),  # a window alone is one launch
+        (1, 159, 1),
+        (1, 192, 6),  # HCA at 8K: a tile each
+        (1, 640, 20),  # CSA of Flash
+        (1, 8320, 64),
+        (32, 640, 7),
+        (216, 640, 1),
+    ],
+)
+def test_one_request_fills_a_device_tile_by_tile(tokens: int, keys: int, parts: int) -> None:
+    with pretending("sm80"):  # of 108 multiprocessors
+        assert splits_for(tokens, 1, keys, torch.device("cpu")) == parts
 
 
 def test_rows_of_another_width_are_refused() -> None:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv4.model.kv_layout import KvFormat
 from dsv4.ops.kernels import on_amd, packed_decode, processors, register_limit
 from dsv4.ops.pages import KV_ROPE_DIM, Selection
 from dsv4.ops.quant.triton import dequantize_e4m3, format_code, rotate_pairs, ue8m0_value
@@ -25,7 +26,9 @@ from dsv4.ops.quant.triton import dequantize_e4m3, format_code, rotate_pairs, ue
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MAX_SPLITS = 64
-KEYS_PER_SPLIT = 128  # fewer keys than this do not pay for another part and for joining them
+KEYS_PER_SPLIT = 32  # a tile
+PARTS_TOGETHER = 8
+SPLIT_FROM = 160  # keys; a window and a tile more do not pay for joining parts
 
 
 class Keys(NamedTuple):
@@ -48,26 +51,35 @@ class Keys(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """heads and keys of one program's tile."""
+    """heads and keys of one program's tile. keys_first: the matrix units' rows are keys, or
+    channels, not heads."""
 
     heads: int
     keys: int
     num_warps: int
+    num_stages: int
+    keys_first: bool = False
 
 
-def tile_for(num_heads: int, amd: bool) -> Tile:
+def tile_for(num_heads: int, packed: bool, amd: bool) -> Tile:
     """32 heads gather and decode half as often as 16; 64 spill on every NVIDIA target or overflow
-    sm100's tensor memory."""
+    sm100's tensor memory. Rows of a product are 16 at least, its columns 8: up to 8 heads are
+    columns. 32 heads of packed keys leave no registers to load ahead."""
     if amd:  # a wave has 64 lanes, so that 4 warps have the registers of 8
-        return Tile(16, 32, 4) if num_heads <= 16 else Tile(32, 16, 4)
-    return Tile(16 if num_heads <= 16 else 32, 32, 8)
+        return Tile(16, 32, 4, 2) if num_heads <= 16 else Tile(32, 16, 4, 2)
+    if num_heads > 16:
+        return Tile(32, 32, 8, 1 if packed else 3)
+    keys_first = packed and num_heads <= 8
+    return Tile(8 if keys_first else 16, 32, 4, 3, keys_first)
 
 
 def splits_for(num_tokens: int, head_blocks: int, max_keys: int, device: torch.device) -> int:
     """Parts per token that fill the device twice, from host integers alone, so that a captured
     graph keeps its shape."""
+    if max_keys < SPLIT_FROM:
+        return 1
     wanted = triton.cdiv(2 * processors(device), num_tokens * head_blocks)
-    return max(1, min(wanted, max_keys // KEYS_PER_SPLIT, MAX_SPLITS))
+    return min(wanted, max_keys // KEYS_PER_SPLIT, MAX_SPLITS)
 
 
 @triton.jit
@@ -109,9 +121,25 @@ def _rotated_keys(pages, rows_at, ok, FORMAT: tl.constexpr, OUT: tl.constexpr):
 
 
 @triton.jit
+def _scores(q, k, s, HEADS: tl.constexpr):
+    """s + q . k: [HB, BN], or transposed where HEADS, the dimension of heads, is 1. s: None to
+    begin with."""
+    left, right = (q, k) if HEADS == 0 else (k, q)
+    return tl.dot(left, tl.trans(right), s, input_precision="ieee")
+
+
+@triton.jit
+def _add_values(p, k, a, keep, HEADS: tl.constexpr):
+    """a * keep + p . k: [HB, channels], or transposed."""
+    a *= tl.expand_dims(keep, 1 - HEADS)
+    left, right = (p, k) if HEADS == 0 else (tl.trans(k), p)
+    return tl.dot(left, right, a, input_precision="ieee")
+
+
+@triton.jit
 def _attend(
     q0, q1, q2, q3, m, total, a0, a1, a2, a3, keys, slots, first, last, scale_log2,
-    ROWS: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr,
+    ROWS: tl.constexpr, FORMAT: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys at places first .. last of `slots` into the running maximum, sum and output."""
     OUT: tl.constexpr = q0.dtype
@@ -119,7 +147,7 @@ def _attend(
         place = start + tl.arange(0, BN)
         slot = tl.load(slots + place, mask=place < last, other=-1)
         ok = (slot >= 0) & (slot < keys.num_slots)
-        slot = tl.where(ok, slot, 0)
+        slot = tl.where(ok, slot, 0).to(tl.uint32)  # a shift and a mask are all that it takes to divide
         page_at = (slot // ROWS).to(tl.int64) * keys.page_stride
         row = slot % ROWS
         if FORMAT == 0:
@@ -132,22 +160,22 @@ def _attend(
         k1 = _keys(keys.pages, rows_at, scales_at, ok, 256, 128, FORMAT, OUT, PTX)
         k2 = _keys(keys.pages, rows_at, scales_at, ok, 384, 64, FORMAT, OUT, PTX)
         k3 = _rotated_keys(keys.pages, rows_at, ok, FORMAT, OUT)
-        s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
-        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
-        s = tl.dot(q3, tl.trans(k3), s, input_precision="ieee")
-        s = tl.where(ok[None, :], s * scale_log2, float("-inf"))  # [HB, BN]
-        m_next = tl.maximum(m, tl.max(s, 1))
+        s = _scores(q0, k0, None, HEADS)
+        s = _scores(q1, k1, s, HEADS)
+        s = _scores(q2, k2, s, HEADS)
+        s = _scores(q3, k3, s, HEADS)
+        s = tl.where(tl.expand_dims(ok, HEADS), s * scale_log2, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s, 1 - HEADS))
         # Without a valid key so far the maximum is -inf, and -inf - -inf is NaN.
         m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)
-        p = tl.exp2(s - m_safe[:, None])
+        p = tl.exp2(s - tl.expand_dims(m_safe, 1 - HEADS))
         keep = tl.exp2(m - m_safe)
-        total = total * keep + tl.sum(p, 1)
+        total = total * keep + tl.sum(p, 1 - HEADS)
         p = p.to(OUT)
-        a0 = tl.dot(p, k0, a0 * keep[:, None], input_precision="ieee")
-        a1 = tl.dot(p, k1, a1 * keep[:, None], input_precision="ieee")
-        a2 = tl.dot(p, k2, a2 * keep[:, None], input_precision="ieee")
-        a3 = tl.dot(p, k3, a3 * keep[:, None], input_precision="ieee")
+        a0 = _add_values(p, k0, a0, keep, HEADS)
+        a1 = _add_values(p, k1, a1, keep, HEADS)
+        a2 = _add_values(p, k2, a2, keep, HEADS)
+        a3 = _add_values(p, k3, a3, keep, HEADS)
         m = m_next
     return m, total, a0, a1, a2, a3
 
@@ -185,12 +213,13 @@ def attend_kernel(
     H: tl.constexpr,
     HB: tl.constexpr,
     BN: tl.constexpr,
+    HEADS: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """grid (T, cdiv(H, HB), num_splits). A token's keys are its window, then its entries; each
     split takes an equal share of the keys that the token really has. window, entries: Keys, whose
-    lists lie *_stride apart and have *_width places.
+    lists lie *_stride apart and have *_width places. HEADS: which dimension of products is heads.
     part_out [T, num_splits, H, 512] fp32, part_lse [T, num_splits, H] fp32 in log2 units."""
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -203,10 +232,16 @@ def attend_kernel(
     q3 = tl.load(q_at + 448 + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
     m = tl.full([HB], float("-inf"), tl.float32)
     total = tl.zeros([HB], tl.float32)
-    a0 = tl.zeros([HB, 256], tl.float32)
-    a1 = tl.zeros([HB, 128], tl.float32)
-    a2 = tl.zeros([HB, 64], tl.float32)
-    a3 = tl.zeros([HB, 64], tl.float32)
+    if HEADS == 0:
+        a0 = tl.zeros([HB, 256], tl.float32)
+        a1 = tl.zeros([HB, 128], tl.float32)
+        a2 = tl.zeros([HB, 64], tl.float32)
+        a3 = tl.zeros([HB, 64], tl.float32)
+    else:
+        a0 = tl.zeros([256, HB], tl.float32)
+        a1 = tl.zeros([128, HB], tl.float32)
+        a2 = tl.zeros([64, HB], tl.float32)
+        a3 = tl.zeros([64, HB], tl.float32)
 
     window_list = _list(window, window_stride, t)
     # Where a list begins is known before the keys are walked, unless its row must be loaded: each
@@ -223,16 +258,18 @@ def attend_kernel(
     last = tl.minimum(first + share, num_keys)
     m, total, a0, a1, a2, a3 = _attend(
         q0, q1, q2, q3, m, total, a0, a1, a2, a3, window, window_list, first, tl.minimum(last, num_window), scale_log2,
-        window.page_rows, window.format, BN, PTX,
+        window.page_rows, window.format, BN, HEADS, PTX,
     )  # fmt: skip
     if entries.pages is not None:
         if entries.row is not None:
             entry_list = _list(entries, entries_stride, t)
         m, total, a0, a1, a2, a3 = _attend(
             q0, q1, q2, q3, m, total, a0, a1, a2, a3, entries, entry_list, tl.maximum(first - num_window, 0),
-            last - num_window, scale_log2, entries.page_rows, entries.format, BN, PTX,
+            last - num_window, scale_log2, entries.page_rows, entries.format, BN, HEADS, PTX,
         )  # fmt: skip
 
+    if HEADS == 1:
+        a0, a1, a2, a3 = tl.trans(a0), tl.trans(a1), tl.trans(a2), tl.trans(a3)
     some = total > 0
     log_total = m + tl.log2(tl.where(some, total, 1.0))
     if ONE_SPLIT:
@@ -257,9 +294,20 @@ def attend_kernel(
 
 
 @triton.jit(do_not_specialize=["num_splits"])
-def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, num_splits, H: tl.constexpr, SPLITS: tl.constexpr):
+def combine_kernel(
+    part_out,
+    part_lse,
+    sink,
+    cos_sin,
+    out,
+    lse,
+    num_splits,
+    H: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
     """grid (T, H): join the parts of one head; the sink enters the denominator only. SPLITS: a
-    power of two >= num_splits."""
+    power of two >= num_splits; TOGETHER: parts whose outputs are loaded at a time."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     d = tl.arange(0, 512)
@@ -274,13 +322,14 @@ def combine_kernel(part_out, part_lse, sink, cos_sin, out, lse, num_splits, H: t
     o = tl.zeros([512], tl.float32)
     # Keys are shared out from the first part on; a graph captured for long contexts has 64 parts.
     used = tl.max(tl.where(logs > float("-inf"), split + 1, 0), 0)
-    for i in range(used):
+    for first in range(0, used, TOGETHER):
+        i = first + tl.arange(0, TOGETHER)
         at = (t * num_splits + i) * H + h
-        log = tl.load(part_lse + at)
-        # An empty part wrote no output.
-        written = tl.where(log > float("-inf"), 512, 0)
-        row = tl.load(part_out + at * 512 + d, mask=d < written, other=0.0)
-        o += row * tl.exp2(log - m)
+        log = tl.load(part_lse + at, mask=i < used, other=float("-inf"))
+        row = tl.load(part_out + at[:, None] * 512 + d[None, :], mask=(i < used)[:, None], other=0.0)
+        # An empty part wrote no output, so that anything may lie there.
+        some_keys = log > float("-inf")
+        o += tl.sum(tl.where(some_keys[:, None], row, 0.0) * tl.exp2(log - m)[:, None], 0)
     o = tl.where(some, o / with_sink, 0.0).to(out.dtype.element_ty)
     if cos_sin is not None:
         turned = rotate_pairs(tl.reshape(o, [1, 512]).to(tl.float32), cos_sin + t * 64, 448, 64, 512, SIGN=-1.0)
@@ -313,7 +362,8 @@ def sparse_attention(
         return out, lse
     if entries is not None and entries.slots.shape[1] == 0:
         entries = None
-    tile = tile_for(num_heads, on_amd())
+    packed = KvFormat.FP8_DS_MLA in [s.pages.format for s in (window, entries) if s is not None]
+    tile = tile_for(num_heads, packed, on_amd())
     head_blocks = triton.cdiv(num_heads, tile.heads)
     max_keys = window.slots.shape[1] + (0 if entries is None else entries.slots.shape[1])
     num_splits = num_splits or splits_for(num_tokens, head_blocks, max_keys, q.device)
@@ -340,9 +390,11 @@ def sparse_attention(
         H=num_heads,
         HB=tile.heads,
         BN=tile.keys,
+        HEADS=int(tile.keys_first),
         ONE_SPLIT=num_splits == 1,
         PTX=packed_decode(q.device),
         num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         **register_limit(q.device, tile.num_warps),
     )
     if num_splits > 1:
@@ -356,7 +408,9 @@ def sparse_attention(
             num_splits,
             H=num_heads,
             SPLITS=max(MAX_SPLITS, triton.next_power_of_2(num_splits)),
+            TOGETHER=PARTS_TOGETHER,
             num_warps=4,
+            **register_limit(q.device, 4),
         )
     return out, lse
 

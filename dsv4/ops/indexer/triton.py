@@ -25,8 +25,8 @@ from dsv4.ops.quant.triton import (
     E4M3_FLOOR,
     E4M3_INVERSE_MAX,
     abs_bits,
-    decode_e2m1,
     decode_e4m3_f16,
+    dequantize_e2m1,
     encode_e2m1,
     encode_e4m3,
     format_code,
@@ -39,7 +39,8 @@ from dsv4.ops.quant.triton import (
 
 __all__ = ["logits", "prepare_query", "topk"]
 
-KEYS_PER_TILE = 64
+KEYS_PER_TILE = 64  # a page of the engines
+PREFILL_KEYS = 128
 PREFILL_TOKENS = 16  # tokens that share one decoded tile of keys
 PREFILL_FROM = 8  # tokens per request from which on sharing pays
 MAX_PARTS = 256
@@ -126,32 +127,44 @@ def prepare_query(q: Tensor, weights: Tensor, cos_sin: Tensor, index_format: Ind
 
 
 @triton.jit
-def _expand_e2m1(packed, scale, HIGH: tl.constexpr):
-    """The even (or HIGH: odd) elements of mxfp4 rows in bf16, exactly: packed [N, 64] bytes, scale
+def _expand_e2m1(packed, scale, PTX: tl.constexpr):
+    """The even and the odd elements of mxfp4 rows in bf16, exactly: packed [N, 64] bytes, scale
     [N, 4] ue8m0 bytes."""
     N: tl.constexpr = packed.shape[0]
-    code = packed >> 4 if HIGH else packed & 15
-    values = tl.reshape(decode_e2m1(code), [N, 4, 16]) * ue8m0_value(scale)[:, :, None]
-    return tl.reshape(values.to(tl.bfloat16), [N, 64])
+    even, odd = dequantize_e2m1(tl.reshape(packed, [N, 4, 16]), ue8m0_value(scale)[:, :, None], PTX)
+    return tl.reshape(even, [N, 64]), tl.reshape(odd, [N, 64])
+
+
+@triton.jit
+def _load(at, ok, OTHER: tl.constexpr):
+    """ok: a mask, or None to load all."""
+    return tl.load(at) if ok is None else tl.load(at, mask=ok, other=OTHER)
+
+
+@triton.jit
+def _operands(values, scales, ok, FORMAT: tl.constexpr, PTX: tl.constexpr):
+    """Rows as two operands [N, 64] of a product over 128 channels: halves, or mxfp4's even and odd
+    ones. values, scales: pointers to their beginnings [N]; ok: as of `_load`."""
+    m = ok
+    if ok is not None:
+        m = ok[:, None]
+    at = values[:, None] + tl.arange(0, 64)[None, :]
+    if FORMAT == 3:
+        packed = _load(at, m, 0)
+        a, b = _expand_e2m1(packed, _load(scales[:, None] + tl.arange(0, 4)[None, :], m, 127), PTX)
+    else:
+        a, b = _load(at, m, 0), _load(at + 64, m, 0)
+        if FORMAT == 2:
+            a, b = decode_e4m3_f16(a, PTX), decode_e4m3_f16(b, PTX)
+    return a, b
 
 
 @triton.jit
 def _load_query(values, scales, t, h, inside, H: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr):
-    """One token's heads as two operands [HB, 64] of a product over 128 channels: halves, or mxfp4's
-    even and odd ones."""
-    d = tl.arange(0, 64)[None, :]
-    row = t * H + h[:, None]
-    ok = inside[:, None]
-    if FORMAT == 3:
-        packed = tl.load(values + row * 64 + d, mask=ok, other=0)
-        scale = tl.load(scales + row * 4 + tl.arange(0, 4)[None, :], mask=ok, other=127)
-        a, b = _expand_e2m1(packed, scale, False), _expand_e2m1(packed, scale, True)
-    else:
-        a = tl.load(values + row * 128 + d, mask=ok, other=0)
-        b = tl.load(values + row * 128 + 64 + d, mask=ok, other=0)
-        if FORMAT == 2:
-            a, b = decode_e4m3_f16(a, PTX), decode_e4m3_f16(b, PTX)
-    return a, b
+    """One token's heads as two operands [HB, 64]."""
+    row = t * H + h
+    ROW: tl.constexpr = 64 if FORMAT == 3 else 128  # elements
+    return _operands(values + row * ROW, scales + row * 4, inside, FORMAT, PTX)
 
 
 @triton.jit
@@ -161,47 +174,47 @@ def _load_keys(
     num_pages,
     table,
     table_width,
-    entry,
+    start,
     length,
+    BN: tl.constexpr,
     ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Index keys `entry` [BN] of one request as two operands [BN, 64], and what multiplies their
-    scores [BN] fp32."""
-    at = entry // ROWS
-    ok = (entry < length) & (at < table_width)
+    """The index keys start .. start + BN of one request as two operands [BN, 64], what multiplies
+    their scores [BN] fp32, and whether they are there: where they are not, scores mean nothing.
+
+    start: less than length, a multiple of BN. A tile that lies in one page is looked up once, and
+    loaded to its end.
+    """
+    if ROWS % BN == 0:
+        at, row = start // ROWS, start % ROWS + tl.arange(0, BN)
+        ok = at < table_width
+    else:
+        entry = start + tl.arange(0, BN)
+        at, row = entry // ROWS, entry % ROWS
+        ok = (entry < length) & (at < table_width)
     page = tl.load(table + at, mask=ok, other=-1)
     ok = ok & (page >= 0) & (page < num_pages)
-    start = tl.where(ok, page, 0).to(tl.int64) * page_stride
-    row = entry % ROWS
-    d = tl.arange(0, 64)[None, :]
-    m = ok[:, None]
-    factor = tl.where(ok, 1.0, 0.0)
-    if FORMAT == 3:
-        packed = tl.load(pages + (start + row * 64)[:, None] + d, mask=m, other=0)
-        scale = tl.load(pages + (start + ROWS * 64 + row * 4)[:, None] + tl.arange(0, 4)[None, :], mask=m, other=127)
-        a, b = _expand_e2m1(packed, scale, False), _expand_e2m1(packed, scale, True)
-    else:
-        values = pages + (start + row * 128)[:, None] + d
-        a = tl.load(values, mask=m, other=0)
-        b = tl.load(values + 64, mask=m, other=0)
-        if FORMAT == 2:
-            a, b = decode_e4m3_f16(a, PTX), decode_e4m3_f16(b, PTX)
-            scales = (pages + ROWS * 128).to(tl.pointer_type(tl.float32))
-            factor = (
-                tl.load(scales + start // 4 + row, mask=ok, other=0.0) * 65536.0
-            )  # both operands hold value * 2**-8
-    return a, b, factor
+    first = pages + tl.where(ok, page, 0).to(tl.int64) * page_stride
+    mask = None if ROWS % BN == 0 else ok
+    ROW: tl.constexpr = 64 if FORMAT == 3 else 128
+    a, b = _operands(first + row * ROW, first + ROWS * ROW + row * 4, mask, FORMAT, PTX)
+    factor = tl.full([BN], 1.0, tl.float32)
+    if FORMAT == 2:
+        scales = (first + ROWS * ROW).to(tl.pointer_type(tl.float32)) + row
+        factor = _load(scales, mask, 0.0) * 65536.0  # both operands hold value * 2**-8
+    return a, b, factor, ok
 
 
 @triton.jit
-def _score(qa, qb, w, ka, kb, factor):
-    """sum_h w[h] * relu(q_h . k) * factor: [BN] fp32."""
+def _score(qa, qb, w, ka, kb, factor, ok):
+    """sum_h w[h] * relu(q_h . k) * factor: [BN] fp32, 0 where a key is not there."""
     s = tl.dot(qa, tl.trans(ka), input_precision="ieee")
     s = tl.dot(qb, tl.trans(kb), s, input_precision="ieee")  # [HB, BN]
     # Not tl.maximum(s, 0), which turns NaN into 0.
-    return tl.sum(tl.where(s < 0, 0.0, s) * w[:, None], 0) * factor
+    score = tl.sum(tl.where(s < 0, 0.0, s) * w[:, None], 0) * factor
+    return tl.where(ok, score, 0.0)
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "block_table_width", "max_entries"])
@@ -223,10 +236,10 @@ def decode_logits_kernel(
         table = block_table + tl.load(request_of_token + t).to(tl.int64) * block_table_stride
         for start in range(first, last, BN):
             entry = start + tl.arange(0, BN)
-            ka, kb, factor = _load_keys(
-                pages, page_stride, num_pages, table, block_table_width, entry, last, ROWS, FORMAT, PTX
+            ka, kb, factor, ok = _load_keys(
+                pages, page_stride, num_pages, table, block_table_width, start, last, BN, ROWS, FORMAT, PTX
             )
-            tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor), mask=entry < last)
+            tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor, ok), mask=entry < last)
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "block_table_width", "max_entries", "num_tokens"])
@@ -261,29 +274,30 @@ def prefill_logits_kernel(
     each takes its turn.
     """
     t0 = tl.program_id(0) * BT
-    entry = tl.program_id(1) * BN + tl.arange(0, BN)
+    start = tl.program_id(1) * BN
+    entry = start + tl.arange(0, BN)
     tokens = t0 + tl.arange(0, BT)
     lens = tl.minimum(tl.load(entry_lens + tokens, mask=tokens < num_tokens, other=0), max_entries)
     longest = tl.max(lens, 0)
-    if longest > tl.program_id(1) * BN:
+    if longest > start:
         h = tl.arange(0, HB)
         owners = tl.load(request_of_token + tokens, mask=tokens < num_tokens, other=-1)
         first = tl.load(request_of_token + t0)
         last = tl.max(owners, 0)
         for request in range(first, last + 1):
             reach = tl.max(tl.where(owners == request, lens, 0), 0)
-            if reach > tl.program_id(1) * BN:
+            if reach > start:
                 table = block_table + request * block_table_stride
-                ka, kb, factor = _load_keys(
-                    pages, page_stride, num_pages, table, block_table_width, entry, reach, ROWS, FORMAT, PTX
+                ka, kb, factor, ok = _load_keys(
+                    pages, page_stride, num_pages, table, block_table_width, start, reach, BN, ROWS, FORMAT, PTX
                 )
                 for i in range(BT):
                     t = (t0 + i).to(tl.int64)
                     mine = tl.max(tl.where((tokens == t0 + i) & (owners == request), lens, 0), 0)
-                    if mine > tl.program_id(1) * BN:
+                    if mine > start:
                         qa, qb = _load_query(values, scales, t, h, h < H, H, FORMAT, PTX)
                         w = tl.load(weights + t * H + h, mask=h < H, other=0.0)
-                        tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor), mask=entry < mine)
+                        tl.store(out + t * out_stride + entry, _score(qa, qb, w, ka, kb, factor, ok), mask=entry < mine)
 
 
 def logits(
@@ -319,19 +333,17 @@ def logits(
     shape = dict(
         H=num_heads,
         HB=max(16, triton.next_power_of_2(num_heads)),
-        BN=KEYS_PER_TILE,
         ROWS=pages.rows,
         FORMAT=format_code(pages.format),
         PTX=packed_decode(device),
         num_warps=4,
         **register_limit(device, 4),
     )
-    tiles = triton.cdiv(max_entries, KEYS_PER_TILE)
     if num_tokens >= PREFILL_FROM * block_table.shape[0]:
-        prefill_logits_kernel[(triton.cdiv(num_tokens, PREFILL_TOKENS), tiles)](
-            *args, num_tokens, BT=PREFILL_TOKENS, **shape
-        )
+        grid = (triton.cdiv(num_tokens, PREFILL_TOKENS), triton.cdiv(max_entries, PREFILL_KEYS))
+        prefill_logits_kernel[grid](*args, num_tokens, BT=PREFILL_TOKENS, BN=PREFILL_KEYS, **shape)
     else:
+        tiles = triton.cdiv(max_entries, KEYS_PER_TILE)
         parts = max(1, min(tiles, triton.cdiv(4 * processors(device), num_tokens), MAX_PARTS))
-        decode_logits_kernel[(num_tokens, parts)](*args, **shape)
+        decode_logits_kernel[(num_tokens, parts)](*args, BN=KEYS_PER_TILE, **shape)
     return out

@@ -119,7 +119,8 @@ def decode_e4m3(code):
 @triton.jit
 def _decode_e4m3_f16_ptx(code):
     # Four codes in a register become four halves in two: the bytes go to the tops of the halves,
-    # then everything below the sign moves down by one, from e4m3's place to fp16's.
+    # then everything below the sign moves down by one, from e4m3's place to fp16's. Not pure: the
+    # compiler would copy it into every layout that reads the values.
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 low, high, low_m, high_m;
@@ -135,7 +136,7 @@ def _decode_e4m3_f16_ptx(code):
         "=r,=r,r",
         [code],
         dtype=tl.float16,
-        is_pure=True,
+        is_pure=False,
         pack=4,
     )
 
@@ -152,9 +153,10 @@ def decode_e4m3_f16(code, PTX: tl.constexpr):
 
 
 @triton.jit
-def _decode_e4m3_bf16_ptx(code):
-    # As for fp16, by four places: bf16 bits of value * 2**-120, then times 2**120. sm80 multiplies
-    # bf16 by fma only; an addend of -0.0 keeps the sign of zeros.
+def _dequantize_e4m3_bf16_ptx(code, scale):
+    # As for fp16, by four places: bf16 bits of value * 2**-120, then times 2**120, then times the
+    # scale. sm80 multiplies bf16 by fma only; an addend of -0.0 keeps the sign of zeros. Not pure
+    # either.
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 low, high, low_m, high_m, up, nil;
@@ -168,13 +170,15 @@ def _decode_e4m3_bf16_ptx(code):
         lop3.b32 high, high, 0x80008000, high_m, 0xea;
         mov.b32 up, 0x7b807b80;
         mov.b32 nil, 0x80008000;
-        fma.rn.bf16x2 $0, low, up, nil;
-        fma.rn.bf16x2 $1, high, up, nil;
+        fma.rn.bf16x2 low, low, up, nil;
+        fma.rn.bf16x2 high, high, up, nil;
+        fma.rn.bf16x2 $0, low, $3, nil;
+        fma.rn.bf16x2 $1, high, $4, nil;
         }""",
-        "=r,=r,r",
-        [code],
+        "=&r,=&r,r,r,r",
+        [code, scale],
         dtype=tl.bfloat16,
-        is_pure=True,
+        is_pure=False,
         pack=4,
     )
 
@@ -184,7 +188,7 @@ def dequantize_e4m3(code, scale, OUT: tl.constexpr, PTX: tl.constexpr):
     """code * scale in OUT, exactly: codes uint8, scale fp32 powers of two that broadcast to
     them."""
     if PTX and tl.bfloat16 == OUT:
-        return _decode_e4m3_bf16_ptx(code) * scale.to(tl.bfloat16)
+        return _dequantize_e4m3_bf16_ptx(code, scale.to(tl.bfloat16))
     return (decode_e4m3(code) * scale).to(OUT)
 
 
@@ -194,6 +198,61 @@ def decode_e2m1(code):
     u = code.to(tl.uint32)
     bits = ((u & 0x8) << 28) | ((u & 0x7) << 22)
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2**126
+
+
+@triton.jit
+def _dequantize_e2m1_ptx(packed, scale):
+    # Four bytes become eight bf16: with a byte at the top of a half, the sign of its high nibble is
+    # in place, and the other three bits belong six places lower; those of the low nibble two. That
+    # is value * 2**-126, which the first product lifts; the second has the scale.
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 x, y, bits, up, nil;
+        mov.b32 up, 0x7e807e80;
+        mov.b32 nil, 0x80008000;
+        prmt.b32 x, $4, 0, 0x1404;
+        shl.b32 y, x, 4;
+        shr.b32 bits, x, 2;
+        and.b32 bits, bits, 0x01c001c0;
+        lop3.b32 bits, y, 0x80008000, bits, 0xea;
+        fma.rn.bf16x2 bits, bits, up, nil;
+        fma.rn.bf16x2 $0, bits, $5, nil;
+        shr.b32 bits, x, 6;
+        and.b32 bits, bits, 0x01c001c0;
+        lop3.b32 bits, x, 0x80008000, bits, 0xea;
+        fma.rn.bf16x2 bits, bits, up, nil;
+        fma.rn.bf16x2 $2, bits, $5, nil;
+        prmt.b32 x, $4, 0, 0x3424;
+        shl.b32 y, x, 4;
+        shr.b32 bits, x, 2;
+        and.b32 bits, bits, 0x01c001c0;
+        lop3.b32 bits, y, 0x80008000, bits, 0xea;
+        fma.rn.bf16x2 bits, bits, up, nil;
+        fma.rn.bf16x2 $1, bits, $6, nil;
+        shr.b32 bits, x, 6;
+        and.b32 bits, bits, 0x01c001c0;
+        lop3.b32 bits, x, 0x80008000, bits, 0xea;
+        fma.rn.bf16x2 bits, bits, up, nil;
+        fma.rn.bf16x2 $3, bits, $6, nil;
+        }""",
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [packed, scale],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@triton.jit
+def dequantize_e2m1(packed, scale, PTX: tl.constexpr):
+    """The low and the high nibbles of bytes, times scale, in bf16, exactly; scale fp32 powers of
+    two that broadcast to the bytes."""
+    if PTX:
+        low, high = _dequantize_e2m1_ptx(packed, scale.to(tl.bfloat16))
+    else:
+        low = (decode_e2m1(packed & 15) * scale).to(tl.bfloat16)
+        high = (decode_e2m1(packed >> 4) * scale).to(tl.bfloat16)
+    return low, high
 
 
 # --------------------------------------------------------------------------------------------
