@@ -11,6 +11,7 @@ import pytest
 import torch
 from served import VLLM, Server
 
+from dsv4.proof.status import ServerStatus
 from dsv4.reference.tiny import write_tiny
 from tests.support.comparison import Oracle
 from tests.support.hf_oracle import load_hf
@@ -46,7 +47,7 @@ def server(tiny_flash: Path) -> Iterator[Server]:
 class TestVllmServeWithDrafts(ServeChecks):
     engine = VLLM
     model_class = MODEL_CLASS
-    attention_backends = ("DSV4_ENTRY", "DSV4_STATE", "DSV4_WINDOW")
+    attention_backends = ("DSV4_ENTRY", "DSV4_SUMMARY", "DSV4_WINDOW")
     quant_method = "dsv4_vllm.quant.V4QuantConfig"
     running_requests = "vllm:num_requests_running"
 
@@ -82,3 +83,12 @@ class TestVllmServeWithDrafts(ServeChecks):
         """By the metrics, after all the requests above."""
         drafted, kept = (gauge(server, f"vllm:spec_decode_num_{what}_tokens_total") for what in ("draft", "accepted"))
         assert 0 < kept < drafted
+
+    def test_status_says_who_drafts_and_what_is_kept(self, server: Server) -> None:
+        status = ServerStatus.from_json(server.get("/dsv4/status"))
+        assert (status.workers[0].draft_class, status.workers[0].drafted) == ("dsv4_vllm.draft.DeepSeekV4MTP", 2)
+        assert status.acceptance is not None
+        assert status.acceptance.by_position is not None
+        first, second = status.acceptance.by_position
+        assert 0 < second < first < 1
+        assert status.acceptance.tokens_per_step == pytest.approx(1 + first + second)
