@@ -15,7 +15,7 @@ import torch
 
 from dsv4.reference.draft import ReferenceDraft
 from dsv4.reference.tiny import write_tiny
-from tests.support.comparison import ENV_DIR, LENGTHS, Oracle, assert_equal
+from tests.support.comparison import ENV_DIR, LENGTHS, TOLERANCE, Oracle, assert_equal, compare
 from tests.support.draft_checks import compare_proposals, prompts, tokens, whole
 from tests.support.hf_oracle import load_hf
 from tests.support.vllm_engine import RUNNER_V2, engine_args, request, run, start
@@ -80,6 +80,21 @@ def test_greedy_tokens_are_those_without_drafts(
     assert kept["drafts"] > 2 * len(lengths)
     assert 0 < kept["kept"] < kept["tokens"]
     assert all(kept["kept_by_position"])
+
+
+@pytest.mark.long
+def test_without_the_rows_that_are_kept_log_probabilities_are_wrong(
+    folder: Path, oracle: Oracle, text: list[int], alone: Alone
+) -> None:
+    """The control: summaries of the rows before the drafts, taken for those of all rows."""
+    mutation = (
+        "dsv4.ops.compressor.summary.reference",
+        "torch.where(resumes, state.kept.since[page], start)",
+        "start",
+    )
+    env, asked = {"DSV4_STATE": "summary"}, [prompts(text, FEW, NEW)]
+    result = run(drafting(folder, 3), asked, env, drafts=whole(alone(FEW)), mutation=mutation)
+    assert compare(result, oracle).worst > 2 * TOLERANCE
 
 
 def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int], alone: Alone) -> None:
