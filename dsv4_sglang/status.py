@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from dsv4.ops import registry
 from dsv4.proof.status import STATUS_ROUTE, Acceptance, ServedOp, WorkerStatus, answer, dotted
+from dsv4_sglang.options import drafted_tokens
 
 _INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 _RUN_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
@@ -67,11 +68,10 @@ def _add_workers(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _draft(scheduler: Any) -> tuple[Any, int]:
     """The model that drafts, and how many tokens a step; (None, 0) without drafts."""
-    worker = scheduler.draft_worker
-    if worker is None:
+    drafted = drafted_tokens()
+    if not drafted:
         return None, 0
-    runner = getattr(getattr(worker, "draft_worker", worker), "draft_runner", None)
-    return getattr(runner, "model", None), scheduler.server_args.speculative_num_draft_tokens - 1
+    return scheduler.draft_worker.draft_worker.draft_runner.model, drafted
 
 
 def _acceptance(states: Sequence[Mapping[str, Any]]) -> Acceptance | None:
