@@ -107,7 +107,9 @@ def test_retracted_requests_resume_exactly(tiny_flash: Path, flash_oracle: Oracl
     assert_equal(result, flash_oracle, least=0.5)
 
 
-@pytest.mark.parametrize("ep_size", [1, 2], ids=["sliced experts", "whole experts"])
+@pytest.mark.parametrize(
+    "ep_size", [1, pytest.param(2, marks=pytest.mark.long)], ids=["sliced experts", "whole experts"]
+)
 def test_two_tensor_parallel_ranks_equal_one(
     tiny_pro: Path, pro_oracle: Oracle, pro_text: list[int], ep_size: int
 ) -> None:

@@ -59,8 +59,8 @@ def alone(folder: Path, text: list[int]) -> Alone:
 @pytest.mark.parametrize(
     ("k", "lengths", "state"),
     [
-        (1, FEW, "paged"),
         (3, FEW, "summary"),
+        pytest.param(1, FEW, "paged", marks=pytest.mark.long),
         *(
             pytest.param(k, LENGTHS, state, marks=pytest.mark.long)
             for k in (1, 2, 3, 4, 5, 6, 7)
@@ -205,7 +205,8 @@ def false_alarm(pairs: list[tuple[int, int]], expected: torch.Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2).double(), statistic / 2))
 
 
-@pytest.mark.parametrize("with_eager", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("with_eager", [False, True])
 def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[int], with_eager: bool) -> None:
     """Runner V2 captures steps of three tokens a request, and the draft's own steps. A replayed
     verify step equals an eager one bit for bit; a replayed draft step that did not would change

@@ -52,7 +52,9 @@ def test_nan_in_unowned_pages_changes_nothing(tiny_pro: Path, pro_oracle: Oracle
     assert_equal(result, pro_oracle)
 
 
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["sliced experts", "whole experts"])
+@pytest.mark.parametrize(
+    "expert_parallel", [False, pytest.param(True, marks=pytest.mark.long)], ids=["sliced experts", "whole experts"]
+)
 def test_two_tensor_parallel_ranks_equal_one(
     tiny_flash: Path, flash_oracle: Oracle, flash_text: list[int], expert_parallel: bool
 ) -> None:
