@@ -91,8 +91,9 @@ demo: $(VENV)/.installed ## Tiny checkpoint, real `vllm serve`, one chat questio
 demo-sglang: $(VENV)/.installed ## The same through the real `sglang serve`
 	$(PYTHON) examples/demo_sglang.py
 .PHONY: kernels
-kernels: $(VENV)/.installed ## Compile every kernel for every GPU, bound registers and memory
-	$(PYTHON) benchmarks/compile_kernels.py --jobs 2
+KERNEL_ARGS ?=
+kernels: $(VENV)/.installed ## Compile every kernel for every GPU, bound registers and memory (KERNEL_ARGS=)
+	$(PYTHON) benchmarks/compile_kernels.py --jobs 2 $(KERNEL_ARGS)
 # Neither the environment nor a network: the Python that has the machine's CUDA build of torch.
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
