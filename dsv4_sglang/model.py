@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.distributed import get_tp_group, tensor_model_parallel_all_reduce
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from dsv4.errors import Dsv4Error
 from dsv4.loading import ReleasedLoader
-from dsv4.machine import env
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -137,12 +136,8 @@ class V4Indexer(nn.Module):
             prefix=add_prefix("wq_b", prefix),
         )
         self.compressor = Compressor(layer, RMSNorm(self.dim, config.rms_norm_eps))
-        parallel, when = get_parallel(), cast(Any, env.get("DSV4_SHARE_INDEX"))
-        self.ranks = (
-            indexer.Ranks(parallel.tp_rank, parallel.tp_size, lambda x: get_tp_group().all_gather(x, dim=0), when)
-            if parallel.tp_size > 1
-            else None
-        )
+        rank, size = get_parallel().tp_rank, get_parallel().tp_size
+        self.ranks = indexer.Ranks.of(rank, size, lambda x: get_tp_group().all_gather(x, dim=0))
 
     def forward(
         self, weights: Tensor, qr: Tensor, tokens: TokenPlan, plan: EntryPlan, pool: V4Pool, cos_sin: Tensor

@@ -16,11 +16,11 @@ from dsv4.machine.decide import Device, detect_devices, weakest
 from dsv4.model.checkpoint import validate
 from dsv4.model.config import V4Config
 from dsv4.model.kv_layout import PAGE_TOKENS
+from dsv4.planning.deployment import MOST_DRAFTED
 from dsv4_sglang.names import ATTENTION_BACKEND
 from dsv4_sglang.options import cache_formats
 
 MTP_ALGORITHMS = ("NEXTN", "EAGLE")  # of which the first is a name for the second
-MOST_DRAFTED = 7  # tests go so far; a chained block loses its way sooner
 # Options of drafts, and the value of each that dsv4 is tested with, which is SGLang's own.
 _DRAFTED_SO_ONLY = {
     "--speculative-accept-threshold-acc": 1.0,
@@ -177,11 +177,10 @@ def check_draft(args: Any, config: V4Config) -> None:
     algorithm = args.speculative_algorithm
     if algorithm is None:
         return
-    carries = {"mtp": "an MTP block", "dspark": "a DSpark draft", "none": "no draft"}[config.draft]
     way_out = f"use {MTP_ALGORITHMS[0]}" if config.draft == "mtp" else "leave it out"
     if algorithm.upper() not in MTP_ALGORITHMS or config.draft != "mtp":
         raise DeploymentError(
-            f"--speculative-algorithm {algorithm}: the checkpoint carries {carries}, and dsv4 drafts with MTP alone in"
+            f"--speculative-algorithm {algorithm}: the checkpoint carries {config.draft_in_words}, and dsv4 drafts with MTP alone in"
             f" SGLang; {way_out}, or set DSV4_MODE=off to serve with SGLang's own DeepSeek-V4"
         )
     k = drafted_steps(args)

@@ -20,7 +20,6 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from dsv4.model.config import LayerSpec, V4Config
 from dsv4.ops import attention, mhc
 from dsv4.ops.mhc.layer import HyperConnection
-from dsv4.ops.mhc.reference import collapse
 from dsv4.ops.pages import SlotMapping
 from dsv4_vllm.draft import V4Draft
 from dsv4_vllm.model import V4Attention, V4DecoderLayer
@@ -45,7 +44,8 @@ class MarkovHead(nn.Module):
 
 
 class ConfidenceHead(nn.Module):
-    """How sure the draft is of a token, computed in fp32."""
+    """How sure the draft is of a token, in fp32. It is loaded, and not read: drafts are verified in
+    full, and vLLM's adaptive verification is refused."""
 
     def __init__(self, config: V4Config) -> None:
         super().__init__()
@@ -131,13 +131,6 @@ class DSparkDeepseekV4ForCausalLM(V4Draft):
     def markov_bias(self, markov_embed: Tensor) -> Tensor:
         """What is added to the logits, [R, V]."""
         return nn.functional.linear(markov_embed, self.model.blocks[-1].markov_head.markov_w2.weight)
-
-    def compute_confidence(self, hidden_states: Tensor, markov_embed: Tensor) -> Tensor:
-        """That each token is right, fp32 [T]; hidden_states: as of `compute_draft_logits`."""
-        last = self.model.blocks[-1]
-        hidden = collapse(self.streams(hidden_states), last.hc_head.site(last.norm.weight))
-        both = torch.cat([hidden, markov_embed], -1).float()
-        return torch.sigmoid(both @ last.confidence_head.proj.weight[0])
 
 
 def _store_context(attn: V4Attention, context: Tensor, table: Tensor, slots: Tensor | None) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ from vllm.sequence import IntermediateTensors
 
 from dsv4.errors import CompatError, DeploymentError
 from dsv4.loading import ReleasedLoader
-from dsv4.machine import env
 from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
 from dsv4.model.kv_layout import CacheRole
 from dsv4.ops import attention, check, indexer, mhc, moe
@@ -149,12 +148,7 @@ class V4Indexer(nn.Module):
         self.compressor = Compressor(layer, RMSNorm(self.dim, config.rms_norm_eps))
         self.keys = keys
         tp = get_tp_group()
-        when = cast(Any, env.get("DSV4_SHARE_INDEX"))
-        self.ranks = (
-            indexer.Ranks(tp.rank_in_group, tp.world_size, lambda x: tp.all_gather(x, dim=0), when)
-            if tp.world_size > 1
-            else None
-        )
+        self.ranks = indexer.Ranks.of(tp.rank_in_group, tp.world_size, lambda x: tp.all_gather(x, dim=0))
 
     def forward(
         self, inputs: IndexInputs, tokens: TokenPlan, plan: EntryPlan, entries: PageTable, cos_sin: Tensor

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from dsv4.errors import Dsv4Error, HardwareError
 from dsv4.machine import env
 from dsv4.machine.hardware import GIB, MIB, Gpu, describe_gpu, match_device
-from dsv4.model.config import V4Config
+from dsv4.model.config import DraftKind, V4Config
 from dsv4.model.kv_layout import CacheFormats, StateMapping
 from dsv4.planning.deployment import Checkpoint, Deployment, Speculation, capture_size
 from dsv4.planning.memory.proof import requests_by_state, roomier_state
@@ -47,10 +47,11 @@ def num_drafted(vllm_config: VllmConfig) -> int:
     return 0 if asked is None else asked.num_speculative_tokens
 
 
-def draft_method(vllm_config: VllmConfig) -> str | None:
-    """What --speculative-config drafts with."""
+def draft_method(vllm_config: VllmConfig) -> DraftKind:
+    """What --speculative-config drafts with, once `check_draft` has refused other methods."""
     asked = vllm_config.speculative_config
-    return None if asked is None else asked.method
+    method: DraftKind = "none" if asked is None else asked.method
+    return method
 
 
 def state_mapping(vllm_config: VllmConfig) -> StateMapping:
@@ -112,7 +113,6 @@ def deployment(vllm_config: VllmConfig, config: V4Config) -> Deployment:
     """What the planner calls such a start of vLLM. Asks the platform for the first GPU's memory."""
     parallel, scheduler, formats = vllm_config.parallel_config, vllm_config.scheduler_config, cache_formats(vllm_config)
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    drafts = vllm_config.speculative_config
     return Deployment(
         checkpoint=Checkpoint(
             id=vllm_config.model_config.model,
@@ -139,7 +139,5 @@ def deployment(vllm_config: VllmConfig, config: V4Config) -> Deployment:
         kv=formats.kv,
         index=formats.index,
         max_capture_size=capture_size(scheduler.max_num_seqs, num_drafted(vllm_config)),
-        speculation=Speculation()
-        if drafts is None
-        else Speculation(method=drafts.method, num_tokens=drafts.num_speculative_tokens),
+        speculation=Speculation(method=draft_method(vllm_config), num_tokens=num_drafted(vllm_config)),
     )

@@ -23,7 +23,7 @@ from dsv4_vllm.metadata import StateMetadata, SummaryMetadata, WindowMetadata
 @contextmanager
 def one_page_each(caches: Iterable[V4Cache], device: torch.device) -> Iterator[None]:
     """Memory for those caches that vLLM has not allocated yet."""
-    unbound = [cache for cache in caches if not cache.kv_cache.numel()]
+    unbound = [cache for cache in dict.fromkeys(caches) if not cache.kv_cache.numel()]  # roles may share one
     try:
         for cache in unbound:
             cache.bind_kv_cache(cache.empty_pages(1, device))

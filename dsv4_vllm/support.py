@@ -11,10 +11,9 @@ from vllm.distributed.utils import get_pp_indices
 from dsv4.errors import DeploymentError
 from dsv4.loading import LOAD_FORMATS
 from dsv4.model.config import V4Config
+from dsv4.planning.deployment import MOST_DRAFTED
 from dsv4.planning.memory.vllm import stage_with_draft, vllm_pool
 from dsv4_vllm.options import cache_formats, num_drafted, state_mapping
-
-MOST_DRAFTED = 7  # tests go so far; a chained block loses its way sooner
 
 
 def check_deployment(vllm_config: VllmConfig) -> V4Config:
@@ -123,11 +122,10 @@ def check_draft(config: V4Config, vllm_config: VllmConfig) -> None:
     asked = vllm_config.speculative_config
     if asked is None:
         return
-    carries = {"mtp": "an MTP block", "dspark": "a DSpark draft", "none": "no draft"}[config.draft]
     way_out = "no --speculative-config" if config.draft == "none" else f'"method": "{config.draft}"'
     if asked.method != config.draft:
         raise DeploymentError(
-            f"--speculative-config: method {asked.method}, but the checkpoint carries {carries} and dsv4 drafts with that"
+            f"--speculative-config: method {asked.method}, but the checkpoint carries {config.draft_in_words} and dsv4 drafts with that"
             f" alone; use {way_out}, or set DSV4_MODE=off to serve with vLLM's own DeepSeek-V4"
         )
     k, scheduler = asked.num_speculative_tokens, vllm_config.scheduler_config

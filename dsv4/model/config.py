@@ -135,6 +135,11 @@ class V4Config:
         return len(self.layers)
 
     @property
+    def draft_in_words(self) -> str:
+        """For messages."""
+        return {"mtp": "an MTP block", "dspark": "a DSpark draft", "none": "no draft"}[self.draft]
+
+    @property
     def draft_layers(self) -> tuple[LayerSpec, ...]:
         """The draft's blocks, numbered on from the backbone: a window, and experts by score.
         Source: docs/model.md, 3.9 and 3.10.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from dsv4.model.config import LayerKind, LayerSpec, Routing, V4Config
+from dsv4.model.config import LayerKind, LayerSpec, V4Config
 
 KV_QUANT_GROUP = 64  # e4m3 values that share one ue8m0 scale
 INDEX_MXFP4_GROUP = 32  # e2m1 values that share one ue8m0 scale
@@ -339,13 +339,12 @@ def model_caches(
 ) -> tuple[ModelCache, ...]:
     """In the order in which vLLM's layers register them: the first layer that needs a page of
     several layers' states does it for all."""
-    draft = (LayerSpec(config.num_hidden_layers + i, LayerKind.SWA, Routing.TOPK) for i in range(num_draft_layers))
     arena = state_arena(config, formats, drafted) if mapping is StateMapping.SUMMARY else None
     members: dict[int, set[int]] = {}
     for (index, _), place in ({} if arena is None else arena.places).items():
         members.setdefault(place.owner, set()).add(index)
     found = []
-    for layer in (*config.layers, *draft):
+    for layer in (*config.layers, *config.draft_layers[:num_draft_layers]):
         for spec in layer_caches(config, layer, formats, mapping, drafted):
             if not spec.per_request:
                 found.append(ModelCache((layer.index,), spec))

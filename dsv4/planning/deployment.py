@@ -50,6 +50,7 @@ class Speculation:
     num_tokens: int = 0
 
 
+MOST_DRAFTED = 7  # by the plugins: tests go so far, and a chained block loses its way sooner
 # What dsv4's plugins draft with; native V4 has every method in both engines.
 PLUGIN_DRAFTS: Mapping[Engine, frozenset[DraftKind]] = {
     "vllm": frozenset({"mtp", "dspark"}),

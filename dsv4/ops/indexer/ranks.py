@@ -6,17 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
-# Where sharing is quicker, by the estimates in docs/kernels.md: scoring and choosing cost 0.12 ns a
-# token and entry on an A100, telling a choice 0.1 us a token over PCIe 4.0 and 0.1 ms a step. Two
-# ranks break even at 1,750 entries, and at 1.7 million tokens times entries; here it is twice both.
+from dsv4.machine import env
+
+# Where sharing is quicker, if scoring and choosing cost 0.07 ns a token and entry on an A100, and
+# telling a choice 0.1 us a token over PCIe 4.0 and 0.1 ms a step: guesses, of which none was
+# measured. Two ranks then break even at 2,900 entries, and at 2.9 million tokens times entries.
 LEAST_ENTRIES = 4096
 LEAST_SCORES = 1 << 22
-# No step that an engine captures into a graph is longer: its host bound is the longest context that
-# it may ever meet, not that of its requests.
+# No step that vLLM captures into a graph is longer: the host bound of one is the longest context
+# that it may ever meet, not that of its requests.
 MOST_CAPTURED_TOKENS = 512
 
 
@@ -32,6 +34,11 @@ class Ranks:
     size: int
     gather: Callable[[Tensor], Tensor]
     when: Literal["auto", "on", "off"] = "auto"
+
+    @staticmethod
+    def of(rank: int, size: int, gather: Callable[[Tensor], Tensor]) -> Ranks | None:
+        """As DSV4_SHARE_INDEX says; None for a rank that has no others."""
+        return Ranks(rank, size, gather, cast(Any, env.get("DSV4_SHARE_INDEX"))) if size > 1 else None
 
     def share(self, num_tokens: int, max_entries: int) -> bool:
         """Whether to, in a step of so many tokens: the same on every rank."""

@@ -169,9 +169,8 @@ def vllm_pool(
     """
     groups = _groups(model_caches(config, formats, num_draft_layers, mapping, drafted))
     if stage is not None:
-        stage_set = frozenset(stage)
         groups = tuple(
-            replace(g, caches=tuple(c for c in g.caches if not stage_set.isdisjoint(c.layers))) for g in groups
+            replace(g, caches=tuple(c for c in g.caches if any(layer in stage for layer in c.layers))) for g in groups
         )
     return VllmPool(groups, max(g.page_bytes for g in groups))  # as wide as the widest group's pages side by side
 

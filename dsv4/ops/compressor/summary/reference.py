@@ -141,13 +141,10 @@ def _write_kept(state: SummaryState, here: _Rows, ends: Tensor, active: Tensor) 
         return
     state.kept.since[page] = since.int()
     at = since[:, None] + torch.arange(drafted, device=end.device)  # [N, k]
-    owner, at, token = (x[at < end[:, None]] for x in _spread(page, at, here.token[active] - here.start[active]))
-    state.kept.ring[owner, at % drafted] = torch.stack([here.kv[token], here.score[token]], 1)
-
-
-def _spread(page: Tensor, at: Tensor, token_of_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For positions [N, k] of N requests: their pages, the positions, and the tokens there."""
-    return page[:, None].expand_as(at), at, token_of_0[:, None] + at
+    request, place = (at < end[:, None]).nonzero(as_tuple=True)
+    at = at[request, place]
+    token = (here.token - here.start)[active][request] + at
+    state.kept.ring[page[request], at % drafted] = torch.stack([here.kv[token], here.score[token]], 1)
 
 
 def _write_entries(state: SummaryState, step: EntryStep, here: _Rows) -> None:
