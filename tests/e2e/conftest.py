@@ -2,7 +2,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsv4.reference.tiny import write_tiny
 from tests.support.comparison import TIE_MARGIN, Oracle
 from tests.support.hf_oracle import load_hf, prompt_without_ties
 
@@ -27,3 +29,20 @@ def flash_text(flash_oracle: Oracle) -> list[int]:
 @pytest.fixture(scope="session")
 def pro_text(pro_oracle: Oracle) -> list[int]:
     return prompt_without_ties(pro_oracle.model, 1100, margin=TIE_MARGIN)
+
+
+@pytest.fixture(scope="session")
+def agreeing_flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Flash, with a draft that is right every second time."""
+    return write_tiny(tmp_path_factory.mktemp("agree") / "tiny", "flash", agree=True)
+
+
+@pytest.fixture(scope="session")
+def agreeing_oracle(agreeing_flash: Path) -> Oracle:
+    return Oracle(load_hf(agreeing_flash))
+
+
+@pytest.fixture(scope="session")
+def draft_text() -> list[int]:
+    """1100 random ids, whose ends are prompts of every length."""
+    return torch.randint(3, 512, (1100,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -17,7 +17,6 @@ from dsv4.reference.draft import ReferenceDraft
 from dsv4.reference.tiny import write_tiny
 from tests.support.comparison import ENV_DIR, LENGTHS, TOLERANCE, Oracle, assert_equal, compare
 from tests.support.draft_checks import compare_proposals, prompts, tokens, whole
-from tests.support.hf_oracle import load_hf
 from tests.support.vllm_engine import RUNNER_V2, engine_args, request, run, start
 
 NEW = 24  # tokens a request: six entries of CSA, and most prompts cross a boundary
@@ -25,33 +24,17 @@ FEW = (2, 5, 63, 127, 129, 255, 257, 511)
 Alone = Callable[[tuple[int, ...]], dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Flash, with a draft that is right every second time."""
-    return write_tiny(tmp_path_factory.mktemp("agree") / "tiny", "flash", agree=True)
-
-
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> Oracle:
-    return Oracle(load_hf(folder))
-
-
-@pytest.fixture(scope="module")
-def text() -> list[int]:
-    return torch.randint(3, 512, (1100,), generator=torch.Generator().manual_seed(5)).tolist()
-
-
 def drafting(folder: Path, k: int, **overrides: Any) -> dict[str, Any]:
     return engine_args(folder, speculative_config={"method": "mtp", "num_speculative_tokens": k}, **overrides)
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path, text: list[int]) -> Alone:
+def alone(agreeing_flash: Path, draft_text: list[int]) -> Alone:
     """The same requests without drafts."""
 
     @functools.cache
     def served(lengths: tuple[int, ...]) -> dict[str, Any]:
-        return run(engine_args(folder), [prompts(text, lengths, NEW)])
+        return run(engine_args(agreeing_flash), [prompts(draft_text, lengths, NEW)])
 
     return served
 
@@ -69,13 +52,19 @@ def alone(folder: Path, text: list[int]) -> Alone:
     ],
 )
 def test_greedy_tokens_are_those_without_drafts(
-    folder: Path, oracle: Oracle, text: list[int], alone: Alone, k: int, lengths: tuple[int, ...], state: str
+    agreeing_flash: Path,
+    agreeing_oracle: Oracle,
+    draft_text: list[int],
+    alone: Alone,
+    k: int,
+    lengths: tuple[int, ...],
+    state: str,
 ) -> None:
     """Drafts that are right up to every depth, at lengths around a boundary."""
     env = {"DSV4_STATE": state}
-    result = run(drafting(folder, k), [prompts(text, lengths, NEW)], env, drafts=whole(alone(lengths)))
+    result = run(drafting(agreeing_flash, k), [prompts(draft_text, lengths, NEW)], env, drafts=whole(alone(lengths)))
     assert tokens(result) == tokens(alone(lengths))
-    assert_equal(result, oracle, least=0.7)  # sequences end at their first near-tie
+    assert_equal(result, agreeing_oracle, least=0.7)  # sequences end at their first near-tie
     kept = result["accepted"]
     assert kept["drafts"] > 2 * len(lengths)
     assert 0 < kept["kept"] < kept["tokens"]
@@ -84,7 +73,7 @@ def test_greedy_tokens_are_those_without_drafts(
 
 @pytest.mark.long
 def test_without_the_rows_that_are_kept_log_probabilities_are_wrong(
-    folder: Path, oracle: Oracle, text: list[int], alone: Alone
+    agreeing_flash: Path, agreeing_oracle: Oracle, draft_text: list[int], alone: Alone
 ) -> None:
     """The control: summaries of the rows before the drafts, taken for those of all rows."""
     mutation = (
@@ -92,29 +81,29 @@ def test_without_the_rows_that_are_kept_log_probabilities_are_wrong(
         "torch.where(resumes, state.kept.since[page], start)",
         "start",
     )
-    env, asked = {"DSV4_STATE": "summary"}, [prompts(text, FEW, NEW)]
-    result = run(drafting(folder, 3), asked, env, drafts=whole(alone(FEW)), mutation=mutation)
-    assert compare(result, oracle).worst > 2 * TOLERANCE
+    env, asked = {"DSV4_STATE": "summary"}, [prompts(draft_text, FEW, NEW)]
+    result = run(drafting(agreeing_flash, 3), asked, env, drafts=whole(alone(FEW)), mutation=mutation)
+    assert compare(result, agreeing_oracle).worst > 2 * TOLERANCE
 
 
-def test_the_blocks_own_drafts_are_the_references(folder: Path, text: list[int], alone: Alone) -> None:
+def test_the_blocks_own_drafts_are_the_references(agreeing_flash: Path, draft_text: list[int], alone: Alone) -> None:
     """Whole prompts alone: vLLM's first runner drafts after a chunk from the token at the prompt's
     end. A draft is compared where the reference's choice is no tie.
     """
-    few = [r for r in prompts(text, FEW, NEW) if len(r["prompt"]) in (2, 5, 127, 129, 257)]
-    result = run(drafting(folder, 2, max_num_batched_tokens=2048), [few], drafts=whole(alone(FEW)))
-    found = compare_proposals(result, ReferenceDraft.from_folder(folder), 2)
+    few = [r for r in prompts(draft_text, FEW, NEW) if len(r["prompt"]) in (2, 5, 127, 129, 257)]
+    result = run(drafting(agreeing_flash, 2, max_num_batched_tokens=2048), [few], drafts=whole(alone(FEW)))
+    found = compare_proposals(result, ReferenceDraft.from_folder(agreeing_flash), 2)
     assert found.other == []
     assert found.same > 40
 
 
-def test_drafts_survive_hits_and_poison(folder: Path, text: list[int], alone: Alone) -> None:
+def test_drafts_survive_hits_and_poison(agreeing_flash: Path, draft_text: list[int], alone: Alone) -> None:
     """Twice the same prompts, with NaN in pages that nobody owns. A hit is at most a page
     shorter than without drafts, whose rows depend on the token after them.
     """
     lengths = (63, 129, 511, 800)
-    again = prompts(text, lengths, NEW)
-    engine = drafting(folder, 3, max_num_batched_tokens=128, prefix_cache_retention_interval=256)
+    again = prompts(draft_text, lengths, NEW)
+    engine = drafting(agreeing_flash, 3, max_num_batched_tokens=128, prefix_cache_retention_interval=256)
     result = run(engine, [again, again], drafts=whole(alone(lengths)), poison=True)
     assert tokens(result) == tokens(alone(lengths)) * 2
     assert [r["cached"] for r in result["phases"][1]] == [0, 0, 256, 512]
@@ -123,36 +112,38 @@ def test_drafts_survive_hits_and_poison(folder: Path, text: list[int], alone: Al
 
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["two ranks", "packed pages", "the next vLLM"])
-def test_drafts_change_nothing_elsewhere(folder: Path, text: list[int], where: str) -> None:
+def test_drafts_change_nothing_elsewhere(agreeing_flash: Path, draft_text: list[int], where: str) -> None:
     engine: dict[str, Any] = {
         "two ranks": {"tensor_parallel_size": 2},
         "packed pages": {"kv_cache_dtype": "fp8_ds_mla"},
     }.get(where, {})
     env = {"PYTHONPATH": str(ENV_DIR / "vllm-0.33.0")} if where == "the next vLLM" else {}
-    few = [prompts(text, FEW, NEW)]
-    without = run(engine_args(folder, **engine), few, env)
-    result = run(drafting(folder, 2, **engine), few, env)
+    few = [prompts(draft_text, FEW, NEW)]
+    without = run(engine_args(agreeing_flash, **engine), few, env)
+    result = run(drafting(agreeing_flash, 2, **engine), few, env)
     assert tokens(result) == tokens(without)
     assert all(result["accepted"]["kept_by_position"])
 
 
 @pytest.mark.long
-def test_preempted_requests_resume_with_drafts(folder: Path, oracle: Oracle, text: list[int]) -> None:
+def test_preempted_requests_resume_with_drafts(
+    agreeing_flash: Path, agreeing_oracle: Oracle, draft_text: list[int]
+) -> None:
     """A pool too small for eight growing requests, whose pages are NaN before they are theirs."""
-    growing = [request(text[40 * i : 40 * i + 20 + 10 * i], 200, prompt_logprobs=False) for i in range(8)]
+    growing = [request(draft_text[40 * i : 40 * i + 20 + 10 * i], 200, prompt_logprobs=False) for i in range(8)]
     engine = {"max_model_len": 512, "max_num_batched_tokens": 32, "kv_cache_memory_bytes": 24 << 20}
-    result = run(drafting(folder, 3, **engine), [growing], poison=True)
+    result = run(drafting(agreeing_flash, 3, **engine), [growing], poison=True)
     assert result["preemptions"] > 0
     assert result["poisoned_pages"] > 0
     assert all(result["accepted"]["kept_by_position"])
-    assert_equal(result, oracle, least=0.5)
+    assert_equal(result, agreeing_oracle, least=0.5)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("k", [1, 3])
-def test_pro_with_drafts(text: list[int], tmp_path: Path, k: int) -> None:
+def test_pro_with_drafts(draft_text: list[int], tmp_path: Path, k: int) -> None:
     folder = write_tiny(tmp_path / "pro", "pro", agree=True)
-    few = [prompts(text, FEW, NEW)]
+    few = [prompts(draft_text, FEW, NEW)]
     without = run(engine_args(folder), few)
     result = run(drafting(folder, k, kv_cache_dtype="auto"), few, drafts=whole(without))
     assert tokens(result) == tokens(without)
@@ -160,18 +151,20 @@ def test_pro_with_drafts(text: list[int], tmp_path: Path, k: int) -> None:
 
 
 @pytest.mark.long
-def test_sampled_tokens_follow_the_targets_distribution(folder: Path, oracle: Oracle, text: list[int]) -> None:
+def test_sampled_tokens_follow_the_targets_distribution(
+    agreeing_flash: Path, agreeing_oracle: Oracle, draft_text: list[int]
+) -> None:
     """10,000 seeds at temperature 1: pairs of the first two tokens, the second of which a draft was
     held against. Cells that 5 draws are not expected in are one. Pearson's statistic of a right
     sampler exceeds the quantile for its degrees of freedom once in 10,000 runs; seeds are fixed.
     """
-    prompt = text[:12]
-    expected = pair_probabilities(oracle, prompt)
+    prompt = draft_text[:12]
+    expected = pair_probabilities(agreeing_oracle, prompt)
     asked = [
         {"prompt": prompt, "max_tokens": 2, "prompt_logprobs": False, "temperature": 1, "seed": seed}
         for seed in range(DRAWS)
     ]
-    engine = drafting(folder, 2, max_num_seqs=100, max_num_batched_tokens=1200)
+    engine = drafting(agreeing_flash, 2, max_num_seqs=100, max_num_batched_tokens=1200)
     result = run(engine, [asked])
     assert 0 < result["accepted"]["kept"] < result["accepted"]["tokens"]
     pairs = [(r["tokens"][0], r["tokens"][1]) for r in result["phases"][0]]
@@ -207,13 +200,17 @@ def false_alarm(pairs: list[tuple[int, int]], expected: torch.Tensor) -> float:
 
 @pytest.mark.long
 @pytest.mark.parametrize("with_eager", [False, True])
-def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[int], with_eager: bool) -> None:
+def test_verify_and_draft_steps_replayed_from_graphs(
+    agreeing_flash: Path, draft_text: list[int], with_eager: bool
+) -> None:
     """Runner V2 captures steps of three tokens a request, and the draft's own steps. A replayed
     verify step equals an eager one bit for bit; a replayed draft step that did not would change
     how many drafts are kept.
     """
-    few = [[request(text[-n:], 9, prompt_logprobs=False) for n in each] for each in ((1, 62, 126, 253), (3, 5, 9, 4))]
-    args = drafting(folder, 2, max_num_batched_tokens=64, max_num_seqs=4, kv_cache_memory_bytes=64 << 20)
+    few = [
+        [request(draft_text[-n:], 9, prompt_logprobs=False) for n in each] for each in ((1, 62, 126, 253), (3, 5, 9, 4))
+    ]
+    args = drafting(agreeing_flash, 2, max_num_batched_tokens=64, max_num_seqs=4, kv_cache_memory_bytes=64 << 20)
     asked = {"sizes": [3, 6, 9, 12, 24, 64], "mode": "FULL_AND_PIECEWISE"}
     result = run(args, few, RUNNER_V2 | {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, graphs=asked)
     found = result["graphs"]
@@ -227,8 +224,8 @@ def test_verify_and_draft_steps_replayed_from_graphs(folder: Path, text: list[in
         assert result["accepted"] == run(args, few, RUNNER_V2)["accepted"]
 
 
-def test_other_drafts_are_refused(folder: Path) -> None:
+def test_other_drafts_are_refused(agreeing_flash: Path) -> None:
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    done = start(engine_args(folder, speculative_config=speculative), [[request([5], 1)]])
+    done = start(engine_args(agreeing_flash, speculative_config=speculative), [[request([5], 1)]])
     assert done.returncode != 0
     assert "method ngram, but the checkpoint" in done.stderr

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dsv4.reference.draft import ReferenceDraft
 from dsv4.reference.tiny import write_tiny
@@ -28,11 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("dspark") / "flash", "flash", draft="dspark", agree=True)
 
 
-@pytest.fixture(scope="module")
-def text() -> list[int]:
-    return torch.randint(3, 512, (1100,), generator=torch.Generator().manual_seed(5)).tolist()
-
-
 def drafting(folder: Path, **overrides: Any) -> dict[str, Any]:
     return engine_args(folder, speculative_config={"method": "dspark", "num_speculative_tokens": BLOCK}, **overrides)
 
@@ -44,11 +38,11 @@ def assert_drafted(result: dict[str, Any], folder: Path, least: int) -> None:
     assert found.same >= least
 
 
-def test_the_drafts_are_the_references_and_change_nothing(folder: Path, text: list[int]) -> None:
+def test_the_drafts_are_the_references_and_change_nothing(folder: Path, draft_text: list[int]) -> None:
     """Ragged prompts in chunks, then the same again, from what the prefix cache has kept; pages
     that nobody owns are NaN. A proposal after a chunk of a prompt counts too.
     """
-    again = prompts(text, FEW[1:], 7)
+    again = prompts(draft_text, FEW[1:], 7)
     engine = drafting(folder, max_num_batched_tokens=128, prefix_cache_retention_interval=256)
     result = run(engine, [again, again], RUNNER_V2, drafts=None, poison=True)
     assert_drafted(result, folder, 20)
@@ -63,10 +57,10 @@ def test_the_drafts_are_the_references_and_change_nothing(folder: Path, text: li
 
 @pytest.mark.long
 @pytest.mark.parametrize("version", ["0.32", "0.33"])
-def test_every_accepted_length_at_every_edge(folder: Path, text: list[int], version: str) -> None:
+def test_every_accepted_length_at_every_edge(folder: Path, draft_text: list[int], version: str) -> None:
     """Drafts that are right up to every depth, at prompts around page ends and windows."""
     env = {"PYTHONPATH": str(ENV_DIR / "vllm-0.33.0")} if version == "0.33" else {}
-    asked = prompts(text, MANY, 24)
+    asked = prompts(draft_text, MANY, 24)
     alone = run(engine_args(folder), [asked], env)
     result = run(drafting(folder), [asked], RUNNER_V2 | env, drafts=whole(alone))
     assert tokens(result) == tokens(alone)
@@ -91,14 +85,14 @@ def lengths_kept(result: dict[str, Any]) -> list[tuple[int, int]]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["Pro", "packed pages", "two ranks"])
-def test_dspark_changes_nothing_elsewhere(folder: Path, text: list[int], where: str, tmp_path: Path) -> None:
+def test_dspark_changes_nothing_elsewhere(folder: Path, draft_text: list[int], where: str, tmp_path: Path) -> None:
     engine: dict[str, Any] = {
         "two ranks": {"tensor_parallel_size": 2},
         "packed pages": {"kv_cache_dtype": "fp8_ds_mla"},
     }.get(where, {})
     if where == "Pro":
         folder = write_tiny(tmp_path / "pro", "pro", draft="dspark", agree=True)
-    few = [prompts(text, FEW, 16)]
+    few = [prompts(draft_text, FEW, 16)]
     without = run(engine_args(folder, **engine), few, RUNNER_V2)
     result = run(drafting(folder, **engine), few, RUNNER_V2)
     assert tokens(result) == tokens(without)
@@ -106,11 +100,13 @@ def test_dspark_changes_nothing_elsewhere(folder: Path, text: list[int], where: 
 
 
 @pytest.mark.long
-def test_blocks_replayed_from_graphs(folder: Path, text: list[int]) -> None:
+def test_blocks_replayed_from_graphs(folder: Path, draft_text: list[int]) -> None:
     """Verify steps of six tokens a request and the whole draft step, context rows and the choice of
     tokens included, are captured; the drafts that replays make are the reference's.
     """
-    few = [[request(text[-n:], 9, prompt_logprobs=False) for n in each] for each in ((1, 62, 126, 253), (3, 5, 9, 4))]
+    few = [
+        [request(draft_text[-n:], 9, prompt_logprobs=False) for n in each] for each in ((1, 62, 126, 253), (3, 5, 9, 4))
+    ]
     args = drafting(folder, max_num_batched_tokens=64, max_num_seqs=4, kv_cache_memory_bytes=64 << 20)
     asked = {"sizes": [6, 12, 24, 64], "mode": "FULL_AND_PIECEWISE"}
     env = RUNNER_V2 | {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
@@ -147,8 +143,8 @@ MUTATIONS = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_is_seen(folder: Path, text: list[int], name: str) -> None:
+def test_mutation_is_seen(folder: Path, draft_text: list[int], name: str) -> None:
     """A draft that is computed wrongly serves the same tokens, so the proposals must tell."""
     engine = drafting(folder, max_num_batched_tokens=128)
-    result = run(engine, [prompts(text, (63, 140), 8)], RUNNER_V2, drafts=None, mutation=MUTATIONS[name])
+    result = run(engine, [prompts(draft_text, (63, 140), 8)], RUNNER_V2, drafts=None, mutation=MUTATIONS[name])
     assert compare_proposals(result, ReferenceDraft.from_folder(folder), BLOCK).other

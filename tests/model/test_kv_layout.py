@@ -4,12 +4,21 @@ allocator."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from dsv4.model.config import LayerKind, V4Config
-from dsv4.model.kv_layout import CacheFormats, CacheRole, IndexFormat, KvFormat, layer_caches
+from dsv4.model.kv_layout import (
+    CacheFormats,
+    CacheRole,
+    IndexFormat,
+    KvFormat,
+    StateMapping,
+    layer_caches,
+    state_arena,
+)
 
 CONFIGS = Path(__file__).parents[1] / "golden" / "configs"
 FLASH = V4Config.from_path(CONFIGS / "DeepSeek-V4-Flash.json")
@@ -80,3 +89,23 @@ def test_rows_then_scales_fit_in_an_aligned_page(formats):
             scale_offset = cache.rows_per_page * cache.row.value_bytes
             assert scale_offset + cache.rows_per_page * cache.row.scale_bytes <= cache.page_bytes
             assert cache.page_bytes - cache.rows_per_page * cache.row.row_bytes < cache.alignment
+
+
+@pytest.mark.parametrize("config", [FLASH, PRO], ids=["flash", "pro"])
+@pytest.mark.parametrize("drafted", range(8))
+def test_states_that_share_a_page_lie_beside_each_other(config: V4Config, drafted: int) -> None:
+    """Those of every compressed layer are somewhere, in one page each, and none over another."""
+    arena = state_arena(config, FP8, drafted)
+    assert arena is not None
+    taken: dict[int, list[tuple[int, int]]] = {}
+    for layer in config.layers:
+        for spec in layer_caches(config, layer, FP8, StateMapping.SUMMARY, drafted):
+            if spec.per_request:
+                place = arena.places[layer.index, spec.role]
+                taken.setdefault(place.owner, []).append((place.offset, place.offset + spec.row.row_bytes))
+    assert sum(map(len, taken.values())) == len(arena.places)
+    for parts in taken.values():
+        parts.sort()
+        assert parts[0][0] == 0
+        assert all(end <= start for (_, end), (start, _) in pairwise(parts))
+        assert parts[-1][1] <= arena.page.page_bytes

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat
+from dsv4.model.kv_layout import CacheFormats, IndexFormat, KvFormat, StateMapping
 from dsv4.model.tensors import tensor_specs
 from dsv4.planning.deployment import all_checkpoints, find_checkpoint
 from dsv4.planning.memory import overheads
@@ -225,3 +225,14 @@ def test_smaller_request_cap_leaves_more_tokens():
     ]
     tokens = [p.full_tokens(40 * GIB) for p in pools]
     assert tokens == sorted(tokens, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_a_requests_state_takes_the_blocks_that_the_document_says(name):
+    config, blocks = find_checkpoint(name).config, []
+    for drafted in range(8):
+        pool = vllm_pool(config, FP8, min(drafted, 1), mapping=StateMapping.SUMMARY, drafted=drafted)
+        blocks.append(sum(g.request_blocks(4096, 1) for g in pool.groups if g.per_request))
+    assert blocks == [1, 1, 1, 2, 2, 2, 3, 3]
+    page = " ".join((Path(__file__).parents[2] / "docs" / "kv-mapping.md").read_text().split())
+    assert "with k up to 2, all pages of a request fit into one block; k = 3 to 5 takes two, 6 and 7 three" in page
